@@ -1,0 +1,222 @@
+//! The butterfly: applying a rotation, and the gradient of its blocks.
+
+use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
+
+use super::{cast, cayley, reshape, widen_primitive};
+
+/// Which side of a matrix the rotation multiplies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// `R·t`, on the rows of a `[d, columns]` matrix.
+    Left,
+    /// `t·R`, on the columns of a `[rows, d]` matrix.
+    Right,
+}
+
+impl Side {
+    /// The length of the rotated axis.
+    pub(super) fn rotated(self, [rows, columns]: [usize; 2]) -> usize {
+        match self {
+            Self::Left => rows,
+            Self::Right => columns,
+        }
+    }
+}
+
+/// Spans up to this size are composed into one matrix each before they meet the operand.
+///
+/// A composed span reads the operand once, whatever the number of factors, at the price of
+/// `span/(m·b)` times the multiplications.
+const COMPOSED_SPAN: usize = 64;
+
+/// `op(R)·t` or `t·op(R)`, in the precision of the blocks, returned in the operand's.
+pub(super) fn apply<B: Backend>(
+    matrix: FloatTensor<B>,
+    blocks: FloatTensor<B>,
+    side: Side,
+    transpose: bool,
+) -> FloatTensor<B> {
+    let dtype = matrix.dtype();
+    let matrix = cast::<B>(matrix, blocks.dtype());
+    let spans = into_spans::<B>(matrix, side, span(&blocks.shape().dims::<4>()));
+    // t·op(R) is the transpose of op(R)ᵀ·tᵀ.
+    let transpose = transpose != (side == Side::Right);
+    let spans = rotate_spans::<B>(spans, blocks, transpose);
+    cast::<B>(from_spans::<B>(spans, side), dtype)
+}
+
+/// `G = lhsᵀ·rhs` per span along the rotated axis, a `[d/span, span, span]` tensor in f32 or wider.
+pub(super) fn gram<B: Backend>(
+    lhs: FloatTensor<B>,
+    rhs: FloatTensor<B>,
+    side: Side,
+    span: usize,
+) -> FloatTensor<B> {
+    let lhs = into_spans::<B>(widen_primitive::<B>(lhs), side, span);
+    let rhs = into_spans::<B>(widen_primitive::<B>(rhs), side, span);
+    B::float_matmul(lhs, B::float_swap_dims(rhs, 1, 2))
+}
+
+/// The gradient of the blocks from `G`, where `∂L/∂R = G·R`.
+///
+/// From the last factor to the first: `∂L/∂C = G[L,L]·C` for the indices `L` that the block couples,
+/// then `G ← F_iᵀ·G·F_i`.
+pub(super) fn backward<B: Backend>(gram: FloatTensor<B>, blocks: FloatTensor<B>) -> FloatTensor<B> {
+    let [m, n, b, _] = blocks.shape().dims::<4>();
+    let mut gram = cast::<B>(gram, blocks.dtype());
+    let mut gradients = Vec::with_capacity(m);
+    for stage in (0..m).rev() {
+        let factor = factor::<B>(&blocks, stage);
+        let coupled = coupled_blocks::<B>(gram.clone(), stage, b);
+        let gradient = B::float_matmul(coupled, factor.clone());
+        gradients.push(reshape::<B, 4>(gradient, [1, n, b, b]));
+        if stage > 0 {
+            let half = rotate_stage::<B>(gram, factor.clone(), stage, true);
+            let half = B::float_swap_dims(half, 1, 2);
+            gram = B::float_swap_dims(rotate_stage::<B>(half, factor, stage, true), 1, 2);
+        }
+    }
+    gradients.reverse();
+    B::float_cat(gradients, 0)
+}
+
+/// The neighbours that a rotation mixes, `b·2^(m−1)`, from the shape of its blocks.
+pub(super) fn span(&[m, _, b, _]: &[usize; 4]) -> usize {
+    b << (m - 1)
+}
+
+/// The rotated axis in front and cut into spans: a `[d/span, span, k]` tensor.
+fn into_spans<B: Backend>(matrix: FloatTensor<B>, side: Side, span: usize) -> FloatTensor<B> {
+    let [rows, columns] = matrix.shape().dims::<2>();
+    match side {
+        Side::Left => reshape::<B, 3>(matrix, [rows / span, span, columns]),
+        Side::Right => {
+            let spans = reshape::<B, 3>(matrix, [rows, columns / span, span]);
+            B::float_permute(spans, &[1, 2, 0])
+        }
+    }
+}
+
+/// The inverse of [`into_spans`].
+fn from_spans<B: Backend>(spans: FloatTensor<B>, side: Side) -> FloatTensor<B> {
+    let [count, span, k] = spans.shape().dims::<3>();
+    match side {
+        Side::Left => reshape::<B, 2>(spans, [count * span, k]),
+        Side::Right => reshape::<B, 2>(B::float_permute(spans, &[2, 0, 1]), [k, count * span]),
+    }
+}
+
+/// `op(R)·t` on spans.
+fn rotate_spans<B: Backend>(
+    spans: FloatTensor<B>,
+    blocks: FloatTensor<B>,
+    transpose: bool,
+) -> FloatTensor<B> {
+    let dims = blocks.shape().dims::<4>();
+    if dims[0] == 1 {
+        return rotate_stage::<B>(spans, factor::<B>(&blocks, 0), 0, transpose);
+    }
+    if span(&dims) > COMPOSED_SPAN {
+        return rotate_factors::<B>(spans, &blocks, transpose);
+    }
+    let rotation = compose::<B>(&blocks);
+    B::float_matmul(transposed::<B>(rotation, transpose), spans)
+}
+
+/// The rotation of each span as one matrix, a `[d/span, span, span]` tensor.
+pub(super) fn compose<B: Backend>(blocks: &FloatTensor<B>) -> FloatTensor<B> {
+    let dims = blocks.shape().dims::<4>();
+    let span = span(&dims);
+    let count = dims[1] * dims[2] / span;
+    let identity = cayley::identity::<B>(blocks, span);
+    let identity = B::float_expand(identity, [count, span, span].into());
+    rotate_factors::<B>(identity, blocks, false)
+}
+
+/// `F_{m−1} ··· F_0 · t`, or `F_0ᵀ ··· F_{m−1}ᵀ · t`, one factor after the other.
+fn rotate_factors<B: Backend>(
+    spans: FloatTensor<B>,
+    blocks: &FloatTensor<B>,
+    transpose: bool,
+) -> FloatTensor<B> {
+    let m = blocks.shape().dims::<4>()[0];
+    (0..m).fold(spans, |spans, step| {
+        let stage = if transpose { m - 1 - step } else { step };
+        rotate_stage::<B>(spans, factor::<B>(blocks, stage), stage, transpose)
+    })
+}
+
+/// `op(F_i)·t` on spans, with the `[n, b, b]` blocks of the factor.
+fn rotate_stage<B: Backend>(
+    spans: FloatTensor<B>,
+    factor: FloatTensor<B>,
+    stage: usize,
+    transpose: bool,
+) -> FloatTensor<B> {
+    let [count, span, k] = spans.shape().dims::<3>();
+    let [n, b, _] = factor.shape().dims::<3>();
+    let paired = pair::<B>(spans, stage, b, false);
+    let paired = reshape::<B, 3>(paired, [n, b, k]);
+    let rotated = B::float_matmul(transposed::<B>(factor, transpose), paired);
+    pair::<B>(reshape::<B, 3>(rotated, [count, span, k]), stage, b, true)
+}
+
+/// The stage permutation of the span axis: half-blocks at distance `2^stage` side by side.
+///
+/// The axis is `[c, 2, 2^stage, b/2]`, and its middle axes trade places. There is no permutation tensor:
+/// a view and one copy do it.
+fn pair<B: Backend>(
+    spans: FloatTensor<B>,
+    stage: usize,
+    b: usize,
+    inverse: bool,
+) -> FloatTensor<B> {
+    if stage == 0 {
+        return spans;
+    }
+    let [count, span, k] = spans.shape().dims::<3>();
+    let distance = 1 << stage;
+    let (from, to) = if inverse {
+        (distance, 2)
+    } else {
+        (2, distance)
+    };
+    let chunks = span / (b * distance);
+    let spans = reshape::<B, 6>(spans, [count, chunks, from, to, b / 2, k]);
+    let spans = B::float_permute(spans, &[0, 1, 3, 2, 4, 5]);
+    reshape::<B, 3>(spans, [count, span, k])
+}
+
+/// `G[L,L]` for every block of a stage, a `[n, b, b]` tensor.
+fn coupled_blocks<B: Backend>(gram: FloatTensor<B>, stage: usize, b: usize) -> FloatTensor<B> {
+    let [count, span, _] = gram.shape().dims::<3>();
+    let gram = B::float_swap_dims(pair::<B>(gram, stage, b, false), 1, 2);
+    let gram = B::float_swap_dims(pair::<B>(gram, stage, b, false), 1, 2);
+    let per_span = span / b;
+    let tiles = reshape::<B, 5>(gram, [count, per_span, b, per_span, b]);
+    let tiles = B::float_permute(tiles, &[0, 1, 3, 2, 4]);
+    let tiles = reshape::<B, 3>(tiles, [count, per_span * per_span, b * b]);
+    let diagonal = (0..per_span).map(|k| (k * (per_span + 1)) as i32).collect();
+    let diagonal = cayley::index::<B>(diagonal, &tiles);
+    reshape::<B, 3>(
+        B::float_select(tiles, 1, diagonal),
+        [count * per_span, b, b],
+    )
+}
+
+/// The `[n, b, b]` blocks of one factor.
+fn factor<B: Backend>(blocks: &FloatTensor<B>, stage: usize) -> FloatTensor<B> {
+    let [m, n, b, _] = blocks.shape().dims::<4>();
+    let factor = match m {
+        1 => blocks.clone(),
+        _ => B::float_slice(blocks.clone(), &[(stage..stage + 1).into()]),
+    };
+    reshape::<B, 3>(factor, [n, b, b])
+}
+
+fn transposed<B: Backend>(matrices: FloatTensor<B>, transpose: bool) -> FloatTensor<B> {
+    match transpose {
+        true => B::float_swap_dims(matrices, 1, 2),
+        false => matrices,
+    }
+}

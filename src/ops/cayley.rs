@@ -1,0 +1,143 @@
+//! From packed skew-symmetric matrices to blocks.
+
+use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor, tensor::IntTensor};
+use burn::tensor::{Slice, TensorData};
+
+use super::{cast, reshape};
+
+/// Panics unless the last axis holds the strict upper triangles of `block_size` square matrices.
+pub(super) fn assert_packed(dims: [usize; 3], block_size: usize) {
+    let packed = block_size * block_size.saturating_sub(1) / 2;
+    assert!(
+        block_size >= 2 && dims[2] == packed,
+        "blocks of {block_size} have {packed} numbers, but the skew tensor is {dims:?}"
+    );
+}
+
+/// `C = (I − Q)(I + Q)⁻¹ = 2(I + Q)⁻¹ − I`, by `b` sweeps over all blocks at once.
+///
+/// A sweep on index `k` with pivot `p = A[k,k]` is the rank-one update
+/// `A ← A − (A[:,k] − e_k)·(A[k,:] + e_k)/p`; sweeping every index inverts the matrix in place. The
+/// symmetric part of `I + Q` is `I`, so every pivot is at least 1.
+pub(super) fn exact<B: Backend>(skew: FloatTensor<B>, block_size: usize) -> FloatTensor<B> {
+    let b = block_size;
+    let [m, n, _] = skew.shape().dims::<3>();
+    let q = unpack::<B>(skew, b);
+    let identity = identity::<B>(&q, b);
+    let mut inverse = B::float_add(q, identity.clone());
+    for k in 0..b {
+        let line = Slice::from(k..k + 1);
+        let all = Slice::full();
+        let column = B::float_slice(inverse.clone(), &[all, all, line]);
+        let row = B::float_slice(inverse.clone(), &[all, line, all]);
+        let pivot = B::float_slice(row.clone(), &[all, all, line]);
+        let column = B::float_sub(column, B::float_slice(identity.clone(), &[all, all, line]));
+        let row = B::float_add(row, B::float_slice(identity.clone(), &[all, line, all]));
+        let update = B::float_mul(column, B::float_div(row, pivot));
+        inverse = B::float_sub(inverse, update);
+    }
+    let blocks = B::float_sub(B::float_mul_scalar(inverse, 2.into()), identity);
+    reshape::<B, 4>(blocks, [m, n, b, b])
+}
+
+/// The gradient of [`exact`] with respect to the packed numbers, from its output alone:
+/// `∂L/∂Q = −½ (I + C)ᵀ · ∂L/∂C · (I + C)ᵀ` and `∂v_ij = ∂Q_ij − ∂Q_ji`.
+pub(super) fn backward<B: Backend>(blocks: FloatTensor<B>, grad: FloatTensor<B>) -> FloatTensor<B> {
+    let [m, n, b, _] = blocks.shape().dims::<4>();
+    let blocks = reshape::<B, 3>(blocks, [m * n, b, b]);
+    let grad = reshape::<B, 3>(grad, [m * n, b, b]);
+    let identity = identity::<B>(&blocks, b);
+    let shifted = B::float_swap_dims(B::float_add(blocks, identity), 1, 2);
+    let grad = B::float_matmul(B::float_matmul(shifted.clone(), grad), shifted);
+    let packed = pack::<B>(B::float_mul_scalar(grad, (-0.5).into()), b);
+    reshape::<B, 3>(packed, [m, n, b * (b - 1) / 2])
+}
+
+/// PEFT's polynomial: `I` for fewer than two terms, else `I + 2Q + … + 2Q^(d−1) + Q^d` of degree
+/// `d = max(terms − 1, 3)`, and `I + 2Q` for two terms.
+pub(super) fn neumann<B: Backend>(
+    skew: FloatTensor<B>,
+    block_size: usize,
+    terms: usize,
+) -> FloatTensor<B> {
+    let b = block_size;
+    let [m, n, _] = skew.shape().dims::<3>();
+    let q = unpack::<B>(skew, b);
+    let identity = identity::<B>(&q, b);
+    let twice = |power: FloatTensor<B>| B::float_mul_scalar(power, 2.into());
+    let blocks = match terms {
+        0 | 1 => B::float_add(B::float_mul_scalar(q, 0.into()), identity),
+        2 => B::float_add(twice(q), identity),
+        _ => {
+            let degree = (terms - 1).max(3);
+            let mut sum = B::float_add(twice(q.clone()), identity);
+            let mut power = q.clone();
+            for _ in 2..degree {
+                power = B::float_matmul(power, q.clone());
+                sum = B::float_add(sum, twice(power.clone()));
+            }
+            B::float_add(sum, B::float_matmul(power, q))
+        }
+    };
+    reshape::<B, 4>(blocks, [m, n, b, b])
+}
+
+/// `[m, n, b(b−1)/2]` packed numbers as `[m·n, b, b]` skew-symmetric matrices.
+fn unpack<B: Backend>(skew: FloatTensor<B>, b: usize) -> FloatTensor<B> {
+    let [m, n, packed] = skew.shape().dims::<3>();
+    let (mut indices, mut signs) = (vec![0; b * b], vec![0.0; b * b]);
+    for (index, (row, column)) in upper_triangle(b).enumerate() {
+        indices[row * b + column] = index as i32;
+        indices[column * b + row] = index as i32;
+        signs[row * b + column] = 1.0;
+        signs[column * b + row] = -1.0;
+    }
+    let skew = reshape::<B, 2>(skew, [m * n, packed]);
+    let signs = constant::<B>(signs, [1, b * b], &skew);
+    let indices = index::<B>(indices, &skew);
+    reshape::<B, 3>(
+        B::float_mul(B::float_select(skew, 1, indices), signs),
+        [m * n, b, b],
+    )
+}
+
+/// `Q_ij − Q_ji` of `[k, b, b]` matrices, packed.
+fn pack<B: Backend>(matrices: FloatTensor<B>, b: usize) -> FloatTensor<B> {
+    let count = matrices.shape().dims::<3>()[0];
+    let flat = reshape::<B, 2>(matrices, [count, b * b]);
+    let entries = |f: fn(usize, (usize, usize)) -> usize| {
+        upper_triangle(b)
+            .map(|entry| f(b, entry) as i32)
+            .collect::<Vec<_>>()
+    };
+    let upper = index::<B>(entries(|b, (row, column)| row * b + column), &flat);
+    let lower = index::<B>(entries(|b, (row, column)| column * b + row), &flat);
+    let upper = B::float_select(flat.clone(), 1, upper);
+    B::float_sub(upper, B::float_select(flat, 1, lower))
+}
+
+/// The strict upper triangle row by row, the order of the packed numbers.
+pub(crate) fn upper_triangle(b: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..b).flat_map(move |row| (row + 1..b).map(move |column| (row, column)))
+}
+
+/// A `[1, b, b]` identity of the precision and on the device of `like`.
+pub(super) fn identity<B: Backend>(like: &FloatTensor<B>, b: usize) -> FloatTensor<B> {
+    let mut values = vec![0.0; b * b];
+    (0..b).for_each(|i| values[i * (b + 1)] = 1.0);
+    constant::<B>(values, [1, b, b], like)
+}
+
+fn constant<B: Backend>(
+    values: Vec<f32>,
+    shape: impl Into<burn::tensor::Shape>,
+    like: &FloatTensor<B>,
+) -> FloatTensor<B> {
+    let values = B::float_from_data(TensorData::new(values, shape.into()), &like.device());
+    cast::<B>(values, like.dtype())
+}
+
+pub(super) fn index<B: Backend>(values: Vec<i32>, like: &FloatTensor<B>) -> IntTensor<B> {
+    let count = values.len();
+    B::int_from_data(TensorData::new(values, [count]), &like.device())
+}

@@ -1,0 +1,344 @@
+//! What an adapted model is: [`summary`] counts it, [`diagnose`] measures its rotations.
+
+use std::fmt::{self, Display, Formatter};
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{DType, FloatDType, Tensor};
+
+use crate::adapter::AdapterSettings;
+use crate::inject::Path;
+use crate::ops::{Side, upper_triangle, widen};
+use crate::plan::{ButterflyPlan, LayerKind};
+
+/// Parameter counts of a model, made by [`summary`]. `Display` is PEFT's line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Summary {
+    /// Numbers that training changes.
+    pub trainable: usize,
+    /// All numbers, adapters included.
+    pub total: usize,
+    /// One row per adapted layer, in the model's order.
+    pub layers: Vec<LayerSummary>,
+}
+
+/// One adapted layer of a [`Summary`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LayerSummary {
+    /// The layer's dotted path.
+    pub path: String,
+    /// The rotation's sizes.
+    pub butterfly: ButterflyPlan,
+    /// Numbers of the adapter, which are its degrees of freedom: packed skew, and scale.
+    pub effective: usize,
+    /// Numbers that PEFT stores for the same adapter: its BOFT keeps full squares.
+    pub stored_by_peft: usize,
+}
+
+impl Summary {
+    /// Numbers of all adapters: their degrees of freedom.
+    pub fn effective(&self) -> usize {
+        self.layers.iter().map(|layer| layer.effective).sum()
+    }
+
+    /// Numbers that PEFT stores for the same adapters.
+    pub fn stored_by_peft(&self) -> usize {
+        self.layers.iter().map(|layer| layer.stored_by_peft).sum()
+    }
+}
+
+impl Display for Summary {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let share = 100.0 * self.trainable as f64 / (self.total.max(1)) as f64;
+        let (trainable, total) = (thousands(self.trainable), thousands(self.total));
+        write!(
+            f,
+            "trainable params: {trainable} || all params: {total} || trainable%: {share:.4}"
+        )
+    }
+}
+
+fn thousands(number: usize) -> String {
+    let digits = number.to_string();
+    let groups: Vec<_> = digits
+        .as_bytes()
+        .rchunks(3)
+        .rev()
+        .map(String::from_utf8_lossy)
+        .collect();
+    groups.join(",")
+}
+
+/// Counts the parameters of a model.
+///
+/// Trainable is what [`Module::train`] would make trainable, so a model and its `valid()` count alike.
+pub fn summary<M: Module>(model: &M) -> Summary {
+    let mut survey = Counter::default();
+    model.visit(&mut survey);
+    Summary {
+        trainable: survey.trainable,
+        total: survey.total,
+        layers: survey.layers,
+    }
+}
+
+#[derive(Default)]
+struct Counter {
+    path: Path,
+    trainable: usize,
+    total: usize,
+    layers: Vec<LayerSummary>,
+}
+
+impl ModuleVisitor for Counter {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        if let Some(settings) = AdapterSettings::from_level(name, container)
+            && let Some(path) = self.path.adapted_layer()
+        {
+            let butterfly = settings.butterfly();
+            self.layers.push(LayerSummary {
+                path,
+                butterfly,
+                effective: 0,
+                stored_by_peft: 0,
+            });
+        }
+        self.path.enter(name, container);
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.exit();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let count = param.lazy_shape().num_elements();
+        self.total += count;
+        if is_trainable(param) {
+            self.trainable += count;
+        }
+        if !self.path.in_reparameterization() {
+            return;
+        }
+        if let Some(layer) = self.layers.last_mut() {
+            layer.effective += count;
+            // PEFT's OFT, the adapter without a scale, packs as we do; its BOFT, which always has one,
+            // keeps b² numbers where b(b−1)/2 are free.
+            match self.path.last().0 {
+                "scale" => {
+                    let skew = layer.stored_by_peft;
+                    let b = layer.butterfly.block_size;
+                    layer.stored_by_peft = skew * 2 * b / (b - 1) + count;
+                }
+                _ => layer.stored_by_peft += count,
+            }
+        }
+    }
+}
+
+/// Whether training changes the parameter, also where it lives on a device without autodiff.
+fn is_trainable<const D: usize>(param: &Param<Tensor<D>>) -> bool {
+    match param.lazy_device().is_autodiff() {
+        true => param.base().is_require_grad(),
+        false => param.clone().train().base().is_require_grad(),
+    }
+}
+
+/// Measurements of every rotation of a model, made by [`diagnose`]. `Display` is a table.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Diagnosis {
+    /// One row per adapted layer, in the model's order.
+    pub layers: Vec<LayerDiagnosis>,
+}
+
+/// One adapted layer of a [`Diagnosis`].
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct LayerDiagnosis {
+    /// The layer's dotted path.
+    pub path: String,
+    /// `max|RᵀR − I|`.
+    pub orthogonality_defect: f64,
+    /// `‖Q‖₂`, the largest over all blocks.
+    pub skew_norm: f64,
+    /// The largest angle by which one block turns a plane, in radians: `2·atan ‖Q‖₂` for an exact block.
+    pub largest_angle: f64,
+    /// Hyperspherical energy `Σ_{i≠j} ‖ŵ_i − ŵ_j‖⁻¹` of the base's output neurons.
+    pub energy_before: f64,
+    /// The same of the rotated weight. An orthogonal rotation keeps it.
+    pub energy_after: f64,
+}
+
+impl Display for Diagnosis {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let width = self
+            .layers
+            .iter()
+            .map(|layer| layer.path.len())
+            .max()
+            .unwrap_or(0)
+            .max(5);
+        write!(
+            f,
+            "{:width$}  {:>9}  {:>9}  {:>9}  {:>13}  {:>13}",
+            "layer", "defect", "‖Q‖₂", "angle/rad", "energy before", "energy after"
+        )?;
+        for layer in &self.layers {
+            write!(
+                f,
+                "\n{:width$}  {:>9.2e}  {:>9.4}  {:>9.4}  {:>13.6e}  {:>13.6e}",
+                layer.path,
+                layer.orthogonality_defect,
+                layer.skew_norm,
+                layer.largest_angle,
+                layer.energy_before,
+                layer.energy_after,
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// Measures every rotation of a model, multiplicative dropout off.
+///
+/// The energy costs `d_output²·d_input` multiplications per layer, on the model's device.
+///
+/// # References
+///
+/// Liu et al., *Learning towards Minimum Hyperspherical Energy*, NeurIPS 2018; OFT, section 3.
+pub fn diagnose<M: Module>(model: &M) -> Diagnosis {
+    // The plain device: nothing here is differentiated.
+    let model = model.valid();
+    let mut visitor = Diagnoser::default();
+    model.visit(&mut visitor);
+    Diagnosis {
+        layers: visitor.layers,
+    }
+}
+
+#[derive(Default)]
+struct Diagnoser {
+    path: Path,
+    base: Option<Tensor<2>>,
+    settings: Option<AdapterSettings>,
+    layers: Vec<LayerDiagnosis>,
+}
+
+impl ModuleVisitor for Diagnoser {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        if let Some(settings) = AdapterSettings::from_level(name, container) {
+            self.settings = Some(settings);
+        }
+        self.path.enter(name, container);
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.exit();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if !self.path.in_reparameterization() {
+            self.base = self
+                .path
+                .layer_kind::<D>()
+                .map(|kind| matrix(param.base(), kind));
+        } else if self.path.last().0 == "skew"
+            && let (Some(settings), Some(base)) = (self.settings.take(), self.base.take())
+            && let Some(path) = self.path.adapted_layer()
+        {
+            let skew = param.base();
+            let dims: [usize; 3] = settings.butterfly().skew_shape();
+            self.layers
+                .push(diagnose_layer(path, &settings, skew.reshape(dims), base));
+        }
+    }
+}
+
+/// The weight as a matrix in f32 or wider.
+fn matrix<const D: usize>(base: Tensor<D>, kind: LayerKind) -> Tensor<2> {
+    let base = match base.dtype() {
+        DType::QFloat(_) => base.dequantize(),
+        _ => base,
+    };
+    let base = widen(base);
+    let (d_input, d_output) = kind.axes(&base.dims());
+    match kind {
+        LayerKind::Linear => base.reshape([d_input, d_output]),
+        LayerKind::Conv2d => base.reshape([d_output, d_input]).transpose(),
+    }
+}
+
+fn diagnose_layer(
+    path: String,
+    settings: &AdapterSettings,
+    skew: Tensor<3>,
+    base: Tensor<2>,
+) -> LayerDiagnosis {
+    let blocks = settings.blocks(skew.clone());
+    let rotation = blocks.spans();
+    let [_, span, _] = rotation.dims();
+    let identity =
+        Tensor::<2>::eye(span, &rotation.device()).cast(FloatDType::from(rotation.dtype()));
+    let product = rotation.clone().swap_dims(1, 2).matmul(rotation);
+    let defect = (product - identity.unsqueeze::<3>()).abs().max();
+    let q = skew_norm(&settings.project(skew), settings.butterfly().block_size);
+    let rotated = blocks.rotate(base.clone(), Side::Left, false);
+    LayerDiagnosis {
+        path,
+        orthogonality_defect: defect.into_scalar::<f64>(),
+        skew_norm: q,
+        largest_angle: settings.angle(q),
+        energy_before: energy(base),
+        energy_after: energy(rotated),
+    }
+}
+
+/// The largest `‖Q‖₂` of packed blocks, by power iteration on `QᵀQ`.
+fn skew_norm(skew: &Tensor<3>, b: usize) -> f64 {
+    const STEPS: usize = 200;
+    let numbers = skew.clone().into_data().convert::<f64>();
+    let numbers: Vec<f64> = numbers.try_to_vec().unwrap_or_default();
+    let norm = |vector: &[f64]| vector.iter().map(|x| x * x).sum::<f64>().sqrt();
+    let apply = |packed: &[f64], vector: &[f64]| {
+        let mut result = vec![0.0; b];
+        for (value, (row, column)) in packed.iter().zip(upper_triangle(b)) {
+            result[row] += value * vector[column];
+            result[column] -= value * vector[row];
+        }
+        result
+    };
+    let block_norm = |packed: &[f64]| {
+        // No start is orthogonal to the plane looked for but by accident; this one has no pattern.
+        let mut vector: Vec<f64> = (0..b).map(|i| 1.0 + 0.1 * (1.7 * i as f64).sin()).collect();
+        let mut length = 0.0;
+        for _ in 0..STEPS {
+            let size = norm(&vector);
+            if size == 0.0 {
+                return 0.0;
+            }
+            vector.iter_mut().for_each(|x| *x /= size);
+            vector = apply(packed, &vector);
+            length = norm(&vector);
+        }
+        length
+    };
+    numbers
+        .chunks(b * (b - 1) / 2)
+        .map(block_norm)
+        .fold(0.0, f64::max)
+}
+
+/// `Σ_{i≠j} ‖ŵ_i − ŵ_j‖⁻¹` over the normalised columns.
+fn energy(weight: Tensor<2>) -> f64 {
+    let [_, columns] = weight.dims();
+    let norm = weight.clone().square().sum_dim(0).sqrt().clamp_min(1e-12);
+    let unit = weight / norm;
+    let cosines = unit.clone().transpose().matmul(unit);
+    // The distance of a column to itself is set to one and taken out of the sum again.
+    let identity = Tensor::<2>::eye(columns, &cosines.device());
+    let identity = identity.cast(FloatDType::from(cosines.dtype()));
+    let squares = (cosines * -2.0 + 2.0).clamp_min(1e-12);
+    let squares = squares * (identity.clone() * -1.0 + 1.0) + identity;
+    squares.sqrt().recip().sum().into_scalar::<f64>() - columns as f64
+}

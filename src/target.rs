@@ -1,0 +1,645 @@
+//! Which layers a configuration means: PEFT's matching rules.
+
+use fancy_regex::{CompileError, Error, Regex};
+
+use crate::config::{Selection, TargetModules};
+
+/// The list that holds the layers where `layers_pattern` names none: any component of a path.
+const ANY_LIST: &str = "[^.]*";
+
+/// What the rules say of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Decision {
+    /// It is adapted.
+    Target,
+    /// It is named by `exclude_modules`, or lies in a module of `modules_to_save`.
+    Excluded,
+    /// Nothing names it.
+    Unmatched,
+}
+
+/// A pattern that cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PatternError {
+    /// The pattern is refused before it meets a path.
+    #[error("{setting}: the pattern `{pattern}` cannot be used: {reason}")]
+    Invalid {
+        /// The setting that holds the pattern.
+        setting: &'static str,
+        /// The pattern as given.
+        pattern: String,
+        /// Why it is refused.
+        reason: String,
+    },
+    /// The pattern compiles but has no answer for a path.
+    #[error("{setting}: the pattern `{pattern}` has no answer for `{path}`: {reason}")]
+    Undecided {
+        /// The setting that holds the pattern.
+        setting: &'static str,
+        /// The pattern as given.
+        pattern: String,
+        /// The layer's dotted path.
+        path: String,
+        /// Why there is none, such as a search that backtracks without end.
+        reason: String,
+    },
+}
+
+/// The matching rules of one configuration, compiled.
+#[derive(Debug)]
+pub(crate) struct TargetMatcher {
+    target: Modules,
+    exclude: Modules,
+    saved: Vec<String>,
+    layers: Vec<usize>,
+    lists: Vec<Pattern>,
+}
+
+impl TargetMatcher {
+    /// Compiles the rules of `selection`.
+    ///
+    /// # Errors
+    ///
+    /// Every pattern that cannot be used, not the first only; a `layers_pattern` without
+    /// `layers_to_transform` among them.
+    pub(crate) fn new(selection: &Selection) -> Result<Self, Vec<PatternError>> {
+        let mut errors = Vec::new();
+        let mut compile = |setting, modules: &Option<TargetModules>| {
+            Modules::new(setting, modules.as_ref()).unwrap_or_else(|error| {
+                errors.push(error);
+                Modules::Names(Vec::new())
+            })
+        };
+        let target = compile("target_modules", &selection.target_modules);
+        let exclude = compile("exclude_modules", &selection.exclude_modules);
+
+        let (layers, names) = (&selection.layers_to_transform, &selection.layers_pattern);
+        if layers.is_empty() && !names.is_empty() {
+            errors.push(PatternError::Invalid {
+                setting: "layers_pattern",
+                pattern: names.join(", "),
+                reason: "it selects nothing without layers_to_transform".to_string(),
+            });
+        }
+        let any = [ANY_LIST.to_string()];
+        let names = if names.is_empty() { &any } else { &names[..] };
+        let lists = names
+            .iter()
+            .filter_map(|name| Pattern::layer_list(name).map_err(|e| errors.push(e)).ok())
+            .collect();
+
+        if !errors.is_empty() {
+            return Err(errors);
+        }
+        Ok(Self {
+            target,
+            exclude,
+            saved: selection.modules_to_save.clone(),
+            layers: layers.clone(),
+            lists,
+        })
+    }
+
+    /// What the rules say of the layer at `path`, a linear layer or a convolution.
+    ///
+    /// # Errors
+    ///
+    /// A pattern has no answer for this path.
+    pub(crate) fn decide(&self, path: &str, is_linear: bool) -> Result<Decision, PatternError> {
+        if self.exclude.contains(path, is_linear)? || self.is_saved(path) {
+            return Ok(Decision::Excluded);
+        }
+        // A full name is taken in any layer, and so is "all-linear", which PEFT expands to full
+        // names; a regular expression has its own say about layers.
+        let by_ending = match &self.target {
+            Modules::Names(names) => !names.iter().any(|name| name == path),
+            Modules::Regex(_) | Modules::AllLinear => false,
+        };
+        let targeted =
+            self.target.contains(path, is_linear)? && (!by_ending || self.is_in_layers(path)?);
+        Ok(if targeted {
+            Decision::Target
+        } else {
+            Decision::Unmatched
+        })
+    }
+
+    /// Whether `modules_to_save` lists the module at `path` or one that holds it.
+    pub(crate) fn is_saved(&self, path: &str) -> bool {
+        // The entries are names, bounded by dots. PEFT leaves adapters out by the same bounds,
+        // though it reads an entry as a regular expression, but it wraps whatever merely ends with
+        // an entry: its `head` saves `lm_head` too.
+        let path = format!(".{path}.");
+        self.saved
+            .iter()
+            .any(|name| path.contains(&format!(".{name}.")))
+    }
+
+    fn is_in_layers(&self, path: &str) -> Result<bool, PatternError> {
+        if self.layers.is_empty() {
+            return Ok(true);
+        }
+        for list in &self.lists {
+            if let Some(index) = list.layer_index(path)? {
+                return Ok(self.layers.contains(&index));
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// A [`TargetModules`], compiled.
+#[derive(Debug)]
+enum Modules {
+    Names(Vec<String>),
+    Regex(Pattern),
+    AllLinear,
+}
+
+impl Modules {
+    fn new(setting: &'static str, modules: Option<&TargetModules>) -> Result<Self, PatternError> {
+        Ok(match modules {
+            None => Self::Names(Vec::new()),
+            Some(TargetModules::Names(names)) => Self::Names(names.clone()),
+            Some(TargetModules::Regex(pattern)) => Self::Regex(Pattern::full(setting, pattern)?),
+            Some(TargetModules::AllLinear) => Self::AllLinear,
+        })
+    }
+
+    fn contains(&self, path: &str, is_linear: bool) -> Result<bool, PatternError> {
+        match self {
+            Self::Names(names) => Ok(names.iter().any(|name| {
+                let head = path.strip_suffix(name.as_str());
+                head.is_some_and(|head| head.is_empty() || head.ends_with('.'))
+            })),
+            Self::Regex(pattern) => pattern.is_match(path),
+            Self::AllLinear => Ok(is_linear),
+        }
+    }
+}
+
+/// A regular expression in Python's syntax, with what to say when it fails.
+#[derive(Debug)]
+struct Pattern {
+    setting: &'static str,
+    source: String,
+    regex: Regex,
+}
+
+impl Pattern {
+    /// Python's `fullmatch`.
+    fn full(setting: &'static str, source: &str) -> Result<Self, PatternError> {
+        Self::new(setting, source, &format!(r"\A(?:{source})\z"))
+    }
+
+    /// Python's `match`, with the index of the first layer as the first group.
+    fn layer_list(source: &str) -> Result<Self, PatternError> {
+        // Lazy: a greedy start would find the expert's index in `layers.1.experts.0`.
+        Self::new(
+            "layers_pattern",
+            source,
+            &format!(r"\A(?:.*?\.{source}\.(\d+)\.)"),
+        )
+    }
+
+    fn new(setting: &'static str, source: &str, regex: &str) -> Result<Self, PatternError> {
+        let invalid = |reason| PatternError::Invalid {
+            setting,
+            pattern: source.to_string(),
+            reason,
+        };
+        if let Some(reason) = misread(source) {
+            return Err(invalid(reason.to_string()));
+        }
+        // By itself first: `a)(b` would compile between the parentheses of `regex`.
+        let regex = Regex::new(source).and_then(|_| Regex::new(regex));
+        let regex = regex.map_err(|error| invalid(describe(&error)))?;
+        Ok(Self {
+            setting,
+            source: source.to_string(),
+            regex,
+        })
+    }
+
+    fn is_match(&self, path: &str) -> Result<bool, PatternError> {
+        self.regex
+            .is_match(path)
+            .map_err(|error| self.undecided(path, error))
+    }
+
+    fn layer_index(&self, path: &str) -> Result<Option<usize>, PatternError> {
+        let found = self
+            .regex
+            .captures(path)
+            .map_err(|error| self.undecided(path, error))?;
+        let Some(groups) = found else { return Ok(None) };
+        // The pattern is part of the expression as it stands, so a group or a bare `|` in it can
+        // leave the first group without a number. PEFT crashes there.
+        match groups.get(1).and_then(|group| group.as_str().parse().ok()) {
+            Some(index) => Ok(Some(index)),
+            None => Err(self.undecided(path, "its first group is not a layer index")),
+        }
+    }
+
+    fn undecided(&self, path: &str, reason: impl ToString) -> PatternError {
+        PatternError::Undecided {
+            setting: self.setting,
+            pattern: self.source.clone(),
+            path: path.to_string(),
+            reason: reason.to_string(),
+        }
+    }
+}
+
+/// Why `pattern` is refused where fancy-regex would take it, but not as Python means it.
+fn misread(pattern: &str) -> Option<&'static str> {
+    let mut in_class = false;
+    let mut chars = pattern.chars();
+    loop {
+        let rest = chars.as_str();
+        let next_is = |tokens: &[&str]| tokens.iter().any(|token| rest.starts_with(token));
+        if in_class && next_is(&["[", "&&", "--", "~~"]) {
+            return Some("`[`, `&&`, `--` and `~~` must be escaped in a character class");
+        }
+        if !in_class && next_is(&["(?("]) {
+            return Some("conditional groups `(?(…)…)` are not supported");
+        }
+        if !in_class && next_is(&[r"\0", r"\<", r"\>"]) {
+            return Some(r"the escapes `\0`, `\<` and `\>` are not supported");
+        }
+        match chars.next()? {
+            '\\' => _ = chars.next(),
+            '[' if !in_class => {
+                in_class = true;
+                // A `]` in front is a member of the class, not its end.
+                let class = chars.as_str();
+                let class = class.strip_prefix('^').unwrap_or(class);
+                chars = class.strip_prefix(']').unwrap_or(class).chars();
+            }
+            ']' => in_class = false,
+            _ => {}
+        }
+    }
+}
+
+fn describe(error: &Error) -> String {
+    // The engine below fancy-regex draws the pattern over several lines; the last one says why.
+    if let Error::CompileError(error) = error
+        && let CompileError::InnerError(error) = &**error
+        && let Some(error) = error.syntax_error()
+    {
+        let drawing = error.to_string();
+        return drawing
+            .lines()
+            .last()
+            .unwrap_or_default()
+            .trim_start_matches("error: ")
+            .to_string();
+    }
+    error.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decide(selection: &Selection, path: &str) -> Decision {
+        let matcher = TargetMatcher::new(selection).unwrap();
+        matcher.decide(path, true).unwrap()
+    }
+
+    fn targeting(modules: impl Into<TargetModules>) -> Selection {
+        Selection {
+            target_modules: Some(modules.into()),
+            ..Default::default()
+        }
+    }
+
+    fn in_layers(names: &[&str], layers: &[usize], lists: &[&str]) -> Selection {
+        Selection {
+            layers_to_transform: layers.to_vec(),
+            layers_pattern: lists.iter().map(ToString::to_string).collect(),
+            ..targeting(names.to_vec())
+        }
+    }
+
+    fn refusals(selection: &Selection) -> Vec<String> {
+        let errors = TargetMatcher::new(selection).unwrap_err();
+        errors.iter().map(ToString::to_string).collect()
+    }
+
+    type NamesRow = (
+        &'static str,
+        &'static [&'static str],
+        &'static [usize],
+        &'static [&'static str],
+        bool,
+    );
+
+    /// PEFT's REGEX_TEST_CASES with a list of targets. Its rows that differ only in how an empty
+    /// `layers_pattern` is written (`[]`, `""` or `None`) are one row here.
+    #[rustfmt::skip]
+    const PEFT_NAMES: [NamesRow; 37] = [
+        // path, target_modules, layers_to_transform, layers_pattern, targeted
+        ("", &[], &[], &[], false),
+        ("", &["foo"], &[], &[], false),
+        ("foo", &[], &[], &[], false),
+        ("foo", &["foo"], &[], &[], true),
+        ("foo", &["bar"], &[], &[], false),
+        ("foo", &["foo", "bar"], &[], &[], true),
+        ("foo.bar.1.baz", &["baz"], &[1], &["bar"], true),
+        ("foo.bar.1.baz", &["baz"], &[0], &["bar"], false),
+        ("foo.bar.1.baz", &["baz"], &[2], &["bar"], false),
+        ("foo.bar.10.baz", &["baz"], &[0], &["bar"], false),
+        ("foo.bar.10.baz", &["baz"], &[1], &["bar"], false),
+        ("foo.bar.1.baz", &["baz"], &[0, 1, 2], &["bar"], true),
+        ("foo.bar.1.baz", &["baz", "spam"], &[1], &["bar"], true),
+        ("foo.bar.1.baz", &["baz", "spam"], &[0, 1, 2], &["bar"], true),
+        ("foo.whatever.1.baz", &["baz"], &[1], &[], true),
+        ("foo.whatever.1.baz", &["baz"], &[0], &[], false),
+        ("transformer.h.1.attn.attention.q_proj.foo", &["q_proj"], &[], &[], false),
+        ("transformer.h.1.attn.attention.q_proj", &[], &[], &[], false),
+        ("transformer.h.1.attn.attention.q_proj", &["q_proj"], &[], &[], true),
+        ("transformer.h.1.attn.attention.q_proj", &["q_proj", "v_proj"], &[], &[], true),
+        ("transformer.h.1.attn.attention.resid_dropout", &["q_proj", "v_proj"], &[], &[], false),
+        ("transformer.h.1.attn.attention.q_proj", &["q_proj"], &[1], &["h"], true),
+        ("transformer.h.1.attn.attention.q_proj", &["q_proj"], &[0], &["h"], false),
+        ("transformer.h.1.attn.attention.q_proj", &["q_proj"], &[2], &["h"], false),
+        ("transformer.h.1.attn.attention.q_proj", &["q_proj"], &[0, 1, 2], &["h"], true),
+        ("transformer.h.1.attn.attention.q_proj", &["q_proj", "v_proj"], &[0, 1, 2], &["h"], true),
+        ("foo.bar.q_proj", &["q_proj"], &[], &[], true),
+        ("foo.bar.1.baz", &["baz"], &[1], &["foo"], false),
+        ("foo.bar.1.baz", &["baz"], &[1], &["baz"], false),
+        ("bar.1.baz", &["baz"], &[1], &["bar"], false),
+        ("foo.bar.001.baz", &["baz"], &[1], &["bar"], true),
+        ("foo.bar.1.spam.2.baz", &["baz"], &[1], &["bar"], true),
+        ("foo.bar.2.spam.1.baz", &["baz"], &[1], &["bar"], false),
+        ("blocks.1.weight", &["weight"], &[1], &["blocks"], false),
+        ("blocks.1.bias", &["weight"], &[1], &["blocks"], false),
+        ("mlp.blocks.1.weight", &["weight"], &[1], &["blocks"], true),
+        ("mlp.blocks.1.bias", &["weight"], &[1], &["blocks"], false),
+    ];
+
+    /// PEFT's REGEX_TEST_CASES with a regular expression.
+    const PEFT_REGEXES: [(&str, &str, bool); 5] = [
+        // path, target_modules, targeted
+        ("foo", "foo", true),
+        ("foo", ".*oo", true),
+        ("foo", "fo.*", true),
+        ("foo", ".*bar.*", false),
+        ("foobar", ".*oba.*", true),
+    ];
+
+    #[test]
+    fn names_match_as_in_peft() {
+        let wrong: Vec<_> = PEFT_NAMES
+            .iter()
+            .filter(|(path, names, layers, lists, targeted)| {
+                let decision = decide(&in_layers(names, layers, lists), path);
+                (decision == Decision::Target) != *targeted
+            })
+            .collect();
+        assert!(wrong.is_empty(), "{wrong:#?}");
+    }
+
+    #[test]
+    fn regular_expressions_match_as_in_peft() {
+        for (path, regex, targeted) in PEFT_REGEXES {
+            let decision = decide(&targeting(regex), path);
+            assert_eq!(decision == Decision::Target, targeted, "{path} {regex}");
+        }
+    }
+
+    #[test]
+    fn python_syntax_means_what_it_means_in_python() {
+        // What Python 3.11's `re.fullmatch` answers.
+        for (regex, path, matched) in [
+            (r".*\.query\Z", "layer.0.query", true),
+            (r".*\.query$", "layer.0.query", true),
+            (r".*\.query\Z", "layer.0.query\n", false),
+            (r".*\.query", "layer.0.query\n", false),
+            (r"a|ab", "ab", true),
+            (r"(?P<n>a|b)\.(?P=n)", "b.b", true),
+            (r"(?P<n>a|b)\.(?P=n)", "b.a", false),
+            (r"(a|b)\.\1", "a.a", true),
+            (r"(?!decoder).*\.query", "encoder.query", true),
+            (r"(?!decoder).*\.query", "decoder.query", false),
+            (r".*(?<=\.)(?<!self\.)query", "cross.query", true),
+            (r".*(?<=\.)(?<!self\.)query", "self.query", false),
+            (r"(?i)ENCODER.*", "encoder.query", true),
+            (r"[]a]+(?:(?#why)\[|[\[])", "a][", true),
+            (r"a{,2}b", "aab", true),
+        ] {
+            let decision = decide(&targeting(regex), path);
+            assert_eq!(decision == Decision::Target, matched, "{regex} {path}");
+        }
+    }
+
+    #[test]
+    fn python_syntax_that_would_mean_something_else_is_refused() {
+        for (regex, reason) in [
+            (r"(a)?(?(1)(?:b|c))", "conditional"),
+            (r"(?P<n>a)?(?(n)b|c)", "conditional"),
+            (r"(a)\01", "escapes"),
+            (r"\<a\>", "escapes"),
+            ("[a[b]c]", "character class"),
+            ("[a&&b]", "character class"),
+            ("[^]a--c]", "character class"),
+            (r"(?P<n>a)\1", "named backref"),
+            ("(?a)b", "flag"),
+            (r"\N{DIGIT ONE}", "escape"),
+        ] {
+            let refusals = refusals(&targeting(regex));
+            assert!(refusals[0].contains(reason), "{regex}: {}", refusals[0]);
+        }
+    }
+
+    #[test]
+    fn excluded_names_and_expressions_come_first() {
+        let mut selection = targeting(["query", "key"]);
+        for (exclude, path, decision) in [
+            (["key"].into(), "layer.0.key", Decision::Excluded),
+            (["key"].into(), "key", Decision::Excluded),
+            (["layer.0.key"].into(), "layer.0.key", Decision::Excluded),
+            (["ey"].into(), "layer.0.key", Decision::Target),
+            (["layer.0"].into(), "layer.0.key", Decision::Target),
+            (r".*\.0\..*".into(), "layer.0.key", Decision::Excluded),
+            (r"layer\.0".into(), "layer.0.key", Decision::Target),
+            (TargetModules::AllLinear, "layer.0.key", Decision::Excluded),
+        ] {
+            selection.exclude_modules = Some(exclude);
+            assert_eq!(decide(&selection, path), decision, "{selection:?}");
+        }
+    }
+
+    #[test]
+    fn modules_to_save_are_excluded_with_all_they_hold() {
+        let selection = Selection {
+            modules_to_save: vec![
+                "head".to_string(),
+                "pool.out".to_string(),
+                "a.c".to_string(),
+            ],
+            ..targeting("all-linear")
+        };
+        let matcher = TargetMatcher::new(&selection).unwrap();
+        for (path, saved) in [
+            ("head", true),
+            ("model.head", true),
+            ("model.head.dense", true),
+            ("pool.out.dense", true),
+            ("lm_head", false),
+            ("head_norm.dense", false),
+            ("pool.dense.out", false),
+            ("abc", false),
+        ] {
+            let decision = if saved {
+                Decision::Excluded
+            } else {
+                Decision::Target
+            };
+            assert_eq!(matcher.is_saved(path), saved, "{path}");
+            assert_eq!(matcher.decide(path, true), Ok(decision), "{path}");
+        }
+    }
+
+    #[test]
+    fn all_linear_takes_linear_layers_whatever_their_index() {
+        let selection = Selection {
+            layers_to_transform: vec![1],
+            ..targeting("ALL-linear")
+        };
+        let matcher = TargetMatcher::new(&selection).unwrap();
+        assert_eq!(
+            matcher.decide("layer.0.conv", false),
+            Ok(Decision::Unmatched)
+        );
+        assert_eq!(matcher.decide("layer.0.key", true), Ok(Decision::Target));
+    }
+
+    #[test]
+    fn a_regular_expression_ignores_the_layer_filter() {
+        let selection = Selection {
+            layers_to_transform: vec![1],
+            ..targeting(r"model\.layer\.\d\.key")
+        };
+        assert_eq!(decide(&selection, "model.layer.0.key"), Decision::Target);
+    }
+
+    #[test]
+    fn a_full_name_is_taken_in_any_layer() {
+        let selection = in_layers(&["key", "model.layer.0.key"], &[1], &["layer"]);
+        assert_eq!(decide(&selection, "model.layer.0.key"), Decision::Target);
+        assert_eq!(decide(&selection, "model.layer.1.key"), Decision::Target);
+        assert_eq!(decide(&selection, "model.layer.2.key"), Decision::Unmatched);
+    }
+
+    #[test]
+    fn a_path_without_an_index_is_in_no_layer() {
+        let path = "model.pooler.dense";
+        assert_eq!(
+            decide(&in_layers(&["dense"], &[0], &[]), path),
+            Decision::Unmatched
+        );
+        assert_eq!(
+            decide(&in_layers(&["dense"], &[], &[]), path),
+            Decision::Target
+        );
+    }
+
+    #[test]
+    fn the_first_index_is_the_layer() {
+        let path = "model.layers.1.experts.0.up";
+        assert_eq!(
+            decide(&in_layers(&["up"], &[1], &[]), path),
+            Decision::Target
+        );
+        assert_eq!(
+            decide(&in_layers(&["up"], &[0], &[]), path),
+            Decision::Unmatched
+        );
+        assert_eq!(
+            decide(&in_layers(&["up"], &[0], &["experts"]), path),
+            Decision::Target
+        );
+    }
+
+    #[test]
+    fn the_first_layers_pattern_that_fits_gives_the_index() {
+        let path = "model.layers.1.experts.0.up";
+        let lists = ["blocks", "experts", "layers"];
+        assert_eq!(
+            decide(&in_layers(&["up"], &[0], &lists), path),
+            Decision::Target
+        );
+        assert_eq!(
+            decide(&in_layers(&["up"], &[1], &lists), path),
+            Decision::Unmatched
+        );
+    }
+
+    #[test]
+    fn a_layers_pattern_is_part_of_the_expression_as_it_stands() {
+        let path = "model.layers.1.experts.0.up";
+        let layer_1 = |list| decide(&in_layers(&["up"], &[1], &[list]), path);
+        assert_eq!(layer_1("lay.+rs"), Decision::Target);
+        assert_eq!(layer_1(r"layers\.(\d+)\.experts"), Decision::Target);
+        // Python's `match` starts at the front, where neither `.*?\.h` nor `layers\.…` is.
+        assert_eq!(layer_1("h|layers"), Decision::Unmatched);
+    }
+
+    #[test]
+    fn every_bad_pattern_is_reported_in_one_line() {
+        let selection = Selection {
+            exclude_modules: Some("a)(b".into()),
+            layers_to_transform: vec![0],
+            layers_pattern: vec!["layers".to_string(), "(h".to_string()],
+            ..targeting("[z-a]")
+        };
+        assert_eq!(
+            refusals(&selection),
+            [
+                "target_modules: the pattern `[z-a]` cannot be used: invalid character class \
+                 range, the start must be <= the end",
+                "exclude_modules: the pattern `a)(b` cannot be used: Parsing error at position 1: \
+                 General parsing error: end of string not reached",
+                "layers_pattern: the pattern `(h` cannot be used: Parsing error at position 2: \
+                 Opening parenthesis without closing parenthesis",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_layers_pattern_needs_layers_to_transform() {
+        assert_eq!(
+            refusals(&in_layers(&["key"], &[], &["h", "layers"])),
+            [
+                "layers_pattern: the pattern `h, layers` cannot be used: it selects nothing \
+                 without layers_to_transform"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_pattern_that_finds_no_answer_says_so() {
+        let path = format!("{}c", "a".repeat(40));
+        for (selection, path, reason) in [
+            (targeting(r"(a+)+\1b"), path.as_str(), "backtracking"),
+            (
+                in_layers(&["key"], &[0], &["(h|layers)"]),
+                "model.h.0.key",
+                "layer index",
+            ),
+            (
+                in_layers(&["key"], &[0], &["h|layers"]),
+                "model.h.0.key",
+                "layer index",
+            ),
+        ] {
+            let matcher = TargetMatcher::new(&selection).unwrap();
+            let error = matcher.decide(path, true).unwrap_err().to_string();
+            assert!(error.contains(path) && error.contains(reason), "{error}");
+        }
+    }
+}

@@ -48,8 +48,12 @@ fn a_wrong_path_is_named() {
 #[test]
 fn a_missing_checkpoint_is_named() {
     let images = image_folder();
-    let line =
-        complaint(&["--images", text(images.path()), "--backbone", "/no/such/model.safetensors"]);
+    let line = complaint(&[
+        "--images",
+        text(images.path()),
+        "--backbone",
+        "/no/such/model.safetensors",
+    ]);
     assert!(line.contains("/no/such/model.safetensors"), "{line}");
 }
 
@@ -58,7 +62,12 @@ fn a_file_that_is_no_checkpoint_is_named() {
     let images = image_folder();
     let backbone = images.path().join(".model.safetensors");
     fs::write(&backbone, b"not a checkpoint").unwrap();
-    let line = complaint(&["--images", text(images.path()), "--backbone", text(&backbone)]);
+    let line = complaint(&[
+        "--images",
+        text(images.path()),
+        "--backbone",
+        text(&backbone),
+    ]);
     assert!(line.contains(".model.safetensors"), "{line}");
 }
 
@@ -67,14 +76,24 @@ fn a_corrupt_image_is_named_before_anything_else_is_done() {
     let images = image_folder();
     let bad = images.path().join("dog").join("2.png");
     fs::write(&bad, b"\x89PNG\r\n\x1a\nand then nothing").unwrap();
-    let line = complaint(&["--images", text(images.path()), "--backbone", "/no/such/file"]);
+    let line = complaint(&[
+        "--images",
+        text(images.path()),
+        "--backbone",
+        "/no/such/file",
+    ]);
     assert!(line.contains(text(&bad)), "{line}");
 }
 
 #[test]
 fn a_folder_without_classes_is_named() {
     let folder = tempfile::tempdir().unwrap();
-    let line = complaint(&["--images", text(folder.path()), "--backbone", "/no/such/file"]);
+    let line = complaint(&[
+        "--images",
+        text(folder.path()),
+        "--backbone",
+        "/no/such/file",
+    ]);
     assert!(line.contains(text(folder.path())), "{line}");
 }
 
@@ -92,7 +111,10 @@ fn impossible_options_are_named() {
         (&["--method", "sgd"], "--method"),
         (&["--device", "abacus"], "--device"),
         (&["--images", "."], "--images"),
-        (&["--backbone", "x", "--images", ".", "--image-size", "225"], "--image-size"),
+        (
+            &["--backbone", "x", "--images", ".", "--image-size", "225"],
+            "--image-size",
+        ),
         (&["--compare", "--seeds", "0"], "--seeds"),
         (&["--no-such-option"], "--no-such-option"),
     ];
@@ -108,7 +130,10 @@ fn a_block_size_that_does_not_fit_is_explained_before_training() {
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(2), "{stderr}");
     assert_eq!(stderr.lines().count(), 1, "{stderr}");
-    assert!(stderr.contains("block size 6") && stderr.contains("query"), "{stderr}");
+    assert!(
+        stderr.contains("block size 6") && stderr.contains("query"),
+        "{stderr}"
+    );
     assert!(!String::from_utf8(output.stdout).unwrap().contains("epoch"));
 }
 
@@ -116,12 +141,22 @@ fn a_block_size_that_does_not_fit_is_explained_before_training() {
 fn a_short_run_of_each_adapter_leaves_its_record() {
     for method in ["boft", "oft", "lora", "linear", "full"] {
         let folder = tempfile::tempdir().unwrap();
-        let run = dinov2(&["--method", method, "--max-steps", "2", "--output", text(folder.path())]);
+        let run = dinov2(&[
+            "--method",
+            method,
+            "--max-steps",
+            "2",
+            "--output",
+            text(folder.path()),
+        ]);
         let stdout = String::from_utf8(run.stdout).unwrap();
         let stderr = String::from_utf8(run.stderr).unwrap();
         assert!(run.status.success(), "{method}: {stderr}");
         assert!(stdout.contains("accuracy after"), "{method}: {stdout}");
-        assert!(folder.path().join("adapter.bpk").is_file(), "{method}: {stdout}");
+        assert!(
+            folder.path().join("adapter.bpk").is_file(),
+            "{method}: {stdout}"
+        );
         if !matches!(method, "linear" | "full") {
             assert!(stdout.contains("merged model: all"), "{method}: {stdout}");
         }
@@ -134,9 +169,25 @@ fn help_lists_every_option() {
     assert!(output.status.success());
     let help = String::from_utf8(output.stdout).unwrap();
     let options = [
-        "--images", "--backbone", "--size", "--registers", "--image-size", "--method",
-        "--block-size", "--factors", "--dropout", "--learning-rate", "--epochs", "--batch-size",
-        "--max-steps", "--seed", "--output", "--device", "--compare", "--seeds", "--pretrain",
+        "--images",
+        "--backbone",
+        "--size",
+        "--registers",
+        "--image-size",
+        "--method",
+        "--block-size",
+        "--factors",
+        "--dropout",
+        "--learning-rate",
+        "--epochs",
+        "--batch-size",
+        "--max-steps",
+        "--seed",
+        "--output",
+        "--device",
+        "--compare",
+        "--seeds",
+        "--pretrain",
     ];
     for option in options {
         assert!(help.contains(option), "{option} is missing from\n{help}");

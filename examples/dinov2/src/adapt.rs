@@ -1,0 +1,168 @@
+//! The default job: adapt one model, compare it with a linear probe, save what was trained.
+
+use std::path::Path;
+
+use burn::module::ParamGroup;
+use burn::prelude::*;
+use burn_boft::summary;
+
+use crate::backbone::Backbone;
+use crate::cli::Adapt;
+use crate::digits;
+use crate::error::Error;
+use crate::folder;
+use crate::images::Task;
+use crate::method::{Method, trainable};
+use crate::model::Dinov2ForImageClassification;
+use crate::progress::Progress;
+use crate::train::{Recipe, logits, predictions, score, train};
+
+/// The file that a run leaves in its output folder.
+const RECORD: &str = "adapter.bpk";
+
+/// Adapts a model and reports accuracy before and after, on images that took no part in training.
+///
+/// # Errors
+///
+/// The images, the backbone or the sizes cannot be used, or the training stopped.
+pub fn adapt(request: &Adapt, recipe: &Recipe, device: &Device) -> Result<(), Error> {
+    let task = read_task(request, recipe.seed)?;
+    println!(
+        "{} classes: {}; {} images to train on, {} to validate, {} to test",
+        task.classes.len(),
+        task.classes.join(", "),
+        task.split.train.len(),
+        task.split.valid.len(),
+        task.split.test.len(),
+    );
+
+    // The adapter is attached before the probe trains, so that sizes that do not fit end the run now.
+    let Adapt {
+        method, backbone, ..
+    } = request;
+    let prepared = prepare(method, backbone, &task, recipe, device)?;
+    let saved = trainable(&prepared);
+    println!("{method}: {}", summary(&prepared));
+
+    let before = match method {
+        Method::Linear => None,
+        _ => {
+            let probe = Method::Linear;
+            let model = prepare(&probe, backbone, &task, recipe, device)?;
+            let rate = probe.learning_rate();
+            let probe = train(model, &task, recipe, rate, "linear probe", Progress::Shown)?;
+            Some(score(
+                &logits(&probe.model, &task.split.test, &task.format),
+                &task.split.test,
+            ))
+        }
+    };
+
+    let label = method.to_string();
+    let trained = train(
+        prepared,
+        &task,
+        recipe,
+        request.learning_rate,
+        &label,
+        Progress::Shown,
+    )?;
+    match trained.epoch {
+        Some(epoch) => println!(
+            "best epoch: {epoch}, validation loss {:.3}, validation accuracy {:.1} %",
+            trained.valid.loss,
+            100.0 * trained.valid.accuracy,
+        ),
+        None => println!("stopped before the first epoch was complete"),
+    }
+
+    let test = logits(&trained.model, &task.split.test, &task.format);
+    if let Some(before) = before {
+        println!(
+            "accuracy before: {:.1} % (linear probe on the frozen backbone, trained alike)",
+            100.0 * before.accuracy,
+        );
+    }
+    let after = score(&test, &task.split.test);
+    println!(
+        "accuracy after:  {:.1} % ({method})",
+        100.0 * after.accuracy
+    );
+    check_merged(method, &trained.model, &task, &test)?;
+    save(trained.model, saved, &request.output)
+}
+
+fn read_task(request: &Adapt, seed: u64) -> Result<Task, Error> {
+    Ok(match (&request.images, &request.backbone) {
+        (Some(path), Backbone::File { image_size, .. }) => folder::read(path, *image_size)?,
+        _ => digits::digits(digits::NEW),
+    }
+    .split(seed))
+}
+
+/// The backbone with a new head, ready to train. The same seed gives every method the same head.
+pub fn prepare(
+    method: &Method,
+    backbone: &Backbone,
+    task: &Task,
+    recipe: &Recipe,
+    device: &Device,
+) -> Result<Dinov2ForImageClassification, Error> {
+    device.seed(recipe.seed);
+    let device = device.clone().autodiff();
+    method.prepare(backbone.load(task.classes.len(), &device)?)
+}
+
+/// Folds the adapter into the weights and compares what both models say about the test images.
+fn check_merged(
+    method: &Method,
+    model: &Dinov2ForImageClassification,
+    task: &Task,
+    adapted: &Tensor<2>,
+) -> Result<(), Error> {
+    let Some(merged) = method.merged(model.clone())? else {
+        return Ok(());
+    };
+    let merged = logits(&merged, &task.split.test, &task.format);
+    let (ours, theirs) = (predictions(adapted), predictions(&merged));
+    let differing = ours.iter().zip(&theirs).filter(|(a, b)| a != b).count();
+    let difference = (merged - adapted.clone()).abs().max().into_scalar::<f64>();
+    if differing > 0 {
+        return Err(Error::Merged {
+            differing,
+            difference,
+        });
+    }
+    println!(
+        "merged model: all {} test predictions equal, largest logit difference {difference:.1e}",
+        ours.len(),
+    );
+    Ok(())
+}
+
+/// Saves what was trained and nothing of the frozen backbone.
+fn save(
+    model: Dinov2ForImageClassification,
+    trained: ParamGroup,
+    folder: &Path,
+) -> Result<(), Error> {
+    let path = folder.join(RECORD);
+    let failed = |reason: String| Error::Write {
+        path: path.clone(),
+        reason,
+    };
+    std::fs::create_dir_all(folder).map_err(|error| failed(error.to_string()))?;
+    let record = model.into_record_group(trained);
+    record
+        .save(&path)
+        .map_err(|error| failed(error.to_string()))?;
+    let bytes = std::fs::metadata(&path)
+        .map_err(|error| failed(error.to_string()))?
+        .len();
+    println!(
+        "saved {} ({:.1} kB): what was trained, nothing else",
+        path.display(),
+        bytes as f64 / 1e3
+    );
+    Ok(())
+}

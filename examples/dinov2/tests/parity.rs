@@ -11,7 +11,8 @@ use dinov2::model::{
     load_safetensors_bytes,
 };
 
-/// Largest difference allowed, relative to the largest expected value. Measured on flex: up to 5e-7.
+/// Largest difference allowed, relative to the largest expected value. Measured on flex: up to
+/// 5e-7.
 const TOLERANCE: f32 = 1e-4;
 
 #[test]
@@ -102,6 +103,15 @@ fn positions_learn_at_other_image_sizes_too() {
 }
 
 #[test]
+#[should_panic(expected = "expected [batch, 3, ≥ 4, ≥ 4] pixels, found [1, 1, 16, 16]")]
+fn images_of_other_channels_are_refused() {
+    let device = Device::default();
+    mlp()
+        .init(&device)
+        .forward(Tensor::zeros([1, 1, 16, 16], &device));
+}
+
+#[test]
 fn a_file_in_memory_loads_like_one_on_disk() {
     let device = Device::default();
     let bytes = std::fs::read(fixture("mlp", "model")).expect("the fixture is readable");
@@ -177,6 +187,18 @@ fn a_misfit_names_every_offender() {
 }
 
 #[test]
+fn a_file_that_ends_early_is_refused() {
+    let mut bytes = std::fs::read(fixture("mlp", "model")).expect("the fixture is readable");
+    bytes.truncate(bytes.len() - 4);
+
+    let model = mlp().init(&Device::default());
+    let error =
+        load_safetensors_bytes(model, bytes, Head::FromFile).expect_err("bytes are missing");
+
+    assert!(matches!(error, LoadError::Read(_)), "{error}");
+}
+
+#[test]
 fn what_is_no_safetensors_file_is_refused() {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     for path in [path.join("Cargo.toml"), path.join("no-such-file")] {
@@ -200,6 +222,7 @@ fn backbone() -> Dinov2Config {
         .with_patch_size(4)
         .with_image_size(16)
         .with_num_labels(5)
+        .with_layer_norm_eps(0.01)
 }
 
 /// Compares all that a model says in all `cases`, with and without autodiff.

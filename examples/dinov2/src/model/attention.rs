@@ -89,8 +89,8 @@ pub struct Dinov2SelfOutput {
 
 /// Scaled dot-product attention over `[batch, heads, tokens, head_size]`.
 fn attend(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>) -> Tensor<4> {
-    // Burn's fused attention has no backward pass of its own, and what stands in for it differentiates the maximum of
-    // every row too, which a softmax does not need.
+    // Burn's fused attention has no backward pass of its own, and what stands in for it
+    // differentiates the maximum of every row too, which a softmax does not need.
     if query.is_autodiff() {
         let scale = (query.dims()[3] as f64).powf(-0.5);
         let scores = (query * scale).matmul(key.transpose());

@@ -42,8 +42,8 @@ impl Dinov2Model {
         self.layernorm.forward(self.encoder.forward(tokens))
     }
 
-    /// The tokens after the embeddings and after each layer, before the final norm, with `masked` patches hidden from
-    /// the model.
+    /// The tokens after the embeddings and after each layer, before the final norm, with `masked`
+    /// patches hidden from the model.
     ///
     /// # Shapes
     ///
@@ -63,7 +63,8 @@ impl Dinov2Model {
         self.encoder.hidden_states(tokens)
     }
 
-    /// One vector per image: the class token beside the mean of the patches. Registers are left out.
+    /// One vector per image: the class token beside the mean of the patches. Registers are left
+    /// out.
     ///
     /// # Shapes
     ///

@@ -32,8 +32,8 @@ pub struct Dinov2Config {
     /// Side of a patch, in pixels. Default: 14.
     #[config(default = 14)]
     pub patch_size: usize,
-    /// Side of the square images that the position embeddings were trained on, in pixels; other images are served by
-    /// interpolation. Default: 518.
+    /// Side of the square images that the position embeddings were trained on, in pixels; other
+    /// images are served by interpolation. Default: 518.
     #[config(default = 518)]
     pub image_size: usize,
     /// Channels of an image. Default: 3.
@@ -84,7 +84,8 @@ impl Dinov2Config {
     ///
     /// # Panics
     ///
-    /// Where `num_attention_heads` does not divide `hidden_size`, or `patch_size` does not divide `image_size`.
+    /// Where `num_attention_heads` does not divide `hidden_size`, or `patch_size` does not divide
+    /// `image_size`.
     pub fn init(&self, device: &Device) -> Dinov2ForImageClassification {
         Dinov2ForImageClassification::new(self, device)
     }
@@ -145,8 +146,8 @@ mod tests {
 
     #[test]
     fn the_named_sizes_have_the_published_numbers_of_parameters() {
-        // facebook/dinov2-{small,base,large,giant}, without a head. Parameters are made when first read, so this makes
-        // none.
+        // facebook/dinov2-{small,base,large,giant}, without a head. Parameters are made when first
+        // read, so this makes none.
         let device = Device::default();
         for (config, expected) in [
             (Dinov2Config::small(), 22_056_576),
@@ -156,6 +157,28 @@ mod tests {
         ] {
             assert_eq!(config.init_backbone(&device).num_params(), expected);
         }
+    }
+
+    #[test]
+    fn the_defaults_are_those_of_the_published_checkpoints() {
+        let config = Dinov2Config::small();
+        assert_eq!(
+            (config.patch_size, config.image_size, config.num_channels),
+            (14, 518, 3)
+        );
+        assert_eq!(
+            (
+                config.mlp_ratio,
+                config.num_register_tokens,
+                config.num_labels
+            ),
+            (4, 0, 1000)
+        );
+        assert_eq!(
+            (config.layerscale_value, config.layer_norm_eps),
+            (1.0, 1e-6)
+        );
+        assert!(!config.use_swiglu_ffn);
     }
 
     #[test]

@@ -16,7 +16,8 @@ pub struct Dinov2Embeddings {
     pub mask_token: Param<Tensor<2>>,
     /// The register tokens, which have no position: `[1, num_register_tokens, hidden_size]`.
     pub register_tokens: Option<Param<Tensor<3>>>,
-    /// The position of the class token, then of the patches row by row: `[1, 1 + patches, hidden_size]`.
+    /// The position of the class token, then of the patches row by row:
+    /// `[1, 1 + patches, hidden_size]`.
     pub position_embeddings: Param<Tensor<3>>,
     /// The patches as tokens.
     pub patch_embeddings: Dinov2PatchEmbeddings,
@@ -80,7 +81,8 @@ impl Dinov2Embeddings {
             .map_or(0, |registers| registers.dims()[1])
     }
 
-    /// The positions of the class token and of a `grid` of patches, resampled where it is not the trained one.
+    /// The positions of the class token and of a `grid` of patches, resampled where it is not the
+    /// trained one.
     fn positions(&self, grid: [usize; 2]) -> (Tensor<3>, Tensor<3>) {
         let positions = self.position_embeddings.val();
         let [_, count, width] = positions.dims();
@@ -137,7 +139,7 @@ impl Dinov2PatchEmbeddings {
         let [_, expected, patch_height, patch_width] = self.projection.weight.dims();
         assert!(
             channels == expected && height >= patch_height && width >= patch_width,
-            "expected [batch, {expected}, {patch_height} or more, {patch_width} or more] pixels, found {:?}",
+            "expected [batch, {expected}, ≥ {patch_height}, ≥ {patch_width}] pixels, found {:?}",
             pixels.dims(),
         );
 

@@ -28,7 +28,8 @@ pub enum LoadError {
     #[error(transparent)]
     Read(#[from] SafetensorsStoreError),
 
-    /// The file was written for another model. Every misfit is listed, under the names of the model's parameters.
+    /// The file was written for another model. Every misfit is listed, under the names of the
+    /// model's parameters.
     #[error("the weights do not fit the model{}", misfits(missing, unused, wrong))]
     Mismatch {
         /// Parameters that the file lacks.
@@ -42,7 +43,8 @@ pub enum LoadError {
 
 /// Loads the safetensors file at `path`, as `transformers` writes it, into `model`.
 ///
-/// Reads files of classifiers and of backbones, which have no head and no prefix, with registers and without.
+/// Reads files of classifiers and of backbones, which have no head and no prefix, with registers
+/// and without.
 ///
 /// # Numerics
 ///
@@ -51,7 +53,8 @@ pub enum LoadError {
 /// # Errors
 ///
 /// - [`LoadError::Read`]: the file cannot be read, or is not a safetensors file.
-/// - [`LoadError::Mismatch`]: a parameter is missing in the file, a tensor of the file is unused, or shapes differ.
+/// - [`LoadError::Mismatch`]: a parameter is missing in the file, a tensor of the file is unused,
+///   or shapes differ.
 pub fn load_safetensors(
     model: Dinov2ForImageClassification,
     path: impl AsRef<Path>,

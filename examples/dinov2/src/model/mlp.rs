@@ -8,7 +8,8 @@ use super::{BoftLinear, BoftLinearConfig, Dinov2Config};
 
 /// `fc2(gelu(fc1(x)))`, or SwiGLU: `weights_out(silu(a) ⊙ b)` with `[a, b] = weights_in(x)`.
 ///
-/// One struct holds both kinds, because a variant of an enum would add its name to the paths of the parameters.
+/// One struct holds both kinds, because a variant of an enum would add its name to the paths of the
+/// parameters.
 #[derive(Module, Debug)]
 pub struct Dinov2Mlp {
     /// The first map of the GELU kind: `[hidden_size, mlp_size]`.

@@ -1,7 +1,9 @@
 //! DINOv2 (Oquab et al., 2023) as Hugging Face's `transformers` computes it.
 //!
-//! Fields are named after the keys of Hugging Face's checkpoint files, so the path of every parameter *is* its key:
-//! `dinov2.encoder.layer.0.attention.attention.query.weight`. Adapter files of PEFT name the same paths.
+//! Fields are named after the keys of Hugging Face's checkpoint files, so the path of every
+//! parameter *is* its key: `dinov2.encoder.layer.0.attention.attention.query.weight`. (In memory,
+//! transformers 5 calls that `attention.q_proj` and has the two halves of `weights_in` apart; it
+//! reads and writes the names here.)
 
 mod attention;
 mod classifier;

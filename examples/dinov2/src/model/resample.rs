@@ -1,7 +1,9 @@
-//! Bicubic resampling of a grid, as `torch.nn.functional.interpolate(…, align_corners=False)` does it.
+//! Bicubic resampling of a grid, as `torch.nn.functional.interpolate(…, align_corners=False)` does
+//! it.
 //!
-//! Resampling is linear and separable, so it is two products with small constant matrices. They differentiate on every
-//! backend; Burn's own bicubic `interpolate` neither antialiases nor has a backward pass on the GPU backends.
+//! Resampling is linear and separable, so it is two products with small constant matrices. They
+//! differentiate on every backend; Burn's own bicubic `interpolate` neither antialiases nor has a
+//! backward pass on the GPU backends.
 
 use burn::tensor::{Device, Tensor, TensorData};
 
@@ -10,7 +12,8 @@ use burn::tensor::{Device, Tensor, TensorData};
 pub(super) enum Cubic {
     /// PyTorch's `antialias=False`: `a = −0.75`, four taps, edges repeated.
     Interpolating,
-    /// PyTorch's `antialias=True`: `a = −0.5`, a kernel as wide as the shrinking asks, cut at the edges.
+    /// PyTorch's `antialias=True`: `a = −0.5`, a kernel as wide as the shrinking asks, cut at the
+    /// edges.
     Antialiased,
 }
 

@@ -58,6 +58,17 @@ fn a_missing_checkpoint_is_named() {
 }
 
 #[test]
+fn an_output_that_cannot_be_written_is_named_before_training() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    fs::write(&file, b"").unwrap();
+    let line = complaint(&["--output", text(&file.join("folder"))]);
+    assert!(line.contains(text(&file)), "{line}");
+    let line = complaint(&["--pretrain", text(&folder.path().join("none").join("out"))]);
+    assert!(line.contains("none"), "{line}");
+}
+
+#[test]
 fn a_file_that_is_no_checkpoint_is_named() {
     let images = image_folder();
     let backbone = images.path().join(".model.safetensors");
@@ -126,7 +137,8 @@ fn impossible_options_are_named() {
 
 #[test]
 fn a_block_size_that_does_not_fit_is_explained_before_training() {
-    let output = dinov2(&["--block-size", "6"]);
+    let folder = tempfile::tempdir().unwrap();
+    let output = dinov2(&["--block-size", "6", "--output", text(folder.path())]);
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(2), "{stderr}");
     assert_eq!(stderr.lines().count(), 1, "{stderr}");

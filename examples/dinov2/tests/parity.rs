@@ -27,12 +27,8 @@ fn the_swiglu_model_answers_as_transformers_does() {
 
 #[test]
 fn the_model_with_registers_answers_as_transformers_does() {
-    let config = mlp().with_num_register_tokens(3);
-    check(
-        "registers",
-        &config,
-        &["native", "larger", "smaller", "uneven"],
-    );
+    let cases = ["native", "larger", "smaller", "uneven"];
+    check("registers", &registers(), &cases);
 }
 
 #[test]
@@ -87,12 +83,7 @@ fn a_transposed_weight_would_be_noticed() {
 #[test]
 fn positions_learn_at_other_image_sizes_too() {
     let device = Device::default().autodiff();
-    let model = load(
-        "registers",
-        &mlp().with_num_register_tokens(3),
-        Head::FromFile,
-        &device,
-    );
+    let model = load("registers", &registers(), Head::FromFile, &device);
     let mut answers = Answers::open("registers", "smaller", &device);
 
     let gradients = model.forward(answers.tensor("pixels")).sum().backward();
@@ -156,7 +147,8 @@ fn layers_that_the_file_lacks_are_reported() {
 
 #[test]
 fn tensors_that_the_model_has_no_place_for_are_reported() {
-    let (missing, unused, wrong) = misfits("registers", &mlp());
+    let config = registers().with_num_register_tokens(0);
+    let (missing, unused, wrong) = misfits("registers", &config);
 
     assert_eq!(unused, ["dinov2.embeddings.register_tokens"]);
     assert!(missing.is_empty() && wrong.is_empty());
@@ -208,11 +200,21 @@ fn what_is_no_safetensors_file_is_refused() {
     }
 }
 
-/// The settings that `make.py` gives the models with a head.
+/// The settings that `make.py` gives the GELU and, but for that, the SwiGLU model.
 fn mlp() -> Dinov2Config {
     Dinov2Config::new(32, 4, 2)
         .with_patch_size(4)
         .with_image_size(16)
+        .with_num_labels(5)
+}
+
+/// The settings that `make.py` gives the model with registers.
+fn registers() -> Dinov2Config {
+    Dinov2Config::new(32, 4, 1)
+        .with_patch_size(4)
+        .with_image_size(16)
+        .with_mlp_ratio(2)
+        .with_num_register_tokens(3)
         .with_num_labels(5)
 }
 

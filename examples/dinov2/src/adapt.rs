@@ -24,7 +24,7 @@ const RECORD: &str = "adapter.bpk";
 ///
 /// # Errors
 ///
-/// The images, the backbone or the sizes cannot be used, or the training stopped.
+/// The images, the backbone, the output folder or the sizes cannot be used, or the training stopped.
 pub fn adapt(request: &Adapt, recipe: &Recipe, device: &Device) -> Result<(), Error> {
     let task = read_task(request, recipe.seed)?;
     println!(
@@ -36,11 +36,15 @@ pub fn adapt(request: &Adapt, recipe: &Recipe, device: &Device) -> Result<(), Er
         task.split.test.len(),
     );
 
-    // The adapter is attached before the probe trains, so that sizes that do not fit end the run now.
+    // What can be refused is refused before the first training.
     let Adapt {
         method, backbone, ..
     } = request;
     let prepared = prepare(method, backbone, &task, recipe, device)?;
+    std::fs::create_dir_all(&request.output).map_err(|source| Error::Path {
+        path: request.output.clone(),
+        source,
+    })?;
     let saved = trainable(&prepared);
     println!("{method}: {}", summary(&prepared));
 
@@ -151,7 +155,6 @@ fn save(
         path: path.clone(),
         reason,
     };
-    std::fs::create_dir_all(folder).map_err(|error| failed(error.to_string()))?;
     let record = model.into_record_group(trained);
     record
         .save(&path)

@@ -337,6 +337,8 @@ impl MethodName {
 
 #[cfg(test)]
 mod tests {
+    use clap::CommandFactory;
+
     use super::*;
 
     fn settings(options: &[&str]) -> Result<Settings, String> {
@@ -348,19 +350,31 @@ mod tests {
 
     #[test]
     fn the_help_states_the_defaults_of_the_code() {
-        let settings = settings(&[]).unwrap();
-        let Job::Adapt(adapt) = settings.job else {
-            panic!("{:?}", settings.job)
+        let help = Cli::command().render_long_help().to_string();
+        let adapt = |options: &[&str]| match settings(options).unwrap().job {
+            Job::Adapt(adapt) => adapt,
+            job => panic!("{job:?}"),
         };
+        let boft = Method::Boft {
+            block_size: 4,
+            factors: 2,
+            dropout: 0.1,
+        };
+        assert_eq!(adapt(&[]).method, boft);
         assert_eq!(
-            adapt.method,
-            Method::Boft {
-                block_size: 4,
-                factors: 2,
-                dropout: 0.1
-            },
+            adapt(&["--method", "oft"]).method,
+            Method::Oft { block_size: 8 }
         );
-        assert_eq!(adapt.output, PathBuf::from("dinov2-output"));
+        assert_eq!(adapt(&[]).output, PathBuf::from("dinov2-output"));
+        for stated in [
+            "adapt the model; the head is trained by all of them [default: boft]",
+            "Channels per rotated block [default: 4 for boft, 8 for oft]",
+            "Butterfly factors of boft [default: 2]",
+            "leaves unrotated [default: 0.1]",
+            "[default: dinov2-output in the current folder]",
+        ] {
+            assert!(help.contains(stated), "{stated}: {help}");
+        }
     }
 
     #[test]

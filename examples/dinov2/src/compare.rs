@@ -18,7 +18,7 @@ use crate::progress::Progress;
 use crate::train::{Recipe, Score, Trained, features, logits, score, step_time, train};
 
 /// The learning rates that every method may choose from, by validation loss.
-const RATES: [f64; 4] = [1e-3, 3e-3, 1e-2, 3e-2];
+const RATES: [f64; 5] = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1];
 /// Neighbours that vote on an old digit.
 const NEIGHBOURS: usize = 5;
 

@@ -5,6 +5,10 @@ use thiserror::Error;
 
 use crate::model::LoadError;
 
+/// Misfits that a message lists, and its longest length.
+const LINE_PARTS: usize = 3;
+const LINE_LENGTH: usize = 600;
+
 /// Everything that can end the program.
 #[derive(Debug, Error)]
 pub enum Error {
@@ -12,9 +16,9 @@ pub enum Error {
     #[error("{0}")]
     Settings(String),
 
-    /// A folder or file that cannot be read.
+    /// A folder or file that is not there or cannot be used.
     #[error("{path}: {source}", path = path.display())]
-    Read {
+    Path {
         path: PathBuf,
         source: std::io::Error,
     },
@@ -31,7 +35,10 @@ pub enum Error {
     Folder { path: PathBuf, reason: String },
 
     /// A checkpoint that does not fit the model.
-    #[error("{path}: {source}", path = path.display())]
+    #[error(
+        "{path} is not loaded as the model of --size and --registers: {source}",
+        path = path.display()
+    )]
     Backbone { path: PathBuf, source: LoadError },
 
     /// Adapter sizes that do not fit the model.
@@ -60,7 +67,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Settings(_)
-            | Self::Read { .. }
+            | Self::Path { .. }
             | Self::Image { .. }
             | Self::Folder { .. }
             | Self::Backbone { .. }
@@ -69,15 +76,23 @@ impl Error {
         }
     }
 
-    /// The message as one line, whatever its parts wrote.
+    /// The message as one line of readable length, whatever its parts wrote.
     pub fn line(&self) -> String {
         let text = self.to_string();
-        let parts: Vec<_> = text
+        let parts: Vec<&str> = text
             .lines()
             .map(str::trim)
             .filter(|part| !part.is_empty())
             .collect();
-        parts.join("; ")
+        let mut line = parts[..parts.len().min(LINE_PARTS)].join("; ");
+        if let Some((end, _)) = line.char_indices().nth(LINE_LENGTH) {
+            line.truncate(end);
+            line.push('…');
+        }
+        if parts.len() > LINE_PARTS {
+            line.push_str(&format!("; and {} more", parts.len() - LINE_PARTS));
+        }
+        line
     }
 }
 
@@ -87,7 +102,9 @@ mod tests {
 
     #[test]
     fn a_message_of_several_lines_becomes_one() {
-        let error = Error::Settings("first\n  second\n\n".to_string());
-        assert_eq!(error.line(), "first; second");
+        let line = |text: &str| Error::Settings(text.to_string()).line();
+        assert_eq!(line("first\n  second\n\n"), "first; second");
+        assert_eq!(line("a\nb\nc\nd\ne"), "a; b; c; and 2 more");
+        assert_eq!(line(&"é".repeat(2000)).chars().count(), LINE_LENGTH + 1);
     }
 }

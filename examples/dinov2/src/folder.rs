@@ -60,7 +60,7 @@ pub fn read(folder: &Path, size: usize) -> Result<Dataset, Error> {
 
 /// What a folder holds, by name, without hidden entries.
 fn entries(folder: &Path) -> Result<Vec<PathBuf>, Error> {
-    let unreadable = |source| Error::Read {
+    let unreadable = |source| Error::Path {
         path: folder.to_path_buf(),
         source,
     };
@@ -81,7 +81,7 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>, Error> {
 
 /// The red, then the green, then the blue values of an image.
 fn decode(file: &Path, size: usize) -> Result<Vec<u8>, Error> {
-    let unreadable = |source| Error::Read {
+    let unreadable = |source| Error::Path {
         path: file.to_path_buf(),
         source,
     };

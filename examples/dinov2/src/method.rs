@@ -63,8 +63,8 @@ impl Method {
     /// The learning rate that did best on validation data of the digits.
     pub fn learning_rate(&self) -> f64 {
         match self {
-            Self::Linear => 1e-2,
-            Self::Lora { .. } => 1e-2,
+            Self::Linear => 3e-2,
+            Self::Lora { .. } => 3e-3,
             Self::Oft { .. } => 1e-2,
             Self::Boft { .. } => 1e-2,
             Self::Full => 1e-3,

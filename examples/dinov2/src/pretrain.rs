@@ -1,5 +1,6 @@
 //! `--pretrain`: the backbone that comes with the example, from nothing.
 
+use std::fs::File;
 use std::path::Path;
 
 use burn::prelude::*;
@@ -20,8 +21,17 @@ const RATE: f64 = 1e-3;
 ///
 /// # Errors
 ///
-/// The training stopped, or the file cannot be written.
+/// The file cannot be written, which shows before the training, or the training stopped.
 pub fn pretrain(output: &Path, recipe: &Recipe, device: &Device) -> Result<(), Error> {
+    File::options()
+        .create(true)
+        .append(true)
+        .open(output)
+        .map_err(|source| Error::Path {
+            path: output.to_path_buf(),
+            source,
+        })?;
+
     let mut task = digits::old_task();
     task.split.train = task.split.train.iter().flat_map(shifts).collect();
 

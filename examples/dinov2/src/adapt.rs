@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use burn::module::ParamGroup;
+use burn::module::{Param, ParamGroup};
 use burn::prelude::*;
 use burn_boft::summary;
 
@@ -113,8 +113,11 @@ pub fn prepare(
     device: &Device,
 ) -> Result<Dinov2ForImageClassification, Error> {
     device.seed(recipe.seed);
-    let device = device.clone().autodiff();
-    method.prepare(backbone.load(task.classes.len(), &device)?)
+    let model = backbone.load(task.classes.len(), &device.clone().autodiff())?;
+    // Burn draws a parameter when it is first read; the head must come before a method's own draws.
+    model.classifier.weight.val();
+    model.classifier.bias.as_ref().map(Param::val);
+    method.prepare(model)
 }
 
 /// Folds the adapter into the weights and compares what both models say about the test images.

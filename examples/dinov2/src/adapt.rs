@@ -15,7 +15,7 @@ use crate::images::Task;
 use crate::method::{Method, trainable};
 use crate::model::Dinov2ForImageClassification;
 use crate::progress::Progress;
-use crate::train::{Recipe, logits, predictions, score, train};
+use crate::train::{Recipe, logits, predictions, test, train};
 
 /// The file that a run leaves in its output folder.
 const RECORD: &str = "adapter.bpk";
@@ -40,60 +40,57 @@ pub fn adapt(request: &Adapt, recipe: &Recipe, device: &Device) -> Result<(), Er
     let Adapt {
         method, backbone, ..
     } = request;
-    let prepared = prepare(method, backbone, &task, recipe, device)?;
+    let model = prepare(method, backbone, &task, recipe, device)?;
     std::fs::create_dir_all(&request.output).map_err(|source| Error::Path {
         path: request.output.clone(),
         source,
     })?;
-    let saved = trainable(&prepared);
-    println!("{method}: {}", summary(&prepared));
+    let saved = trainable(&model);
+    println!("{method}: {}", summary(&model));
 
-    let before = match method {
+    let probe = match method {
         Method::Linear => None,
         _ => {
-            let probe = Method::Linear;
-            let model = prepare(&probe, backbone, &task, recipe, device)?;
-            let rate = probe.learning_rate();
-            let probe = train(model, &task, recipe, rate, "linear probe", Progress::Shown)?;
-            Some(score(
-                &logits(&probe.model, &task.split.test, &task.format),
-                &task.split.test,
-            ))
+            let model = prepare(&Method::Linear, backbone, &task, recipe, device)?;
+            let rate = Method::Linear.learning_rate();
+            Some(run(&Method::Linear, model, &task, recipe, rate)?)
         }
     };
+    let trained = run(method, model, &task, recipe, request.learning_rate)?;
 
+    if let Some(probe) = probe {
+        println!(
+            "accuracy before: {:.1} % (linear probe on the frozen backbone, trained alike)",
+            100.0 * test(&probe, &task).accuracy,
+        );
+    }
+    println!(
+        "accuracy after:  {:.1} % ({method})",
+        100.0 * test(&trained, &task).accuracy,
+    );
+    save(&trained, saved, &request.output)?;
+    check_merged(method, &trained, &task)
+}
+
+/// Trains in sight and says which epoch was kept.
+fn run(
+    method: &Method,
+    model: Dinov2ForImageClassification,
+    task: &Task,
+    recipe: &Recipe,
+    rate: f64,
+) -> Result<Dinov2ForImageClassification, Error> {
     let label = method.to_string();
-    let trained = train(
-        prepared,
-        &task,
-        recipe,
-        request.learning_rate,
-        &label,
-        Progress::Shown,
-    )?;
+    let trained = train(model, task, recipe, rate, &label, Progress::Shown)?;
     match trained.epoch {
         Some(epoch) => println!(
-            "best epoch: {epoch}, validation loss {:.3}, validation accuracy {:.1} %",
+            "{method}: best epoch {epoch}, validation loss {:.3}, validation accuracy {:.1} %",
             trained.valid.loss,
             100.0 * trained.valid.accuracy,
         ),
-        None => println!("stopped before the first epoch was complete"),
+        None => println!("{method}: stopped before the first epoch was complete"),
     }
-
-    let test = logits(&trained.model, &task.split.test, &task.format);
-    if let Some(before) = before {
-        println!(
-            "accuracy before: {:.1} % (linear probe on the frozen backbone, trained alike)",
-            100.0 * before.accuracy,
-        );
-    }
-    let after = score(&test, &task.split.test);
-    println!(
-        "accuracy after:  {:.1} % ({method})",
-        100.0 * after.accuracy
-    );
-    check_merged(method, &trained.model, &task, &test)?;
-    save(trained.model, saved, &request.output)
+    Ok(trained.model)
 }
 
 fn read_task(request: &Adapt, seed: u64) -> Result<Task, Error> {
@@ -125,15 +122,15 @@ fn check_merged(
     method: &Method,
     model: &Dinov2ForImageClassification,
     task: &Task,
-    adapted: &Tensor<2>,
 ) -> Result<(), Error> {
     let Some(merged) = method.merged(model.clone())? else {
         return Ok(());
     };
+    let adapted = logits(model, &task.split.test, &task.format);
     let merged = logits(&merged, &task.split.test, &task.format);
-    let (ours, theirs) = (predictions(adapted), predictions(&merged));
+    let (ours, theirs) = (predictions(&adapted), predictions(&merged));
     let differing = ours.iter().zip(&theirs).filter(|(a, b)| a != b).count();
-    let difference = (merged - adapted.clone()).abs().max().into_scalar::<f64>();
+    let difference = (merged - adapted).abs().max().into_scalar::<f64>();
     if differing > 0 {
         return Err(Error::Merged {
             differing,
@@ -149,7 +146,7 @@ fn check_merged(
 
 /// Saves what was trained and nothing of the frozen backbone.
 fn save(
-    model: Dinov2ForImageClassification,
+    model: &Dinov2ForImageClassification,
     trained: ParamGroup,
     folder: &Path,
 ) -> Result<(), Error> {
@@ -158,7 +155,7 @@ fn save(
         path: path.clone(),
         reason,
     };
-    let record = model.into_record_group(trained);
+    let record = model.clone().into_record_group(trained);
     record
         .save(&path)
         .map_err(|error| failed(error.to_string()))?;

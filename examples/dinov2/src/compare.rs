@@ -15,7 +15,7 @@ use crate::knn;
 use crate::method::Method;
 use crate::model::Dinov2ForImageClassification;
 use crate::progress::Progress;
-use crate::train::{Recipe, Score, Trained, features, logits, score, step_time, train};
+use crate::train::{Recipe, Trained, features, step_time, test, train};
 
 /// The learning rates that every method may choose from, by validation loss.
 const RATES: [f64; 5] = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1];
@@ -127,10 +127,6 @@ fn best_rate(
         }
     }
     Ok(best)
-}
-
-fn test(model: &Dinov2ForImageClassification, Task { split, format, .. }: &Task) -> Score {
-    score(&logits(model, &split.test, format), &split.test)
 }
 
 /// How well the features still tell the old digits apart.

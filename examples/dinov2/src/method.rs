@@ -4,7 +4,7 @@ use std::fmt;
 
 use burn::module::{Lora, Module, ModuleVisitor, Param, ParamGroup, ParamId};
 use burn::prelude::*;
-use burn_boft::{AdapterConfig, Bias, BoftConfig, OftConfig, inject, merge};
+use burn_boft::{Bias, BoftConfig, OftConfig, inject, merge};
 
 use crate::error::Error;
 use crate::model::Dinov2ForImageClassification;
@@ -96,41 +96,30 @@ impl Method {
                     .unfreeze_group(ParamGroup::from_any_predicates(biases.to_vec()))
                     .unfreeze_group(ParamGroup::from_predicate(HEAD))
             }
-            Self::Oft { .. } | Self::Boft { .. } => match self.adapter() {
-                Some(config) => inject(model, &config)?,
-                None => model,
-            },
-            Self::Full => model.unfreeze(),
-        })
-    }
-
-    /// The settings of the orthogonal methods.
-    fn adapter(&self) -> Option<AdapterConfig> {
-        match *self {
-            Self::Oft { block_size } => Some(
-                OftConfig::new()
-                    .with_block_size(block_size)
+            Self::Oft { block_size } => {
+                let config = OftConfig::new()
+                    .with_block_size(*block_size)
                     .with_target_modules(TARGETS)
                     .with_bias(Bias::AdapterOnly)
-                    .with_modules_to_save([HEAD])
-                    .into(),
-            ),
+                    .with_modules_to_save([HEAD]);
+                inject(model, &config)?
+            }
             Self::Boft {
                 block_size,
                 factors,
                 dropout,
-            } => Some(
-                BoftConfig::new()
-                    .with_block_size(block_size)
-                    .with_n_butterfly_factor(factors)
-                    .with_dropout(dropout)
+            } => {
+                let config = BoftConfig::new()
+                    .with_block_size(*block_size)
+                    .with_n_butterfly_factor(*factors)
                     .with_target_modules(TARGETS)
+                    .with_dropout(*dropout)
                     .with_bias(Bias::AdapterOnly)
-                    .with_modules_to_save([HEAD])
-                    .into(),
-            ),
-            Self::Linear | Self::Lora { .. } | Self::Full => None,
-        }
+                    .with_modules_to_save([HEAD]);
+                inject(model, &config)?
+            }
+            Self::Full => model.unfreeze(),
+        })
     }
 
     /// The same model in plain weights; nothing where the method adds no adapter.

@@ -12,7 +12,7 @@ use crate::error::Error;
 use crate::images::Image;
 use crate::method::Method;
 use crate::progress::Progress;
-use crate::train::{Recipe, logits, score, train};
+use crate::train::{Recipe, test, train};
 
 /// The learning rate that the backbone is trained from.
 const RATE: f64 = 1e-3;
@@ -41,10 +41,9 @@ pub fn pretrain(output: &Path, recipe: &Recipe, device: &Device) -> Result<(), E
         .init(&device.clone().autodiff());
     let model = Method::Full.prepare(model)?;
     let trained = train(model, &task, recipe, RATE, "backbone", Progress::Shown)?;
-    let test = logits(&trained.model, &task.split.test, &task.format);
     println!(
         "old digits: {:.1} % of the test images",
-        100.0 * score(&test, &task.split.test).accuracy
+        100.0 * test(&trained.model, &task).accuracy,
     );
 
     let mut store = SafetensorsStore::from_file(output)

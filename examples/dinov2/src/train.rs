@@ -213,6 +213,11 @@ pub fn step_time(
     times[TIMED_STEPS / 2]
 }
 
+/// How a model does on the test images.
+pub fn test(model: &Dinov2ForImageClassification, Task { split, format, .. }: &Task) -> Score {
+    score(&logits(model, &split.test, format), &split.test)
+}
+
 /// A model's `[images, classes]` logits.
 pub fn logits(
     model: &Dinov2ForImageClassification,
@@ -241,7 +246,7 @@ pub fn features(
 }
 
 /// Loss and accuracy of `[images, classes]` logits.
-pub fn score(logits: &Tensor<2>, images: &[Image]) -> Score {
+fn score(logits: &Tensor<2>, images: &[Image]) -> Score {
     let labels: Vec<i64> = images.iter().map(|image| image.label as i64).collect();
     let targets =
         Tensor::<1, Int>::from_data(TensorData::new(labels, [images.len()]), &logits.device());

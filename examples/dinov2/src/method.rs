@@ -64,7 +64,7 @@ impl Method {
     pub fn learning_rate(&self) -> f64 {
         match self {
             Self::Linear => 3e-2,
-            Self::Lora { .. } => 3e-3,
+            Self::Lora { .. } => 1e-2,
             Self::Oft { .. } => 1e-2,
             Self::Boft { .. } => 1e-2,
             Self::Full => 1e-3,

@@ -1,0 +1,41 @@
+//! Fine-tuning a DINOv2 image classifier with BOFT: the model, and a program around it.
+
+pub mod model;
+
+mod adapt;
+mod backbone;
+mod best;
+pub mod cli;
+mod compare;
+mod device;
+mod digits;
+mod error;
+mod folder;
+mod images;
+mod knn;
+mod method;
+mod pretrain;
+mod progress;
+mod train;
+
+use cli::{Job, Settings};
+pub use error::Error;
+
+/// Does what was asked for.
+///
+/// # Errors
+///
+/// The first thing that ends the job early.
+pub fn run(settings: Settings) -> Result<(), Error> {
+    let Settings {
+        job,
+        recipe,
+        device,
+    } = settings;
+    let device = device.device();
+    match job {
+        Job::Adapt(request) => adapt::adapt(&request, &recipe, &device),
+        Job::Compare { methods, seeds } => compare::compare(&methods, seeds, &recipe, &device),
+        Job::Pretrain { output } => pretrain::pretrain(&output, &recipe, &device),
+    }
+}

@@ -1,0 +1,154 @@
+//! The ways to adapt a model, and which of its numbers each one trains.
+
+use std::fmt;
+
+use burn::module::{Lora, Module, ModuleVisitor, Param, ParamGroup, ParamId};
+use burn::prelude::*;
+use burn_boft::{Bias, BoftConfig, OftConfig, inject, merge};
+
+use crate::error::Error;
+use crate::model::Dinov2ForImageClassification;
+
+/// The projections of every transformer layer, by the end of their paths; the giant's MLP has names of
+/// its own.
+const TARGETS: [&str; 8] = [
+    "query",
+    "key",
+    "value",
+    "output.dense",
+    "mlp.fc1",
+    "mlp.fc2",
+    "mlp.weights_in",
+    "mlp.weights_out",
+];
+/// The head: always trained, always saved.
+const HEAD: &str = "classifier";
+
+/// A way to adapt a model. The head is trained by all of them.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Method {
+    /// Nothing beside the head.
+    Linear,
+    /// Low-rank updates, as Burn has them.
+    Lora { rank: usize },
+    /// Block-diagonal rotations.
+    Oft { block_size: usize },
+    /// Butterfly products of block-diagonal rotations.
+    Boft {
+        block_size: usize,
+        factors: usize,
+        dropout: f64,
+    },
+    /// Every number.
+    Full,
+}
+
+impl fmt::Display for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Linear => write!(f, "linear probe"),
+            Self::Lora { rank } => write!(f, "LoRA r={rank}"),
+            Self::Oft { block_size } => write!(f, "OFT b={block_size}"),
+            Self::Boft {
+                block_size,
+                factors,
+                ..
+            } => write!(f, "BOFT b={block_size} m={factors}"),
+            Self::Full => write!(f, "full"),
+        }
+    }
+}
+
+impl Method {
+    /// The learning rate that did best on validation data of the digits.
+    pub fn learning_rate(&self) -> f64 {
+        match self {
+            Self::Linear => 3e-2,
+            Self::Lora { .. } => 1e-2,
+            Self::Oft { .. } => 1e-2,
+            Self::Boft { .. } => 1e-2,
+            Self::Full => 1e-3,
+        }
+    }
+
+    /// Prepares a model for training: what the method adapts, and the head, are trainable, all
+    /// else is frozen. The adapters also train the biases of the layers they adapt.
+    ///
+    /// # Errors
+    ///
+    /// The adapter's sizes do not fit the model.
+    pub fn prepare(
+        &self,
+        model: Dinov2ForImageClassification,
+    ) -> Result<Dinov2ForImageClassification, Error> {
+        Ok(match self {
+            Self::Linear => model
+                .freeze()
+                .unfreeze_group(ParamGroup::from_predicate(HEAD)),
+            Self::Lora { rank } => {
+                let targets = TARGETS.map(|target| format!("{target}.weight"));
+                let biases = TARGETS.map(|target| format!("{target}.bias"));
+                model
+                    .apply_lora(
+                        Lora::new(*rank, 2.0 * *rank as f64)
+                            .set_param_group(ParamGroup::from_any_predicates(targets.to_vec())),
+                    )
+                    .unfreeze_group(ParamGroup::from_any_predicates(biases.to_vec()))
+                    .unfreeze_group(ParamGroup::from_predicate(HEAD))
+            }
+            Self::Oft { block_size } => {
+                let config = OftConfig::new()
+                    .with_block_size(*block_size)
+                    .with_target_modules(TARGETS)
+                    .with_bias(Bias::AdapterOnly)
+                    .with_modules_to_save([HEAD]);
+                inject(model, &config)?
+            }
+            Self::Boft {
+                block_size,
+                factors,
+                dropout,
+            } => {
+                let config = BoftConfig::new()
+                    .with_block_size(*block_size)
+                    .with_n_butterfly_factor(*factors)
+                    .with_target_modules(TARGETS)
+                    .with_dropout(*dropout)
+                    .with_bias(Bias::AdapterOnly)
+                    .with_modules_to_save([HEAD]);
+                inject(model, &config)?
+            }
+            Self::Full => model.unfreeze(),
+        })
+    }
+
+    /// The same model in plain weights; nothing where the method adds no adapter.
+    pub fn merged(
+        &self,
+        model: Dinov2ForImageClassification,
+    ) -> Result<Option<Dinov2ForImageClassification>, Error> {
+        Ok(match self {
+            Self::Oft { .. } | Self::Boft { .. } => Some(merge(model)?),
+            Self::Lora { .. } => Some(model.materialize()),
+            Self::Linear | Self::Full => None,
+        })
+    }
+}
+
+/// The parameters that training would move.
+pub fn trainable<M: Module>(model: &M) -> ParamGroup {
+    #[derive(Default)]
+    struct Trainable(Vec<ParamId>);
+
+    impl ModuleVisitor for Trainable {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            if param.is_require_grad() {
+                self.0.push(param.id);
+            }
+        }
+    }
+
+    let mut found = Trainable::default();
+    model.visit(&mut found);
+    ParamGroup::from_ids(found.0)
+}

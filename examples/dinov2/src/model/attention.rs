@@ -1,0 +1,130 @@
+//! Multi-head self-attention.
+
+use burn::module::Module;
+use burn::tensor::activation::softmax;
+use burn::tensor::module::attention;
+use burn::tensor::{Device, Tensor};
+
+use super::{BoftLinear, BoftLinearConfig, Dinov2Config};
+
+/// Self-attention and its output projection.
+#[derive(Module, Debug)]
+pub struct Dinov2Attention {
+    /// The heads.
+    pub attention: Dinov2SelfAttention,
+    /// What follows them.
+    pub output: Dinov2SelfOutput,
+}
+
+impl Dinov2Attention {
+    pub(super) fn new(config: &Dinov2Config, device: &Device) -> Self {
+        Self {
+            attention: Dinov2SelfAttention::new(config, device),
+            output: Dinov2SelfOutput {
+                dense: linear(config, device),
+            },
+        }
+    }
+
+    /// Lets every token attend to all tokens of its image.
+    ///
+    /// # Shapes
+    ///
+    /// - `tokens`, output: `[batch, tokens, hidden_size]`
+    pub fn forward(&self, tokens: Tensor<3>) -> Tensor<3> {
+        self.output.dense.forward(self.attention.forward(tokens))
+    }
+}
+
+/// The heads: `softmax(Q·Kᵀ / √head_size)·V`.
+#[derive(Module, Debug)]
+pub struct Dinov2SelfAttention {
+    /// Tokens to queries.
+    pub query: BoftLinear,
+    /// Tokens to keys.
+    pub key: BoftLinear,
+    /// Tokens to values.
+    pub value: BoftLinear,
+    head_size: usize,
+}
+
+impl Dinov2SelfAttention {
+    fn new(config: &Dinov2Config, device: &Device) -> Self {
+        Self {
+            query: linear(config, device),
+            key: linear(config, device),
+            value: linear(config, device),
+            head_size: config.head_size(),
+        }
+    }
+
+    /// The heads side by side, before the output projection.
+    ///
+    /// # Shapes
+    ///
+    /// - `tokens`, output: `[batch, tokens, hidden_size]`
+    pub fn forward(&self, tokens: Tensor<3>) -> Tensor<3> {
+        let query = self.heads(self.query.forward(tokens.clone()));
+        let key = self.heads(self.key.forward(tokens.clone()));
+        let value = self.heads(self.value.forward(tokens));
+
+        attend(query, key, value).swap_dims(1, 2).flatten(2, 3)
+    }
+
+    /// Splits `[batch, tokens, hidden_size]` into `[batch, heads, tokens, head_size]`.
+    fn heads(&self, tokens: Tensor<3>) -> Tensor<4> {
+        let [batch, count, width] = tokens.dims();
+        tokens
+            .reshape([batch, count, width / self.head_size, self.head_size])
+            .swap_dims(1, 2)
+    }
+}
+
+/// The output projection of the attention.
+#[derive(Module, Debug)]
+pub struct Dinov2SelfOutput {
+    /// Heads to tokens.
+    pub dense: BoftLinear,
+}
+
+/// Scaled dot-product attention over `[batch, heads, tokens, head_size]`.
+fn attend(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>) -> Tensor<4> {
+    // Burn's fused attention has no backward pass of its own, and what stands in for it
+    // differentiates the maximum of every row too, which a softmax does not need.
+    if query.is_autodiff() {
+        let scale = (query.dims()[3] as f64).powf(-0.5);
+        let scores = (query * scale).matmul(key.transpose());
+        softmax(scores, 3).matmul(value)
+    } else {
+        attention(query, key, value, None, None, Default::default())
+    }
+}
+
+fn linear(config: &Dinov2Config, device: &Device) -> BoftLinear {
+    BoftLinearConfig::new(config.hidden_size, config.hidden_size).init(device)
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{Distribution, Tolerance};
+
+    use super::*;
+
+    #[test]
+    fn attention_is_the_same_with_and_without_autodiff() {
+        let device = Device::default();
+        let [query, key, value] =
+            [(); 3].map(|()| Tensor::random([2, 3, 7, 5], Distribution::Default, &device));
+
+        let plain = attend(query.clone(), key.clone(), value.clone());
+        let tracked = attend(
+            query.autodiff().require_grad(),
+            key.autodiff(),
+            value.autodiff(),
+        );
+
+        plain
+            .into_data()
+            .assert_approx_eq::<f32>(&tracked.into_data(), Tolerance::relative(1e-5));
+    }
+}

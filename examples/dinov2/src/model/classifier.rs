@@ -1,0 +1,133 @@
+//! The model, and the classifier on top of it.
+
+use burn::module::Module;
+use burn::nn::LayerNorm;
+use burn::tensor::{Bool, Device, Tensor};
+
+use super::layer::layer_norm;
+use super::{BoftLinear, BoftLinearConfig, Dinov2Config, Dinov2Embeddings, Dinov2Encoder};
+
+/// DINOv2 without a head.
+#[derive(Module, Debug)]
+pub struct Dinov2Model {
+    /// From pixels to tokens.
+    pub embeddings: Dinov2Embeddings,
+    /// The transformer layers.
+    pub encoder: Dinov2Encoder,
+    /// The norm after the last layer.
+    pub layernorm: LayerNorm,
+}
+
+impl Dinov2Model {
+    pub(super) fn new(config: &Dinov2Config, device: &Device) -> Self {
+        Self {
+            embeddings: Dinov2Embeddings::new(config, device),
+            encoder: Dinov2Encoder::new(config, device),
+            layernorm: layer_norm(config, device),
+        }
+    }
+
+    /// The normalized tokens after the last layer: class token, registers, patches row by row.
+    ///
+    /// # Shapes
+    ///
+    /// - `pixels`: `[batch, num_channels, height, width]`, normalized
+    /// - output: `[batch, 1 + num_register_tokens + patches, hidden_size]`
+    ///
+    /// # Panics
+    ///
+    /// Where the images have other channels than the model, or are smaller than a patch.
+    pub fn forward(&self, pixels: Tensor<4>) -> Tensor<3> {
+        let tokens = self.embeddings.forward(pixels, None);
+        self.layernorm.forward(self.encoder.forward(tokens))
+    }
+
+    /// The tokens after the embeddings and after each layer, before the final norm, with `masked`
+    /// patches hidden from the model.
+    ///
+    /// # Shapes
+    ///
+    /// - `pixels`: `[batch, num_channels, height, width]`, normalized
+    /// - `masked`: `[batch, patches]`
+    /// - each output: `[batch, 1 + num_register_tokens + patches, hidden_size]`
+    ///
+    /// # Panics
+    ///
+    /// As [`forward`](Self::forward).
+    pub fn hidden_states(
+        &self,
+        pixels: Tensor<4>,
+        masked: Option<Tensor<2, Bool>>,
+    ) -> Vec<Tensor<3>> {
+        let tokens = self.embeddings.forward(pixels, masked);
+        self.encoder.hidden_states(tokens)
+    }
+
+    /// One vector per image: the class token beside the mean of the patches. Registers are left
+    /// out.
+    ///
+    /// # Shapes
+    ///
+    /// - `pixels`: `[batch, num_channels, height, width]`, normalized
+    /// - output: `[batch, 2 · hidden_size]`
+    ///
+    /// # Panics
+    ///
+    /// As [`forward`](Self::forward).
+    pub fn features(&self, pixels: Tensor<4>) -> Tensor<2> {
+        let tokens = self.forward(pixels);
+        let [_, count, _] = tokens.dims();
+        let prefix = self.embeddings.prefix_len();
+        let cls = tokens.clone().narrow(1, 0, 1);
+        let patches = tokens.narrow(1, prefix, count - prefix).mean_dim(1);
+        Tensor::cat(vec![cls, patches], 2).squeeze_dim(1)
+    }
+}
+
+/// DINOv2 with a linear head: Hugging Face's `Dinov2ForImageClassification`, and with registers its
+/// `Dinov2WithRegistersForImageClassification`.
+#[derive(Module, Debug)]
+pub struct Dinov2ForImageClassification {
+    /// The model under the head.
+    pub dinov2: Dinov2Model,
+    /// The head: `[2 · hidden_size, num_labels]`.
+    pub classifier: BoftLinear,
+}
+
+impl Dinov2ForImageClassification {
+    pub(super) fn new(config: &Dinov2Config, device: &Device) -> Self {
+        Self {
+            dinov2: Dinov2Model::new(config, device),
+            classifier: BoftLinearConfig::new(2 * config.hidden_size, config.num_labels)
+                .init(device),
+        }
+    }
+
+    /// The logits of every class.
+    ///
+    /// # Shapes
+    ///
+    /// - `pixels`: `[batch, num_channels, height, width]`, normalized
+    /// - output: `[batch, num_labels]`
+    ///
+    /// # Panics
+    ///
+    /// As [`Dinov2Model::forward`].
+    pub fn forward(&self, pixels: Tensor<4>) -> Tensor<2> {
+        self.classifier.forward(self.features(pixels))
+    }
+
+    /// What the head reads: [`Dinov2Model::features`].
+    ///
+    /// # Shapes
+    ///
+    /// - `pixels`: `[batch, num_channels, height, width]`, normalized
+    /// - output: `[batch, 2 · hidden_size]`
+    ///
+    /// # Panics
+    ///
+    /// As [`Dinov2Model::forward`].
+    pub fn features(&self, pixels: Tensor<4>) -> Tensor<2> {
+        self.dinov2.features(pixels)
+    }
+}

@@ -1,0 +1,28 @@
+//! DINOv2 (Oquab et al., 2023) as Hugging Face's `transformers` computes it.
+//!
+//! Fields are named after the keys of Hugging Face's checkpoint files, so the path of every
+//! parameter *is* its key: `dinov2.encoder.layer.0.attention.attention.query.weight`. (In memory,
+//! transformers 5 calls that `attention.q_proj` and has the two halves of `weights_in` apart; it
+//! reads and writes the names here.)
+
+mod attention;
+mod classifier;
+mod config;
+mod embeddings;
+mod encoder;
+mod layer;
+mod load;
+mod mlp;
+mod resample;
+
+pub use attention::{Dinov2Attention, Dinov2SelfAttention, Dinov2SelfOutput};
+pub use classifier::{Dinov2ForImageClassification, Dinov2Model};
+pub use config::Dinov2Config;
+pub use embeddings::{Dinov2Embeddings, Dinov2PatchEmbeddings};
+pub use encoder::Dinov2Encoder;
+pub use layer::{Dinov2Layer, Dinov2LayerScale};
+pub use load::{Head, LoadError, load_safetensors, load_safetensors_bytes};
+pub use mlp::Dinov2Mlp;
+
+// The one place that says which linear layer the model is made of.
+use burn::nn::{Linear as BoftLinear, LinearConfig as BoftLinearConfig};

@@ -25,4 +25,4 @@ pub use load::{Head, LoadError, load_safetensors, load_safetensors_bytes};
 pub use mlp::Dinov2Mlp;
 
 // The one place that says which linear layer the model is made of.
-use burn::nn::{Linear as BoftLinear, LinearConfig as BoftLinearConfig};
+use burn_boft::{BoftLinear, BoftLinearConfig};

@@ -411,6 +411,8 @@ fn plan_layers(
         }
         match plan_layer(config, layer) {
             Ok(layer) => layers.push(layer),
+            // Reported once, with the settings.
+            Err(Misfit::NoFactors) => {}
             Err(misfit) => misfits.push(misfit),
         }
     }
@@ -443,7 +445,6 @@ fn plan_layer(config: &AdapterConfig, layer: &Layer) -> Result<LayerPlan, Misfit
             dtype: *dtype,
         });
     }
-    // A count of zero factors is reported once, with the settings.
     if matches!(config, AdapterConfig::Boft(config) if config.n_butterfly_factor == 0) {
         return Err(Misfit::NoFactors);
     }
@@ -676,13 +677,11 @@ impl ModuleMapper for Projector {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         match self.settings.take_if(|_| self.name == "skew" && D == 3) {
             Some(settings) => param.map(|skew| {
-                let require_grad = skew.is_require_grad();
-                let shape = skew.shape();
-                let skew = skew.detach().reshape(settings.butterfly().skew_shape());
-                settings
-                    .project(skew)
-                    .reshape(shape)
-                    .set_require_grad(require_grad)
+                let (require_grad, shape) = (skew.is_require_grad(), skew.shape());
+                let skew = skew.reshape(settings.butterfly().skew_shape());
+                let skew = settings.project(skew).reshape(shape);
+                // Detached last: a tensor that requires a gradient keeps that when it is detached.
+                skew.detach().set_require_grad(require_grad)
             }),
             None => param,
         }

@@ -86,9 +86,8 @@ impl Case {
         let effective = self.rotation(skew).matmul(&weight);
         let mut output = Matrix::new(self.tokens, self.sizes.d, input.to_vec()).matmul(&effective);
         for row in 0..self.tokens {
-            for column in 0..self.d_output {
-                let value = output.get(row, column) * scale[column] + self.bias[column];
-                *output.at(row, column) = value;
+            for (column, (scale, bias)) in scale.iter().zip(&self.bias).enumerate() {
+                *output.at(row, column) = output.get(row, column) * scale + bias;
             }
         }
         output.values
@@ -128,8 +127,10 @@ fn sampled<const D: usize>(gradient: Tensor<D>) -> Vec<f64> {
         .collect()
 }
 
-/// The ways to compute the layer; each takes input, weight, blocks, scale and bias.
-fn routes() -> Vec<(&'static str, fn(&Inputs) -> Tensor<2>)> {
+/// A way to compute the layer.
+type Compute = fn(&Inputs) -> Tensor<2>;
+
+fn routes() -> Vec<(&'static str, Compute)> {
     vec![
         ("activation route", |i| {
             i.blocks()

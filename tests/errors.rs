@@ -4,13 +4,13 @@ mod common;
 
 use burn::module::{Lora, Module, ParamGroup, Quantizer};
 use burn::nn;
-use burn::tensor::Device;
 use burn::tensor::quantization::{Calibration, QuantValue};
+use burn::tensor::{DType, Device};
 use burn_boft::{
     AdapterConfig, BoftConfig, Cayley, Init, InjectError, MergeError, Misfit, OftConfig,
     PatternError, inject, merge, plan, unload,
 };
-use common::models::{Net, numbers, set, trainable};
+use common::models::{Net, linear, numbers, set, trainable};
 
 type Model = Net<nn::Linear>;
 
@@ -114,11 +114,6 @@ fn blocks_of_one_channel_are_refused() {
 
 #[test]
 fn settings_out_of_their_range_are_refused() {
-    assert_refused(
-        &model(),
-        boft().with_n_butterfly_factor(0),
-        "n_butterfly_factor is 0; 1 is block-diagonal OFT, 2 and more are butterflies",
-    );
     for dropout in [1.0, -0.1, f64::NAN] {
         let message = format!("dropout {dropout} is outside [0, 1)");
         assert_refused(&model(), boft().with_dropout(dropout), &message);
@@ -138,6 +133,18 @@ fn settings_out_of_their_range_are_refused() {
             &message,
         );
     }
+}
+
+#[test]
+fn a_setting_that_no_layer_can_mend_is_refused_once() {
+    let misfit = assert_refused(
+        &model(),
+        boft()
+            .with_n_butterfly_factor(0)
+            .with_target_modules("all-linear"),
+        "n_butterfly_factor is 0; 1 is block-diagonal OFT, 2 and more are butterflies",
+    );
+    assert_eq!(misfit, Misfit::NoFactors);
 }
 
 #[test]
@@ -199,6 +206,43 @@ fn patterns_that_cannot_be_used_are_refused() {
     let error = refusal(&model(), boft().with_layers_pattern(["layers"]));
     assert!(error.to_string().starts_with("layers_pattern: "), "{error}");
     assert!(error.to_string().contains("layers_to_transform"), "{error}");
+}
+
+#[derive(Module, Debug)]
+struct Attention {
+    key: nn::Linear,
+}
+
+#[derive(Module, Debug)]
+struct Stack {
+    h: Vec<Attention>,
+}
+
+#[derive(Module, Debug)]
+struct Decoder {
+    model: Stack,
+}
+
+#[test]
+fn a_pattern_without_an_answer_names_the_layer() {
+    let key = linear([24, 16], 1, DType::F32, &Device::flex());
+    let h = vec![Attention { key }];
+    let model = Decoder { model: Stack { h } };
+    let config = BoftConfig::new()
+        .with_target_modules(["key"])
+        .with_layers_to_transform([0]);
+    assert!(plan(&model, config.clone().with_layers_pattern(["h"])).is_ok());
+    // A group of the pattern's own takes the place of the layer's index.
+    let error = inject(model, config.with_layers_pattern(["(h|layers)"])).unwrap_err();
+    let [Misfit::Pattern(PatternError::Undecided { setting, path, .. })] = error.misfits() else {
+        panic!("{error:?}");
+    };
+    assert_eq!(
+        (*setting, path.as_str()),
+        ("layers_pattern", "model.h.0.key")
+    );
+    let start = "layers_pattern: the pattern `(h|layers)` has no answer for `model.h.0.key`: ";
+    assert!(error.to_string().starts_with(start), "{error}");
 }
 
 #[test]

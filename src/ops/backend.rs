@@ -2,6 +2,11 @@
 
 // Burn 0.22 deprecates `NdArray` and still ships it; 0.23 does not.
 #![allow(deprecated)]
+// Without a backend the generated dispatch has no arm that uses its arguments.
+#![cfg_attr(
+    not(any(feature = "flex", feature = "ndarray", feature = "cubecl")),
+    allow(unused_variables)
+)]
 
 use burn::backend::{Backend, DispatchDevice, backend_extension, tensor::FloatTensor};
 
@@ -24,6 +29,14 @@ pub trait BoftBackend: Backend {
         cayley::exact::<Self>(skew, block_size)
     }
 
+    /// The gradient of [`boft_cayley`](Self::boft_cayley) with respect to its input, from its output.
+    fn boft_cayley_backward(
+        blocks: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        cayley::backward::<Self>(blocks, gradient)
+    }
+
     /// Rotates a matrix: `R·t` or `t·R`, or with the transpose of `R`.
     fn boft_butterfly(
         matrix: FloatTensor<Self>,
@@ -44,6 +57,16 @@ pub trait BoftBackend: Backend {
         linear::weight::<Self>(weight, blocks, scale, side)
     }
 
+    /// The gradient of the blocks from the two matrices whose product per span is `G`.
+    fn boft_block_gradient(
+        lhs: FloatTensor<Self>,
+        rhs: FloatTensor<Self>,
+        blocks: FloatTensor<Self>,
+        side: Side,
+    ) -> FloatTensor<Self> {
+        butterfly::block_gradient::<Self>(lhs, rhs, blocks, side)
+    }
+
     /// Multiplies rows by a rotated and scaled weight: `x·(R·W·diag(s))`.
     fn boft_linear(
         input: FloatTensor<Self>,
@@ -55,9 +78,6 @@ pub trait BoftBackend: Backend {
         Self::float_matmul(input, weight)
     }
 }
-
-#[cfg(feature = "flex")]
-impl BoftBackend for burn::backend::Flex {}
 
 #[cfg(feature = "ndarray")]
 impl BoftBackend for burn::backend::NdArray {}

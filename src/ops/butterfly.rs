@@ -46,7 +46,7 @@ pub(super) fn apply<B: Backend>(
 }
 
 /// `G = lhsᵀ·rhs` per span along the rotated axis, a `[d/span, span, span]` tensor in f32 or wider.
-pub(super) fn gram<B: Backend>(
+fn gram<B: Backend>(
     lhs: FloatTensor<B>,
     rhs: FloatTensor<B>,
     side: Side,
@@ -57,11 +57,22 @@ pub(super) fn gram<B: Backend>(
     B::float_matmul(lhs, B::float_swap_dims(rhs, 1, 2))
 }
 
+/// The gradient of the blocks from the two matrices whose product per span is `G`.
+pub(super) fn block_gradient<B: Backend>(
+    lhs: FloatTensor<B>,
+    rhs: FloatTensor<B>,
+    blocks: FloatTensor<B>,
+    side: Side,
+) -> FloatTensor<B> {
+    let span = span(&blocks.shape().dims::<4>());
+    backward::<B>(gram::<B>(lhs, rhs, side, span), blocks)
+}
+
 /// The gradient of the blocks from `G`, where `∂L/∂R = G·R`.
 ///
 /// From the last factor to the first: `∂L/∂C = G[L,L]·C` for the indices `L` that the block couples,
 /// then `G ← F_iᵀ·G·F_i`.
-pub(super) fn backward<B: Backend>(gram: FloatTensor<B>, blocks: FloatTensor<B>) -> FloatTensor<B> {
+fn backward<B: Backend>(gram: FloatTensor<B>, blocks: FloatTensor<B>) -> FloatTensor<B> {
     let [m, n, b, _] = blocks.shape().dims::<4>();
     let mut gram = cast::<B>(gram, blocks.dtype());
     let mut gradients = Vec::with_capacity(m);
@@ -81,7 +92,7 @@ pub(super) fn backward<B: Backend>(gram: FloatTensor<B>, blocks: FloatTensor<B>)
 }
 
 /// The neighbours that a rotation mixes, `b·2^(m−1)`, from the shape of its blocks.
-pub(super) fn span(&[m, _, b, _]: &[usize; 4]) -> usize {
+fn span(&[m, _, b, _]: &[usize; 4]) -> usize {
     b << (m - 1)
 }
 

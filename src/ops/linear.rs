@@ -9,7 +9,7 @@ use burn::backend::autodiff::{
 use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
 use burn::tensor::Shape;
 
-use super::{BoftBackend, Side, butterfly, cast, cayley, widen_primitive};
+use super::{BoftBackend, Side, butterfly, cast, widen_primitive};
 
 /// `R·W·diag(s)` on the left, `diag(s)·W·Rᵀ` on the right.
 pub(super) fn weight<B: Backend>(
@@ -36,7 +36,7 @@ fn along_output<B: Backend>(scale: FloatTensor<B>, side: Side) -> FloatTensor<B>
 }
 
 /// The scale with zeros replaced by 1e-20, since its gradient divides by it.
-fn away_from_zero<B: Backend>(scale: FloatTensor<B>) -> FloatTensor<B> {
+pub(super) fn away_from_zero<B: Backend>(scale: FloatTensor<B>) -> FloatTensor<B> {
     let magnitude = B::float_mul_scalar(B::float_abs(scale.clone()), 1e30.into());
     let is_zero = B::float_sub_scalar(B::float_clamp_max(magnitude, 1.0.into()), 1.0.into());
     B::float_add(scale, B::float_mul_scalar(is_zero, (-1e-20).into()))
@@ -58,17 +58,6 @@ fn scale_gradient<B: Backend>(
     let sum = B::float_reshape(B::float_sum_dim(product, summed_axis), shape);
     let scale = away_from_zero::<B>(cast::<B>(scale, sum.dtype()));
     cast::<B>(B::float_div(sum, scale), dtype)
-}
-
-/// The gradient of the blocks from the two matrices whose product per span is `G`.
-fn block_gradient<B: Backend>(
-    lhs: FloatTensor<B>,
-    rhs: FloatTensor<B>,
-    blocks: FloatTensor<B>,
-    side: Side,
-) -> FloatTensor<B> {
-    let span = butterfly::span(&blocks.shape().dims::<4>());
-    butterfly::backward::<B>(butterfly::gram::<B>(lhs, rhs, side, span), blocks)
 }
 
 /// The gradient of a weight from that of `R·W·diag(s)`.
@@ -100,7 +89,7 @@ impl<B: BoftBackend, C: CheckpointStrategy> BoftBackend for Autodiff<B, C> {
                 let [skew] = ops.parents;
                 let gradient = gradients.consume::<B>(&ops.node);
                 if let Some(skew) = skew {
-                    let gradient = cayley::backward::<B>(ops.state, gradient);
+                    let gradient = B::boft_cayley_backward(ops.state, gradient);
                     gradients.register::<B>(skew.id, gradient);
                 }
             }
@@ -164,7 +153,7 @@ impl<B: BoftBackend, C: CheckpointStrategy> BoftBackend for Autodiff<B, C> {
                         }
                         Kept::Output(output) => (gradient, output),
                     };
-                    let gradient = block_gradient::<B>(lhs, rhs, blocks, side);
+                    let gradient = B::boft_block_gradient(lhs, rhs, blocks, side);
                     gradients.register::<B>(node.id, gradient);
                 }
                 if let Some(node) = matrix {
@@ -238,8 +227,12 @@ impl<B: BoftBackend, C: CheckpointStrategy> BoftBackend for Autodiff<B, C> {
                 } = ops.state;
                 let gradient = gradients.consume::<B>(&ops.node);
                 if let Some(node) = blocks_node {
-                    let gradient =
-                        block_gradient::<B>(gradient.clone(), output.clone(), blocks.clone(), side);
+                    let gradient = B::boft_block_gradient(
+                        gradient.clone(),
+                        output.clone(),
+                        blocks.clone(),
+                        side,
+                    );
                     gradients.register::<B>(node.id, gradient);
                 }
                 if let Some(node) = scale_node {
@@ -332,7 +325,7 @@ impl<B: BoftBackend, C: CheckpointStrategy> BoftBackend for Autodiff<B, C> {
                 if blocks_node.is_some() || input_node.is_some() {
                     let input_gradient = input_gradient();
                     if let Some(node) = blocks_node {
-                        let gradient = block_gradient::<B>(
+                        let gradient = B::boft_block_gradient(
                             input.clone(),
                             input_gradient.clone(),
                             blocks.clone(),

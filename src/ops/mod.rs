@@ -20,6 +20,8 @@
 mod backend;
 pub(crate) mod butterfly;
 pub(crate) mod cayley;
+#[cfg(feature = "flex")]
+mod flex;
 mod linear;
 mod route;
 

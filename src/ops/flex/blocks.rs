@@ -1,0 +1,97 @@
+//! The Cayley map and its backward pass, a block at a time in f64.
+
+use rayon::prelude::*;
+
+use super::Real;
+use crate::ops::cayley::upper_triangle;
+
+/// Blocks per task: enough work to be worth a thread.
+fn blocks_per_task(b: usize) -> usize {
+    (32_768 / (b * b * b)).max(1)
+}
+
+/// `C = 2(I + Q)⁻¹ − I` for every block, by sweeps in place; see the portable version.
+pub(super) fn cayley<E: Real>(skew: &[E], b: usize) -> Vec<E> {
+    let packed = b * (b - 1) / 2;
+    let count = skew.len() / packed;
+    let mut blocks = vec![E::default(); count * b * b];
+    let task = blocks_per_task(b);
+    blocks
+        .par_chunks_mut(b * b * task)
+        .zip(skew.par_chunks(packed * task))
+        .for_each(|(blocks, skew)| {
+            let mut inverse = vec![0.0; b * b];
+            for (block, skew) in blocks.chunks_mut(b * b).zip(skew.chunks(packed)) {
+                (0..b).for_each(|i| inverse[i * (b + 1)] = 1.0);
+                for (&value, (row, column)) in skew.iter().zip(upper_triangle(b)) {
+                    inverse[row * b + column] = value.into();
+                    inverse[column * b + row] = -value.into();
+                }
+                invert(&mut inverse, b);
+                for (index, (value, inverse)) in block.iter_mut().zip(&inverse).enumerate() {
+                    let identity = if index % (b + 1) == 0 { 1.0 } else { 0.0 };
+                    *value = E::rounded(2.0 * inverse - identity);
+                }
+            }
+        });
+    blocks
+}
+
+/// Inverts in place, without pivoting: the symmetric part of the matrix is the identity.
+fn invert(matrix: &mut [f64], b: usize) {
+    for k in 0..b {
+        let pivot = 1.0 / matrix[k * b + k];
+        for column in (0..b).filter(|&column| column != k) {
+            matrix[k * b + column] *= pivot;
+        }
+        for row in (0..b).filter(|&row| row != k) {
+            let factor = matrix[row * b + k];
+            for column in (0..b).filter(|&column| column != k) {
+                matrix[row * b + column] -= factor * matrix[k * b + column];
+            }
+            matrix[row * b + k] = -factor * pivot;
+        }
+        matrix[k * b + k] = pivot;
+    }
+}
+
+/// `∂v_ij = D_ij − D_ji` with `D = −½ (I + C)ᵀ · ∂L/∂C · (I + C)ᵀ`.
+pub(super) fn cayley_backward<E: Real>(blocks: &[E], gradient: &[E], b: usize) -> Vec<E> {
+    let packed = b * (b - 1) / 2;
+    let mut skew = vec![E::default(); blocks.len() / (b * b) * packed];
+    let task = blocks_per_task(b);
+    skew.par_chunks_mut(packed * task)
+        .zip(
+            blocks
+                .par_chunks(b * b * task)
+                .zip(gradient.par_chunks(b * b * task)),
+        )
+        .for_each(|(skew, (blocks, gradient))| {
+            let (mut shifted, mut product) = (vec![0.0; b * b], vec![0.0; b * b]);
+            let matrices = blocks.chunks(b * b).zip(gradient.chunks(b * b));
+            for (skew, (block, gradient)) in skew.chunks_mut(packed).zip(matrices) {
+                for row in 0..b {
+                    for column in 0..b {
+                        let identity = if row == column { 1.0 } else { 0.0 };
+                        shifted[column * b + row] = block[row * b + column].into() + identity;
+                    }
+                }
+                for row in 0..b {
+                    for column in 0..b {
+                        product[row * b + column] = (0..b)
+                            .map(|k| shifted[row * b + k] * gradient[k * b + column].into())
+                            .sum();
+                    }
+                }
+                let entry = |row: usize, column: usize| -> f64 {
+                    (0..b)
+                        .map(|k| product[row * b + k] * shifted[k * b + column])
+                        .sum()
+                };
+                for (value, (row, column)) in skew.iter_mut().zip(upper_triangle(b)) {
+                    *value = E::rounded(-0.5 * (entry(row, column) - entry(column, row)));
+                }
+            }
+        });
+    skew
+}

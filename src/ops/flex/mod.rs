@@ -1,0 +1,205 @@
+//! CPU kernels: f32 and f64 natively, other precisions through the portable versions' casts.
+
+mod blocks;
+mod spans;
+
+use std::ops::{Add, AddAssign, Mul};
+
+use burn::backend::flex::{FlexTensor, Layout};
+use burn::backend::{Flex, TensorMetadata, tensor::FloatTensor};
+use burn::tensor::{Bytes, DType, Element, Shape};
+
+use super::{BoftBackend, Side, butterfly, cast, cayley, linear, widen_primitive};
+
+/// Spans beyond this size go to the portable version, factor by factor.
+const LARGEST_SPAN: usize = 64;
+
+/// A precision that the kernels compute in.
+trait Real:
+    Element
+    + bytemuck::Pod
+    + Default
+    + Send
+    + Sync
+    + Add<Output = Self>
+    + Mul<Output = Self>
+    + AddAssign
+    + Into<f64>
+{
+    fn rounded(value: f64) -> Self;
+}
+
+impl Real for f32 {
+    fn rounded(value: f64) -> Self {
+        value as f32
+    }
+}
+
+impl Real for f64 {
+    fn rounded(value: f64) -> Self {
+        value
+    }
+}
+
+/// Runs an expression with `$real` as the precision of a tensor of f32 or f64.
+macro_rules! in_precision {
+    ($dtype:expr, $real:ident => $run:expr) => {
+        match $dtype {
+            DType::F64 => {
+                type $real = f64;
+                $run
+            }
+            _ => {
+                type $real = f32;
+                $run
+            }
+        }
+    };
+}
+
+fn tensor<E: Real>(values: Vec<E>, shape: impl Into<Shape>) -> FlexTensor {
+    FlexTensor::new(
+        Bytes::from_elems(values),
+        Layout::contiguous(shape.into()),
+        E::dtype(),
+    )
+}
+
+/// The tensor with its numbers in a row.
+struct Contiguous(FlexTensor);
+
+impl Contiguous {
+    fn new(tensor: FlexTensor) -> Self {
+        match tensor.layout().contiguous_offsets() {
+            Some(_) => Self(tensor),
+            None => Self(tensor.to_contiguous()),
+        }
+    }
+
+    fn values<E: Real>(&self) -> &[E] {
+        self.0
+            .as_slice()
+            .expect("the tensor is contiguous and of the precision matched on")
+    }
+}
+
+fn has_kernel(tensor: &FlexTensor) -> bool {
+    matches!(tensor.dtype(), DType::F32 | DType::F64)
+}
+
+/// The rotation as the kernels read it, where they serve its span.
+fn spans_of(blocks: &FlexTensor) -> Option<spans::Sizes> {
+    let sizes = spans::Sizes::new(blocks.shape().dims::<4>());
+    (has_kernel(blocks) && sizes.span <= LARGEST_SPAN).then_some(sizes)
+}
+
+impl BoftBackend for Flex {
+    fn boft_cayley(skew: FloatTensor<Self>, block_size: usize) -> FloatTensor<Self> {
+        if !has_kernel(&skew) {
+            return cayley::exact::<Self>(skew, block_size);
+        }
+        let [m, n, _] = skew.shape().dims::<3>();
+        let skew = Contiguous::new(skew);
+        let shape = [m, n, block_size, block_size];
+        in_precision!(skew.0.dtype(), E => tensor(blocks::cayley::<E>(skew.values(), block_size), shape))
+    }
+
+    fn boft_cayley_backward(
+        blocks: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        if !has_kernel(&blocks) || blocks.dtype() != gradient.dtype() {
+            return cayley::backward::<Self>(blocks, gradient);
+        }
+        let [m, n, b, _] = blocks.shape().dims::<4>();
+        let (blocks, gradient) = (Contiguous::new(blocks), Contiguous::new(gradient));
+        let shape = [m, n, b * (b - 1) / 2];
+        in_precision!(blocks.0.dtype(), E => {
+            tensor(blocks::cayley_backward::<E>(blocks.values(), gradient.values(), b), shape)
+        })
+    }
+
+    fn boft_butterfly(
+        matrix: FloatTensor<Self>,
+        blocks: FloatTensor<Self>,
+        side: Side,
+        transpose: bool,
+    ) -> FloatTensor<Self> {
+        match spans_of(&blocks) {
+            Some(sizes) => rotate(matrix, blocks, sizes, None, side, transpose),
+            None => butterfly::apply::<Self>(matrix, blocks, side, transpose),
+        }
+    }
+
+    fn boft_weight(
+        weight: FloatTensor<Self>,
+        blocks: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
+        side: Side,
+    ) -> FloatTensor<Self> {
+        match spans_of(&blocks) {
+            Some(sizes) => {
+                let scale = linear::away_from_zero::<Self>(cast::<Self>(scale, blocks.dtype()));
+                rotate(
+                    weight,
+                    blocks,
+                    sizes,
+                    Some(scale),
+                    side,
+                    side == Side::Right,
+                )
+            }
+            None => linear::weight::<Self>(weight, blocks, scale, side),
+        }
+    }
+
+    fn boft_block_gradient(
+        lhs: FloatTensor<Self>,
+        rhs: FloatTensor<Self>,
+        blocks: FloatTensor<Self>,
+        side: Side,
+    ) -> FloatTensor<Self> {
+        let Some(sizes) = spans_of(&blocks) else {
+            return butterfly::block_gradient::<Self>(lhs, rhs, blocks, side);
+        };
+        let shape = lhs.shape().dims::<2>();
+        let (lhs, rhs) = (widen_primitive::<Self>(lhs), widen_primitive::<Self>(rhs));
+        let dtype = lhs.dtype();
+        let (lhs, rhs) = (
+            Contiguous::new(lhs),
+            Contiguous::new(cast::<Self>(rhs, dtype)),
+        );
+        let gram = in_precision!(dtype, E => {
+            spans::gram::<E>(lhs.values(), rhs.values(), shape, sizes, side)
+        });
+        let dims = blocks.shape();
+        let blocks = Contiguous::new(blocks);
+        in_precision!(blocks.0.dtype(), E => {
+            tensor(spans::block_gradient::<E>(gram, blocks.values(), sizes), dims)
+        })
+    }
+}
+
+/// `op(R)·t` or `t·op(R)` in the precision of the blocks, times a scale per output channel of a weight.
+fn rotate(
+    matrix: FlexTensor,
+    blocks: FlexTensor,
+    sizes: spans::Sizes,
+    scale: Option<FlexTensor>,
+    side: Side,
+    transpose: bool,
+) -> FlexTensor {
+    let (shape, dtype) = (matrix.shape().dims::<2>(), matrix.dtype());
+    let matrix = Contiguous::new(cast::<Flex>(matrix, blocks.dtype()));
+    let (blocks, scale) = (Contiguous::new(blocks), scale.map(Contiguous::new));
+    let rotated = in_precision!(blocks.0.dtype(), E => {
+        let rotation = spans::compose::<E>(blocks.values(), sizes, transpose);
+        let scale = scale.as_ref().map(|scale| scale.values());
+        let rotated = match side {
+            Side::Left => spans::rotate_rows::<E>(matrix.values(), &rotation, sizes, shape, scale),
+            Side::Right => spans::rotate_columns::<E>(matrix.values(), &rotation, sizes, shape, scale),
+        };
+        tensor(rotated, shape)
+    });
+    cast::<Flex>(rotated, dtype)
+}

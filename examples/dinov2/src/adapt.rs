@@ -46,7 +46,11 @@ pub fn adapt(request: &Adapt, recipe: &Recipe, device: &Device) -> Result<(), Er
         source,
     })?;
     let saved = trainable(&model);
-    println!("{method}: {}", summary(&model));
+    let sizes = summary(&model);
+    println!("{method}: {sizes}");
+    if let Some(note) = method.adjusted(&sizes) {
+        println!("{note}");
+    }
 
     let probe = match method {
         Method::Linear => None,

@@ -1,7 +1,10 @@
 //! Where the work is done.
 
 use burn::prelude::*;
+use burn::tensor::DeviceType;
 use clap::ValueEnum;
+
+use crate::error::Error;
 
 /// The devices that this build can use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -31,8 +34,18 @@ pub enum DeviceName {
 
 impl DeviceName {
     /// The device of that name.
-    pub fn device(self) -> Device {
-        match self {
+    ///
+    /// # Errors
+    ///
+    /// This machine has none.
+    pub fn device(self) -> Result<Device, Error> {
+        if Device::enumerate(self.kind()).is_empty() {
+            return Err(Error::Settings(format!(
+                "--device {} finds no such device on this machine",
+                self.name()
+            )));
+        }
+        Ok(match self {
             Self::Cpu => Device::flex(),
             #[cfg(feature = "cuda")]
             Self::Cuda => Device::cuda(DeviceIndex::Default),
@@ -46,6 +59,31 @@ impl DeviceName {
             Self::Metal => Device::metal(DeviceKind::DefaultDevice),
             #[cfg(feature = "webgpu")]
             Self::Webgpu => Device::webgpu(DeviceKind::DefaultDevice),
+        })
+    }
+
+    /// Burn's name for it.
+    fn kind(self) -> DeviceType {
+        match self {
+            Self::Cpu => DeviceType::Flex,
+            #[cfg(feature = "cuda")]
+            Self::Cuda => DeviceType::Cuda,
+            #[cfg(feature = "rocm")]
+            Self::Rocm => DeviceType::Rocm,
+            #[cfg(feature = "wgpu")]
+            Self::Wgpu => DeviceType::Wgpu,
+            #[cfg(feature = "vulkan")]
+            Self::Vulkan => DeviceType::Vulkan,
+            #[cfg(feature = "metal")]
+            Self::Metal => DeviceType::Metal,
+            #[cfg(feature = "webgpu")]
+            Self::Webgpu => DeviceType::WebGpu,
         }
+    }
+
+    /// The name on the command line.
+    fn name(self) -> String {
+        self.to_possible_value()
+            .map_or_else(String::new, |value| value.get_name().to_string())
     }
 }

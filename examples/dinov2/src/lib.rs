@@ -32,7 +32,7 @@ pub fn run(settings: Settings) -> Result<(), Error> {
         recipe,
         device,
     } = settings;
-    let device = device.device();
+    let device = device.device()?;
     match job {
         Job::Adapt(request) => adapt::adapt(&request, &recipe, &device),
         Job::Compare { methods, seeds } => compare::compare(&methods, seeds, &recipe, &device),

@@ -1,10 +1,11 @@
 //! The ways to adapt a model, and which of its numbers each one trains.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use burn::module::{Lora, Module, ModuleVisitor, Param, ParamGroup, ParamId};
 use burn::prelude::*;
-use burn_boft::{Bias, BoftConfig, OftConfig, inject, merge};
+use burn_boft::{Bias, BoftConfig, OftConfig, Summary, inject, merge};
 
 use crate::error::Error;
 use crate::model::Dinov2ForImageClassification;
@@ -119,6 +120,22 @@ impl Method {
                 inject(model, &config)?
             }
             Self::Full => model.unfreeze(),
+        })
+    }
+
+    /// Says which block sizes OFT took where the one asked for does not divide a layer, as PEFT does.
+    pub fn adjusted(&self, sizes: &Summary) -> Option<String> {
+        let Self::Oft { block_size } = self else {
+            return None;
+        };
+        let layers = sizes.layers.iter().map(|layer| layer.butterfly.block_size);
+        let taken: BTreeSet<usize> = layers.filter(|size| size != block_size).collect();
+        let taken: Vec<String> = taken.iter().map(usize::to_string).collect();
+        (!taken.is_empty()).then(|| {
+            format!(
+                "block size {block_size} does not divide every layer; there OFT takes {}",
+                taken.join(" or ")
+            )
         })
     }
 

@@ -127,7 +127,7 @@ pub fn train(
     progress: Progress,
 ) -> Result<Trained, Error> {
     let (epochs, count) = recipe.limited(split.train.len());
-    let images = split.train[..count.min(split.train.len())].to_vec();
+    let images = spread(&split.train, count);
     let steps = epochs * images.len().div_ceil(recipe.batch_size);
     let schedule = CosineAnnealingLrSchedulerConfig::new(learning_rate, steps)
         .init()
@@ -180,6 +180,14 @@ pub fn train(
         epoch,
         valid,
     })
+}
+
+/// At most `count` images, evenly spaced: they come class by class, and a short epoch needs all classes.
+fn spread(images: &[Image], count: usize) -> Vec<Image> {
+    let count = count.min(images.len());
+    (0..count)
+        .map(|index| images[index * images.len() / count].clone())
+        .collect()
 }
 
 /// A batch size that cuts the images into batches of equal size, as nearly as it goes: Burn's loss
@@ -305,6 +313,23 @@ mod tests {
         assert_eq!(recipe(Some(100)).limited(95), (5, 95));
         assert_eq!(recipe(Some(29)).limited(95), (2, 95));
         assert_eq!(recipe(Some(4)).limited(95), (1, 40));
+    }
+
+    #[test]
+    fn a_short_epoch_has_every_class() {
+        let images: Vec<Image> = (0..30)
+            .map(|index| Image {
+                pixels: [index].as_slice().into(),
+                label: index as usize / 10,
+            })
+            .collect();
+        let labels = |count| -> Vec<usize> {
+            let spread = spread(&images, count);
+            spread.iter().map(|image| image.label).collect()
+        };
+        assert_eq!(labels(6), [0, 0, 1, 1, 2, 2]);
+        assert_eq!(spread(&images, 30), images);
+        assert_eq!(spread(&images, 31), images);
     }
 
     #[test]

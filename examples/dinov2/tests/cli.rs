@@ -150,6 +150,26 @@ fn a_block_size_that_does_not_fit_is_explained_before_training() {
 }
 
 #[test]
+fn a_block_size_that_oft_adjusts_is_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = dinov2(&[
+        "--method",
+        "oft",
+        "--block-size",
+        "6",
+        "--max-steps",
+        "1",
+        "--output",
+        text(folder.path()),
+    ]);
+    let stdout = String::from_utf8(run.stdout).unwrap();
+    assert!(
+        stdout.contains("block size 6 does not divide every layer; there OFT takes"),
+        "{stdout}"
+    );
+}
+
+#[test]
 fn a_short_run_of_each_adapter_leaves_its_record() {
     for method in ["boft", "oft", "lora", "linear", "full"] {
         let folder = tempfile::tempdir().unwrap();

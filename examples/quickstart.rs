@@ -5,7 +5,7 @@
 use burn::module::{Module, ParamGroup};
 use burn::nn::{Linear, LinearConfig, Relu, loss::MseLoss, loss::Reduction};
 use burn::optim::{AdamConfig, GradientsParams};
-use burn::tensor::{Device, Distribution, Tensor};
+use burn::tensor::{Device, Distribution, Tensor, s};
 use burn_boft::{BoftConfig, inject, merge, summary};
 
 /// A plain Burn model.
@@ -64,7 +64,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let adapted = model.valid();
     let merged = merge(adapted.clone())?;
-    let input = input.without_autodiff().slice([0..3]);
+    let input = input.without_autodiff().slice(s![0..3, ..]);
     let difference = adapted.forward(input.clone()) - merged.forward(input);
     let difference: f32 = difference.abs().max().into_scalar();
     println!("merged model differs by {difference:.1e}");

@@ -125,10 +125,10 @@ impl BoftAdapter {
         base: Tensor<2>,
         bias: Option<Tensor<1>>,
     ) -> Tensor<D> {
-        let [d_input, d_output] = base.dims();
-        let tokens = input.shape().num_elements() / d_input;
+        let shape = base.dims();
+        let tokens = input.shape().num_elements() / shape[0];
         let quantized = matches!(base.dtype(), DType::QFloat(_));
-        let route = ops::route(tokens, d_output, quantized);
+        let route = ops::route(tokens, shape, input.device().is_autodiff(), quantized);
         self.blocks().linear(input, base, self.scale(), bias, route)
     }
 

@@ -67,6 +67,17 @@ pub trait BoftBackend: Backend {
         butterfly::block_gradient::<Self>(lhs, rhs, blocks, side)
     }
 
+    /// Sums `gradient ⊙ output` per output channel: per column on the left, per row on the right.
+    ///
+    /// From `[rows, columns]` tensors to a vector in f32 or wider.
+    fn boft_channel_products(
+        gradient: FloatTensor<Self>,
+        output: FloatTensor<Self>,
+        side: Side,
+    ) -> FloatTensor<Self> {
+        linear::channel_products::<Self>(gradient, output, side)
+    }
+
     /// Multiplies rows by a rotated and scaled weight: `x·(R·W·diag(s))`.
     fn boft_linear(
         input: FloatTensor<Self>,

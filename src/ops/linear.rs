@@ -42,20 +42,33 @@ pub(super) fn away_from_zero<B: Backend>(scale: FloatTensor<B>) -> FloatTensor<B
     B::float_add(scale, B::float_mul_scalar(is_zero, (-1e-20).into()))
 }
 
-/// `Σ gradient ⊙ output / s` over the axis that is not the output's.
-fn scale_gradient<B: Backend>(
+/// `Σ gradient ⊙ output` over the axis that is not the output's, in f32 or wider.
+pub(super) fn channel_products<B: Backend>(
+    gradient: FloatTensor<B>,
+    output: FloatTensor<B>,
+    side: Side,
+) -> FloatTensor<B> {
+    let [rows, columns] = output.shape().dims::<2>();
+    let (summed_axis, outputs) = match side {
+        Side::Left => (0, columns),
+        Side::Right => (1, rows),
+    };
+    let product = B::float_mul(widen_primitive::<B>(gradient), widen_primitive::<B>(output));
+    B::float_reshape(
+        B::float_sum_dim(product, summed_axis),
+        Shape::from([outputs]),
+    )
+}
+
+/// The gradient of the scale, `Σ gradient ⊙ output / s`.
+fn scale_gradient<B: BoftBackend>(
     gradient: FloatTensor<B>,
     output: FloatTensor<B>,
     scale: FloatTensor<B>,
     side: Side,
 ) -> FloatTensor<B> {
-    let (shape, dtype) = (scale.shape(), scale.dtype());
-    let summed_axis = match side {
-        Side::Left => 0,
-        Side::Right => 1,
-    };
-    let product = B::float_mul(widen_primitive::<B>(gradient), widen_primitive::<B>(output));
-    let sum = B::float_reshape(B::float_sum_dim(product, summed_axis), shape);
+    let dtype = scale.dtype();
+    let sum = B::boft_channel_products(gradient, output, side);
     let scale = away_from_zero::<B>(cast::<B>(scale, sum.dtype()));
     cast::<B>(B::float_div(sum, scale), dtype)
 }

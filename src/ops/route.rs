@@ -10,13 +10,28 @@ pub enum Route {
     Weight,
 }
 
-/// Chooses the route of a linear layer by its shape.
+/// Chooses the route of a linear layer by the numbers that each moves through memory.
 ///
-/// Rotating the weight reads and writes `d_input·d_output` numbers, rotating the input
-/// `tokens·d_input`, so the smaller of `tokens` and `d_output` decides. A quantized weight cannot be
-/// rewritten: there the input is rotated always.
-pub fn route(tokens: usize, d_output: usize, quantized: bool) -> Route {
-    match quantized || tokens < d_output {
+/// For a `[d, o]` weight and `T` tokens, beside the product itself:
+///
+/// | | weight route | activation route |
+/// |---|---|---|
+/// | inference | `2·d·o`: rotate and scale the weight | `2·T·d + 2·T·o`: rotate the input, scale the output |
+/// | training | the same | `4·T·d + 5·T·o`: both again in the backward pass, and the scale's gradient |
+///
+/// The fewer win. A quantized weight cannot be rewritten: there the input is rotated always.
+pub fn route(
+    tokens: usize,
+    [d_input, d_output]: [usize; 2],
+    training: bool,
+    quantized: bool,
+) -> Route {
+    let weight = 2 * d_input * d_output;
+    let activation = match training {
+        true => tokens * (4 * d_input + 5 * d_output),
+        false => tokens * (2 * d_input + 2 * d_output),
+    };
+    match quantized || activation < weight {
         true => Route::Activation,
         false => Route::Weight,
     }
@@ -27,14 +42,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_route_switches_where_tokens_reach_the_output_width() {
-        assert_eq!(route(1, 4096, false), Route::Activation);
-        assert_eq!(route(4095, 4096, false), Route::Activation);
-        assert_eq!(route(4096, 4096, false), Route::Weight);
+    fn the_route_switches_where_the_numbers_moved_are_equal() {
+        let shape = [4096, 4096];
+        assert_eq!(route(1, shape, false, false), Route::Activation);
+        assert_eq!(route(2047, shape, false, false), Route::Activation);
+        assert_eq!(route(2048, shape, false, false), Route::Weight);
+        assert_eq!(route(910, shape, true, false), Route::Activation);
+        assert_eq!(route(911, shape, true, false), Route::Weight);
     }
 
     #[test]
     fn a_quantized_weight_is_never_rewritten() {
-        assert_eq!(route(1 << 20, 16, true), Route::Activation);
+        assert_eq!(route(1 << 20, [16, 16], true, true), Route::Activation);
     }
 }

@@ -178,6 +178,25 @@ impl BoftBackend for Flex {
             tensor(spans::block_gradient::<E>(gram, blocks.values(), sizes), dims)
         })
     }
+
+    fn boft_channel_products(
+        gradient: FloatTensor<Self>,
+        output: FloatTensor<Self>,
+        side: Side,
+    ) -> FloatTensor<Self> {
+        if !has_kernel(&output) || output.dtype() != gradient.dtype() {
+            return linear::channel_products::<Self>(gradient, output, side);
+        }
+        let [rows, columns] = output.shape().dims::<2>();
+        let (gradient, output) = (Contiguous::new(gradient), Contiguous::new(output));
+        in_precision!(output.0.dtype(), E => {
+            let (lhs, rhs) = (gradient.values::<E>(), output.values());
+            match side {
+                Side::Left => tensor(spans::column_products(lhs, rhs, columns), [columns]),
+                Side::Right => tensor(spans::row_products(lhs, rhs, columns), [rows]),
+            }
+        })
+    }
 }
 
 /// `op(R)·t` or `t·op(R)` in the precision of the blocks, times a scale per output channel of a weight.

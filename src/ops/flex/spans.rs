@@ -321,26 +321,60 @@ pub(super) fn gram<E: Real>(
 
 #[inline(always)]
 fn gram_of_rows<E: Real>(gram: &mut [f64], lhs: &[E], rhs: &[E], s: usize, columns: usize) {
-    const LANES: usize = 16;
-    for row in 0..s {
-        for column in 0..s {
-            let lhs = &lhs[row * columns..(row + 1) * columns];
-            let rhs = &rhs[column * columns..(column + 1) * columns];
-            let mut sum = [E::default(); LANES];
-            let (lhs_lanes, rhs_lanes) = (lhs.chunks_exact(LANES), rhs.chunks_exact(LANES));
-            let (lhs_rest, rhs_rest) = (lhs_lanes.remainder(), rhs_lanes.remainder());
-            for (lhs, rhs) in lhs_lanes.zip(rhs_lanes) {
-                for lane in 0..LANES {
-                    sum[lane] += lhs[lane] * rhs[lane];
-                }
-            }
-            let mut total: f64 = sum.iter().map(|&value| value.into()).sum();
-            for (&lhs, &rhs) in lhs_rest.iter().zip(rhs_rest) {
-                total += (lhs * rhs).into();
-            }
-            gram[row * s + column] = total;
+    for (row, lhs) in lhs.chunks_exact(columns).enumerate() {
+        for (column, rhs) in rhs.chunks_exact(columns).enumerate() {
+            gram[row * s + column] = dot(lhs, rhs);
         }
     }
+}
+
+#[inline(always)]
+fn dot<E: Real>(lhs: &[E], rhs: &[E]) -> f64 {
+    const LANES: usize = 16;
+    let mut sum = [E::default(); LANES];
+    let (lhs, rhs) = (lhs.chunks_exact(LANES), rhs.chunks_exact(LANES));
+    let rest = lhs.remainder().iter().zip(rhs.remainder());
+    let rest: f64 = rest.map(|(&lhs, &rhs)| (lhs * rhs).into()).sum();
+    for (lhs, rhs) in lhs.zip(rhs) {
+        for lane in 0..LANES {
+            sum[lane] += lhs[lane] * rhs[lane];
+        }
+    }
+    sum.iter().map(|&value| value.into()).sum::<f64>() + rest
+}
+
+/// `Σ lhs ⊙ rhs` per column, from partial sums of a fixed size.
+pub(super) fn column_products<E: Real>(lhs: &[E], rhs: &[E], columns: usize) -> Vec<E> {
+    let arch = Arch::new();
+    let partial: Vec<Vec<E>> = lhs
+        .par_chunks(ROWS * columns)
+        .zip(rhs.par_chunks(ROWS * columns))
+        .map(|(lhs, rhs)| {
+            let mut sums = vec![E::default(); columns];
+            arch.dispatch(|| {
+                for (lhs, rhs) in lhs.chunks_exact(columns).zip(rhs.chunks_exact(columns)) {
+                    for ((sum, &lhs), &rhs) in sums.iter_mut().zip(lhs).zip(rhs) {
+                        *sum += lhs * rhs;
+                    }
+                }
+            });
+            sums
+        })
+        .collect();
+    let total = |column: usize| partial.iter().map(|sums| sums[column].into()).sum::<f64>();
+    (0..columns)
+        .map(|column| E::rounded(total(column)))
+        .collect()
+}
+
+/// `Σ lhs ⊙ rhs` per row.
+pub(super) fn row_products<E: Real>(lhs: &[E], rhs: &[E], columns: usize) -> Vec<E> {
+    let arch = Arch::new();
+    lhs.par_chunks_exact(columns)
+        .zip(rhs.par_chunks_exact(columns))
+        .with_min_len(ROWS)
+        .map(|(lhs, rhs)| E::rounded(arch.dispatch(|| dot(lhs, rhs))))
+        .collect()
 }
 
 #[inline(always)]

@@ -64,6 +64,7 @@ mod linear;
 pub mod ops;
 mod plan;
 mod report;
+mod survey;
 mod target;
 
 pub use adapter::BoftAdapter;

@@ -6,9 +6,9 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, FloatDType, Tensor};
 
 use crate::adapter::AdapterSettings;
-use crate::inject::Path;
 use crate::ops::{Side, upper_triangle, widen};
 use crate::plan::{ButterflyPlan, LayerKind};
+use crate::survey::Path;
 
 /// Parameter counts of a model, made by [`summary`]. `Display` is PEFT's line.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -164,17 +164,18 @@ impl Preparation {
         );
         let selection = config.selection();
         check_modules_to_save(selection, &survey, &mut misfits);
-        let layers = match TargetMatcher::new(selection) {
-            Ok(matcher) => plan_layers(config, &matcher, &survey, &mut misfits),
+        let matcher = match TargetMatcher::new(selection) {
+            Ok(matcher) => matcher,
             Err(errors) => {
                 misfits.extend(errors.into_iter().map(Misfit::Pattern));
-                Vec::new()
+                return Err(InjectError::new(misfits));
             }
         };
+        let layers = plan_layers(config, &matcher, &survey, &mut misfits);
         if !misfits.is_empty() {
             return Err(InjectError::new(misfits));
         }
-        let trained = trained_parameters(selection, &survey, &layers);
+        let trained = trained_parameters(selection.bias, &matcher, &survey, &layers);
         let plan = InjectPlan {
             layers,
             trained: trained.clone(),
@@ -319,16 +320,14 @@ fn plan_layer(config: &AdapterConfig, layer: &Layer) -> Result<LayerPlan, Misfit
 }
 
 /// The paths of the biases and modules that stay trainable, in the model's order.
-fn trained_parameters(selection: &Selection, survey: &Survey, layers: &[LayerPlan]) -> Vec<String> {
+fn trained_parameters(
+    bias: Bias,
+    matcher: &TargetMatcher,
+    survey: &Survey,
+    layers: &[LayerPlan],
+) -> Vec<String> {
     let adapted: HashSet<_> = layers.iter().map(|layer| layer.path.as_str()).collect();
-    let is_saved = |owner: &str| {
-        let owner = format!(".{owner}.");
-        selection
-            .modules_to_save
-            .iter()
-            .any(|name| owner.contains(&format!(".{name}.")))
-    };
-    let is_trained = |owner: &str, is_bias: bool| match selection.bias {
+    let is_trained = |owner: &str, is_bias: bool| match bias {
         Bias::None => false,
         Bias::All => is_bias,
         Bias::AdapterOnly => is_bias && adapted.contains(owner),
@@ -336,7 +335,7 @@ fn trained_parameters(selection: &Selection, survey: &Survey, layers: &[LayerPla
     survey
         .parameters
         .iter()
-        .filter(|(_, owner, is_bias)| is_saved(owner) || is_trained(owner, *is_bias))
+        .filter(|(_, owner, is_bias)| matcher.is_saved(owner) || is_trained(owner, *is_bias))
         .map(|(path, _, _)| path.clone())
         .collect()
 }

@@ -23,9 +23,10 @@ Methods: `frozen` (no adapter; forward, and backward to the input alone), `lora-
 runs the adapters without gradients. Except with `full`, a gradient flows back to the input of the first adapted layer,
 as it does in the middle of a model: for DINOv2 that is the output of the embeddings.
 
-PEFT is measured as it ships, with one exception. Where its CUDA extension does not compile it trains BOFT with one factor
-whatever the config says, so for m > 1 the extension's entry points are replaced by a block diagonal in tensor operations
-(faster than PEFT's own `torch.block_diag`). PEFT's convolution for OFT computes something else than its merge does.
+PEFT is measured as it ships where its CUDA extension does not compile, with one exception: it then trains BOFT with one
+factor whatever the config says, so for m > 1 the extension's entry points are replaced by a block diagonal in tensor
+operations (faster than the `torch.block_diag` that PEFT falls back to for m = 1). What PEFT's OFT convolution computes
+is not what merging it computes; it is timed all the same.
 """
 
 import argparse

@@ -43,11 +43,7 @@ impl BoftAdapter {
         path: &str,
         (device, dtype): (&Device, DType),
     ) -> Self {
-        let dtype = if dtype == DType::F64 {
-            DType::F64
-        } else {
-            DType::F32
-        };
+        let dtype = ops::widened(dtype);
         let plan = settings.butterfly();
         let shape = plan.skew_shape();
         let (skew, scale) = initial_values(init, path, shape.iter().product(), plan.d_output);
@@ -144,7 +140,7 @@ impl BoftAdapter {
         if count == 0 || !self.training.is_enabled() || !device.is_autodiff() {
             return None;
         }
-        let dtype = ops_dtype(skew.dtype());
+        let dtype = ops::widened(skew.dtype());
         let draw = |shape: [usize; 2]| {
             Tensor::<2>::random(shape, Distribution::Uniform(0.0, 1.0), (&device, dtype))
         };
@@ -188,15 +184,6 @@ impl Reparameterization for BoftAdapter {
         self.blocks()
             .weight(base.reshape(matrix), self.scale(), side)
             .reshape(shape)
-    }
-}
-
-/// The precision blocks are computed in: f32 or wider.
-fn ops_dtype(dtype: DType) -> DType {
-    if dtype == DType::F64 {
-        DType::F64
-    } else {
-        DType::F32
     }
 }
 

@@ -4,7 +4,7 @@ mod common;
 
 use burn::tensor::{DType, Tensor};
 use burn_boft::ops::Blocks;
-use common::{Sizes, devices, host, noise, skew_matrix, tensor};
+use common::{Sizes, host, kernel_devices, noise, skew_matrix, tensor};
 
 /// `max|RᵀR − I|` over all spans.
 fn defect(blocks: &Blocks) -> f64 {
@@ -36,7 +36,7 @@ const TOLERANCE: f64 = 1e-6;
 
 #[test]
 fn rotations_are_orthogonal_up_to_a_norm_of_ten() {
-    for (backend, device) in devices() {
+    for (backend, device) in kernel_devices() {
         for m in [1, 2, 3, 4] {
             for b in [2, 4, 8, 16] {
                 let sizes = Sizes {

@@ -8,8 +8,14 @@
     allow(unused_variables)
 )]
 
+#[cfg(feature = "cubecl")]
+use burn::backend::fusion::custom::TensorSpec;
 use burn::backend::{Backend, DispatchDevice, backend_extension, tensor::FloatTensor};
+#[cfg(feature = "cubecl")]
+use burn::tensor::Shape;
 
+#[cfg(feature = "cubecl")]
+use super::widened;
 use super::{Side, butterfly, cayley, linear};
 
 /// The operations of orthogonal fine-tuning, as a backend runs them.
@@ -20,16 +26,25 @@ use super::{Side, butterfly, cayley, linear};
     NdArray: cfg(feature = "ndarray"),
     Cube: cfg(feature = "cubecl"),
     Autodiff,
+    Fusion: cfg(feature = "cubecl"),
 )]
 pub trait BoftBackend: Backend {
     /// Maps packed skew-symmetric matrices to orthogonal blocks, `C = (I − Q)(I + Q)⁻¹`.
     ///
     /// From a `[m, n, b(b−1)/2]` tensor to a `[m, n, b, b]` tensor.
+    #[fusion(dtype = skew, shape = {
+        let [m, n, _] = skew.dims::<3>();
+        Shape::from([m, n, *block_size, *block_size])
+    })]
     fn boft_cayley(skew: FloatTensor<Self>, block_size: usize) -> FloatTensor<Self> {
         cayley::exact::<Self>(skew, block_size)
     }
 
     /// The gradient of [`boft_cayley`](Self::boft_cayley) with respect to its input, from its output.
+    #[fusion(dtype = blocks, shape = {
+        let [m, n, b, _] = blocks.dims::<4>();
+        Shape::from([m, n, b * (b - 1) / 2])
+    })]
     fn boft_cayley_backward(
         blocks: FloatTensor<Self>,
         gradient: FloatTensor<Self>,
@@ -38,6 +53,7 @@ pub trait BoftBackend: Backend {
     }
 
     /// Rotates a matrix: `R·t` or `t·R`, or with the transpose of `R`.
+    #[fusion(dtype = matrix, shape = matrix)]
     fn boft_butterfly(
         matrix: FloatTensor<Self>,
         blocks: FloatTensor<Self>,
@@ -48,6 +64,7 @@ pub trait BoftBackend: Backend {
     }
 
     /// Rotates and scales a weight: `R·W·diag(s)` on the left, `diag(s)·W·Rᵀ` on the right.
+    #[fusion(dtype = weight, shape = weight)]
     fn boft_weight(
         weight: FloatTensor<Self>,
         blocks: FloatTensor<Self>,
@@ -58,6 +75,7 @@ pub trait BoftBackend: Backend {
     }
 
     /// The gradient of the blocks from the two matrices whose product per span is `G`.
+    #[fusion(dtype = blocks, shape = blocks)]
     fn boft_block_gradient(
         lhs: FloatTensor<Self>,
         rhs: FloatTensor<Self>,
@@ -67,34 +85,47 @@ pub trait BoftBackend: Backend {
         butterfly::block_gradient::<Self>(lhs, rhs, blocks, side)
     }
 
-    /// Sums `gradient ⊙ output` per output channel: per column on the left, per row on the right.
+    /// Sums `gradient ⊙ output`, and `gradient`, per output channel: per column on the left, per row on
+    /// the right.
     ///
-    /// From `[rows, columns]` tensors to a vector in f32 or wider.
-    fn boft_channel_products(
+    /// From `[rows, columns]` tensors to two vectors in f32 or wider.
+    #[fusion(meta = |gradient, output, side| {
+        let [rows, columns] = output.shape.dims::<2>();
+        let sums = TensorSpec {
+            dtype: widened(gradient.dtype),
+            shape: Shape::from([match side {
+                Side::Left => columns,
+                Side::Right => rows,
+            }]),
+        };
+        (sums.clone(), sums)
+    })]
+    fn boft_channel_sums(
         gradient: FloatTensor<Self>,
         output: FloatTensor<Self>,
         side: Side,
-    ) -> FloatTensor<Self> {
-        linear::channel_products::<Self>(gradient, output, side)
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        linear::channel_sums::<Self>(gradient, output, side)
     }
 
-    /// Multiplies rows by a rotated and scaled weight: `x·(R·W·diag(s))`.
+    /// Multiplies rows by a rotated and scaled weight and adds a bias, `x·(R·W·diag(s)) + bias`; without
+    /// `has_bias`, the bias is not read.
+    #[fusion(default)]
     fn boft_linear(
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         blocks: FloatTensor<Self>,
         scale: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        has_bias: bool,
     ) -> FloatTensor<Self> {
         let weight = Self::boft_weight(weight, blocks, scale, Side::Left);
-        Self::float_matmul(input, weight)
+        linear::product::<Self>(input, weight, has_bias.then_some(bias))
     }
 }
 
 #[cfg(feature = "ndarray")]
 impl BoftBackend for burn::backend::NdArray {}
-
-#[cfg(feature = "cubecl")]
-impl BoftBackend for burn::backend::Cube {}
 
 /// Whether tensors on this device reach [`BoftBackend`]; the others take the portable versions.
 pub(super) fn is_listed(device: &DispatchDevice) -> bool {

@@ -9,7 +9,7 @@ use burn::backend::autodiff::{
 use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
 use burn::tensor::Shape;
 
-use super::{BoftBackend, Side, butterfly, cast, widen_primitive};
+use super::{BoftBackend, Side, butterfly, cast, route::keeps_weight, widen_primitive};
 
 /// `R·W·diag(s)` on the left, `diag(s)·W·Rᵀ` on the right.
 pub(super) fn weight<B: Backend>(
@@ -42,35 +42,58 @@ pub(super) fn away_from_zero<B: Backend>(scale: FloatTensor<B>) -> FloatTensor<B
     B::float_add(scale, B::float_mul_scalar(is_zero, (-1e-20).into()))
 }
 
-/// `Σ gradient ⊙ output` over the axis that is not the output's, in f32 or wider.
-pub(super) fn channel_products<B: Backend>(
-    gradient: FloatTensor<B>,
-    output: FloatTensor<B>,
-    side: Side,
+/// `x·W + bias`.
+pub(super) fn product<B: Backend>(
+    input: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    bias: Option<FloatTensor<B>>,
 ) -> FloatTensor<B> {
-    let [rows, columns] = output.shape().dims::<2>();
-    let (summed_axis, outputs) = match side {
-        Side::Left => (0, columns),
-        Side::Right => (1, rows),
-    };
-    let product = B::float_mul(widen_primitive::<B>(gradient), widen_primitive::<B>(output));
-    B::float_reshape(
-        B::float_sum_dim(product, summed_axis),
-        Shape::from([outputs]),
-    )
+    let output = B::float_matmul(input, weight);
+    match bias {
+        Some(bias) => {
+            let bias = cast::<B>(bias, output.dtype());
+            B::float_add(output, along_output::<B>(bias, Side::Left))
+        }
+        None => output,
+    }
 }
 
-/// The gradient of the scale, `Σ gradient ⊙ output / s`.
-fn scale_gradient<B: BoftBackend>(
+/// `Σ gradient ⊙ output` and `Σ gradient` over the axis that is not the output's, in f32 or wider.
+pub(super) fn channel_sums<B: Backend>(
     gradient: FloatTensor<B>,
     output: FloatTensor<B>,
-    scale: FloatTensor<B>,
     side: Side,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let summed_axis = match side {
+        Side::Left => 0,
+        Side::Right => 1,
+    };
+    let sum = |tensor| {
+        let sum = B::float_sum_dim(tensor, summed_axis);
+        let outputs = sum.shape().num_elements();
+        B::float_reshape(sum, Shape::from([outputs]))
+    };
+    let gradient = widen_primitive::<B>(gradient);
+    let products = B::float_mul(gradient.clone(), widen_primitive::<B>(output));
+    (sum(products), sum(gradient))
+}
+
+/// The gradient of the scale, `Σ gradient ⊙ (output − bias) / s`, from the sums per channel.
+fn scale_gradient<B: Backend>(
+    (products, sums): (FloatTensor<B>, FloatTensor<B>),
+    scale: FloatTensor<B>,
+    bias: Option<FloatTensor<B>>,
 ) -> FloatTensor<B> {
     let dtype = scale.dtype();
-    let sum = B::boft_channel_products(gradient, output, side);
-    let scale = away_from_zero::<B>(cast::<B>(scale, sum.dtype()));
-    cast::<B>(B::float_div(sum, scale), dtype)
+    let products = match bias {
+        Some(bias) => {
+            let bias = cast::<B>(bias, sums.dtype());
+            B::float_sub(products, B::float_mul(sums, bias))
+        }
+        None => products,
+    };
+    let scale = away_from_zero::<B>(cast::<B>(scale, products.dtype()));
+    cast::<B>(B::float_div(products, scale), dtype)
 }
 
 /// The gradient of a weight from that of `R·W·diag(s)`.
@@ -249,8 +272,8 @@ impl<B: BoftBackend, C: CheckpointStrategy> BoftBackend for Autodiff<B, C> {
                     gradients.register::<B>(node.id, gradient);
                 }
                 if let Some(node) = scale_node {
-                    let gradient =
-                        scale_gradient::<B>(gradient.clone(), output, scale.clone(), side);
+                    let sums = B::boft_channel_sums(gradient.clone(), output, side);
+                    let gradient = scale_gradient::<B>(sums, scale.clone(), None);
                     gradients.register::<B>(node.id, gradient);
                 }
                 if let Some(node) = weight_node {
@@ -282,6 +305,8 @@ impl<B: BoftBackend, C: CheckpointStrategy> BoftBackend for Autodiff<B, C> {
         weight: FloatTensor<Self>,
         blocks: FloatTensor<Self>,
         scale: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        has_bias: bool,
     ) -> FloatTensor<Self> {
         #[derive(Debug)]
         struct Linear;
@@ -289,92 +314,102 @@ impl<B: BoftBackend, C: CheckpointStrategy> BoftBackend for Autodiff<B, C> {
         #[derive(Clone, Debug)]
         struct State<B: Backend> {
             input: NodeId,
-            /// `R·W·diag(s)`.
-            effective: FloatTensor<B>,
+            weight: FloatTensor<B>,
+            /// `R·W·diag(s)`, where it is kept.
+            effective: Option<FloatTensor<B>>,
             blocks: FloatTensor<B>,
             scale: FloatTensor<B>,
-            /// Kept for the gradient of the scale only.
+            bias: Option<FloatTensor<B>>,
+            /// Kept for the gradient of the scale only; what follows the layer mostly keeps it too.
             output: Option<FloatTensor<B>>,
         }
 
-        impl<B: BoftBackend> Backward<B, 4> for Linear {
+        impl<B: BoftBackend> Backward<B, 5> for Linear {
             type State = State<B>;
 
             fn backward(
                 self,
-                ops: Ops<Self::State, 4>,
+                ops: Ops<Self::State, 5>,
                 gradients: &mut Gradients,
                 checkpointer: &mut Checkpointer,
             ) {
-                let [input_node, weight_node, blocks_node, scale_node] = ops.parents;
-                let State {
-                    input,
-                    effective,
-                    blocks,
-                    scale,
-                    output,
-                } = ops.state;
+                let [input, weight, blocks, scale, bias] = ops.parents;
+                let state = ops.state;
                 let gradient = gradients.consume::<B>(&ops.node);
-                if let (Some(node), Some(output)) = (scale_node, output) {
-                    let gradient =
-                        scale_gradient::<B>(gradient.clone(), output, scale.clone(), Side::Left);
-                    gradients.register::<B>(node.id, gradient);
-                }
-                let input_gradient = || {
-                    B::float_matmul(
-                        gradient.clone(),
-                        B::float_swap_dims(effective.clone(), 0, 1),
-                    )
-                };
-                let input: FloatTensor<B> = match blocks_node.is_some() || weight_node.is_some() {
-                    true => checkpointer.retrieve_node_output(input),
-                    false => {
-                        if let Some(node) = input_node {
-                            gradients.register::<B>(node.id, input_gradient());
+                match (scale, state.output) {
+                    (Some(scale), Some(output)) => {
+                        let sums = B::boft_channel_sums(gradient.clone(), output, Side::Left);
+                        if let Some(bias) = bias {
+                            let dtype = state.bias.as_ref().map_or(sums.1.dtype(), |b| b.dtype());
+                            gradients.register::<B>(bias.id, cast::<B>(sums.1.clone(), dtype));
                         }
-                        return;
+                        let gradient = scale_gradient::<B>(sums, state.scale.clone(), state.bias);
+                        gradients.register::<B>(scale.id, gradient);
                     }
-                };
-                if blocks_node.is_some() || input_node.is_some() {
-                    let input_gradient = input_gradient();
-                    if let Some(node) = blocks_node {
+                    _ => {
+                        if let Some(bias) = bias {
+                            let sum = B::float_sum_dim(gradient.clone(), 0);
+                            let outputs = sum.shape().num_elements();
+                            let sum = B::float_reshape(sum, Shape::from([outputs]));
+                            gradients.register::<B>(bias.id, sum);
+                        }
+                    }
+                }
+                let kept_input: Option<FloatTensor<B>> = (blocks.is_some() || weight.is_some())
+                    .then(|| checkpointer.retrieve_node_output(state.input));
+                if input.is_some() || blocks.is_some() {
+                    let effective = state.effective.unwrap_or_else(|| {
+                        let (blocks, scale) = (state.blocks.clone(), state.scale.clone());
+                        B::boft_weight(state.weight, blocks, scale, Side::Left)
+                    });
+                    let effective = B::float_swap_dims(effective, 0, 1);
+                    let input_gradient = B::float_matmul(gradient.clone(), effective);
+                    if let (Some(node), Some(input)) = (blocks, kept_input.clone()) {
                         let gradient = B::boft_block_gradient(
-                            input.clone(),
+                            input,
                             input_gradient.clone(),
-                            blocks.clone(),
+                            state.blocks.clone(),
                             Side::Right,
                         );
                         gradients.register::<B>(node.id, gradient);
                     }
-                    if let Some(node) = input_node {
+                    if let Some(node) = input {
                         gradients.register::<B>(node.id, input_gradient);
                     }
                 }
-                if let Some(node) = weight_node {
+                if let (Some(node), Some(input)) = (weight, kept_input) {
                     let gradient = B::float_matmul(B::float_swap_dims(input, 0, 1), gradient);
-                    let gradient = weight_gradient::<B>(gradient, blocks, scale, Side::Left);
+                    let gradient =
+                        weight_gradient::<B>(gradient, state.blocks, state.scale, Side::Left);
                     gradients.register::<B>(node.id, gradient);
                 }
             }
         }
 
-        let nodes = [input.node(), weight.node(), blocks.node(), scale.node()];
+        let nodes = [
+            input.node(),
+            weight.node(),
+            blocks.node(),
+            scale.node(),
+            bias.node(),
+        ];
         let keeps_output = scale.is_tracked();
-        let (blocks, scale) = (blocks.into_primitive(), scale.into_primitive());
-        let effective = B::boft_weight(
-            weight.into_primitive(),
-            blocks.clone(),
-            scale.clone(),
-            Side::Left,
-        );
-        let output = B::float_matmul(input.primitive().clone(), effective.clone());
+        let (weight, blocks) = (weight.into_primitive(), blocks.into_primitive());
+        let (scale, bias) = (scale.into_primitive(), bias.into_primitive());
+        let bias = has_bias.then_some(bias);
+        let effective = B::boft_weight(weight.clone(), blocks.clone(), scale.clone(), Side::Left);
+        let rows = input.primitive().shape().dims::<2>()[0];
+        let keeps_effective = keeps_weight(rows, weight.shape().dims());
+        let output = product::<B>(input.primitive().clone(), effective.clone(), bias.clone());
         match Linear.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(mut prep) => {
                 let state = State {
                     input: prep.checkpoint(&input),
-                    effective,
+                    weight,
+                    effective: keeps_effective.then_some(effective),
                     blocks,
                     scale,
+                    bias,
                     output: keeps_output.then(|| output.clone()),
                 };
                 prep.finish(state, output)

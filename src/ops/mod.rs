@@ -20,6 +20,8 @@
 mod backend;
 pub(crate) mod butterfly;
 pub(crate) mod cayley;
+#[cfg(feature = "cubecl")]
+mod cube;
 #[cfg(feature = "flex")]
 mod flex;
 mod linear;
@@ -201,20 +203,14 @@ impl Blocks {
         let output = match route {
             Route::Activation => {
                 let rotated = self.rotate(input, Side::Right, false);
+                let Some(scale) = scale else {
+                    return burn::tensor::module::linear(rotated, weight, bias).reshape(shape);
+                };
                 let output = burn::tensor::module::linear(rotated, weight, None);
-                match scale {
-                    Some(scale) => {
-                        let scale = scale.cast(FloatDType::from(output.dtype()));
-                        output * scale.unsqueeze::<2>()
-                    }
-                    None => output,
-                }
+                let scale = scale.cast(FloatDType::from(output.dtype()));
+                with_bias(output * scale.unsqueeze::<2>(), bias)
             }
-            Route::Weight => self.linear_by_weight(input, weight, scale),
-        };
-        let output = match bias {
-            Some(bias) => output + bias.unsqueeze::<2>(),
-            None => output,
+            Route::Weight => self.linear_by_weight(input, weight, scale, bias),
         };
         output.reshape(shape)
     }
@@ -233,19 +229,24 @@ impl Blocks {
         input: Tensor<2>,
         weight: Tensor<2>,
         scale: Option<Tensor<1>>,
+        bias: Option<Tensor<1>>,
     ) -> Tensor<2> {
         if !self.has_gram_backward(&weight) {
-            return input.matmul(self.weight(weight, scale, Side::Left));
+            return with_bias(input.matmul(self.weight(weight, scale, Side::Left)), bias);
         }
         // A scale of ones leaves the weight as it is, bit for bit, and asks for no gradient.
         let [_, d_output] = weight.dims();
         let options = (&self.values.device(), self.values.dtype());
         let scale = scale.unwrap_or_else(|| Tensor::ones([d_output], options));
+        let has_bias = bias.is_some();
+        let bias = bias.unwrap_or_else(|| Tensor::zeros([d_output], options));
         Tensor::from_dispatch(<Dispatch as BoftBackend>::boft_linear(
             input.into_dispatch(),
             weight.into_dispatch(),
             self.values().into_dispatch(),
             scale.into_dispatch(),
+            bias.into_dispatch(),
+            has_bias,
         ))
     }
 
@@ -264,20 +265,34 @@ impl Blocks {
     }
 }
 
+fn with_bias(output: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
+    match bias {
+        Some(bias) => output + bias.unsqueeze::<2>(),
+        None => output,
+    }
+}
+
 /// The tensor in f32 or wider.
 pub(crate) fn widen<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
-    match tensor.dtype() {
-        DType::F32 | DType::F64 => tensor,
-        _ => tensor.cast(FloatDType::F32),
+    let dtype = widened(tensor.dtype());
+    match tensor.dtype() == dtype {
+        true => tensor,
+        false => tensor.cast(FloatDType::from(dtype)),
+    }
+}
+
+/// The precision that numbers of this one are computed in: f32 or wider.
+pub(crate) fn widened(dtype: DType) -> DType {
+    match dtype {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
     }
 }
 
 /// [`widen`] for a backend's own tensor.
 fn widen_primitive<B: Backend>(tensor: FloatTensor<B>) -> FloatTensor<B> {
-    match tensor.dtype() {
-        DType::F32 | DType::F64 => tensor,
-        _ => B::float_cast(tensor, FloatDType::F32),
-    }
+    let dtype = widened(tensor.dtype());
+    cast::<B>(tensor, dtype)
 }
 
 /// Casts where the precision differs.

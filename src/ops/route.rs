@@ -37,9 +37,24 @@ pub fn route(
     }
 }
 
+/// Whether the weight route keeps `R·W·diag(s)` for the backward pass, or computes it again there.
+///
+/// It keeps a weight of at most the size of the layer's input and output, `d·o ≤ T·(d + o)`: memory then
+/// grows with the tokens, as it does anyway, and never with the model.
+pub(super) fn keeps_weight(tokens: usize, [d_input, d_output]: [usize; 2]) -> bool {
+    d_input * d_output <= tokens * (d_input + d_output)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_rotated_weight_is_kept_where_the_activations_are_larger() {
+        assert!(!keeps_weight(2047, [4096, 4096]));
+        assert!(keeps_weight(2048, [4096, 4096]));
+        assert!(keeps_weight(1028, [384, 1536]));
+    }
 
     #[test]
     fn the_route_switches_where_the_numbers_moved_are_equal() {

@@ -245,8 +245,24 @@ pub fn assert_close(what: &str, actual: &[f64], expected: &[f64], tolerance: f64
     );
 }
 
-/// Every backend of this build, by name.
+/// The CPU backends, by name.
 #[allow(deprecated)] // Burn 0.22 deprecates ndarray and still ships it.
 pub fn devices() -> Vec<(&'static str, Device)> {
     vec![("flex", Device::flex()), ("ndarray", Device::ndarray())]
+}
+
+/// Every backend of this build, by name: those that the kernels are tested on.
+pub fn kernel_devices() -> Vec<(&'static str, Device)> {
+    let devices = devices();
+    #[cfg(feature = "wgpu")]
+    let devices = [devices, vec![("wgpu", wgpu())]].concat();
+    #[cfg(feature = "cuda")]
+    let devices = [devices, vec![("cuda", Device::cuda(0))]].concat();
+    devices
+}
+
+/// The best adapter of any graphics API, a software adapter included.
+#[cfg(feature = "wgpu")]
+pub fn wgpu() -> Device {
+    Device::wgpu(burn::tensor::DeviceKind::DefaultDevice)
 }

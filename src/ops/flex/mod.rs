@@ -8,6 +8,7 @@ use std::ops::{Add, AddAssign, Mul};
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::backend::{Flex, TensorMetadata, tensor::FloatTensor};
 use burn::tensor::{Bytes, DType, Element, Shape};
+use pulp::Arch;
 
 use super::{BoftBackend, Side, butterfly, cast, cayley, linear, widen_primitive};
 
@@ -27,17 +28,30 @@ trait Real:
     + Into<f64>
 {
     fn rounded(value: f64) -> Self;
+
+    /// `self·factor + sum`, rounded once.
+    fn mul_add(self, factor: Self, sum: Self) -> Self;
 }
 
 impl Real for f32 {
     fn rounded(value: f64) -> Self {
         value as f32
     }
+
+    #[inline(always)]
+    fn mul_add(self, factor: Self, sum: Self) -> Self {
+        self.mul_add(factor, sum)
+    }
 }
 
 impl Real for f64 {
     fn rounded(value: f64) -> Self {
         value
+    }
+
+    #[inline(always)]
+    fn mul_add(self, factor: Self, sum: Self) -> Self {
+        self.mul_add(factor, sum)
     }
 }
 
@@ -83,8 +97,11 @@ impl Contiguous {
     }
 }
 
+/// Whether the kernels serve this precision on this processor.
+///
+/// Without a fused multiply-add in hardware, the portable versions are faster.
 fn has_kernel(tensor: &FlexTensor) -> bool {
-    matches!(tensor.dtype(), DType::F32 | DType::F64)
+    matches!(tensor.dtype(), DType::F32 | DType::F64) && !matches!(Arch::new(), Arch::Scalar)
 }
 
 /// The rotation as the kernels read it, where they serve its span.
@@ -179,22 +196,23 @@ impl BoftBackend for Flex {
         })
     }
 
-    fn boft_channel_products(
+    fn boft_channel_sums(
         gradient: FloatTensor<Self>,
         output: FloatTensor<Self>,
         side: Side,
-    ) -> FloatTensor<Self> {
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         if !has_kernel(&output) || output.dtype() != gradient.dtype() {
-            return linear::channel_products::<Self>(gradient, output, side);
+            return linear::channel_sums::<Self>(gradient, output, side);
         }
         let [rows, columns] = output.shape().dims::<2>();
         let (gradient, output) = (Contiguous::new(gradient), Contiguous::new(output));
         in_precision!(output.0.dtype(), E => {
-            let (lhs, rhs) = (gradient.values::<E>(), output.values());
-            match side {
-                Side::Left => tensor(spans::column_products(lhs, rhs, columns), [columns]),
-                Side::Right => tensor(spans::row_products(lhs, rhs, columns), [rows]),
-            }
+            let (gradient, output) = (gradient.values::<E>(), output.values());
+            let (channels, [products, sums]) = match side {
+                Side::Left => (columns, spans::column_sums(gradient, output, columns)),
+                Side::Right => (rows, spans::row_sums(gradient, output, columns)),
+            };
+            (tensor(products, [channels]), tensor(sums, [channels]))
         })
     }
 }

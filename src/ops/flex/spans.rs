@@ -115,29 +115,25 @@ fn multiply_rows<E: Real>(
     }
 }
 
-/// Calls a kernel with the span as a constant where it is a common one, so that its loops unroll.
-macro_rules! with_span {
-    ($span:expr, $s:ident => $run:expr) => {
+/// Runs a kernel with the span, and the lines of it that stay in registers, as constants.
+///
+/// Spans of other sizes run with lines of one number.
+macro_rules! with_lines {
+    ($span:expr, $line:ident, $lines:ident => $run:expr) => {
         match $span {
-            4 => {
-                let $s = 4;
-                $run
-            }
-            8 => {
-                let $s = 8;
-                $run
-            }
-            16 => {
-                let $s = 16;
-                $run
-            }
-            32 => {
-                let $s = 32;
-                $run
-            }
-            $s => $run,
+            4 => with_lines!(4, 4, $line, $lines => $run),
+            8 => with_lines!(8, 8, $line, $lines => $run),
+            16 => with_lines!(16, 4, $line, $lines => $run),
+            32 => with_lines!(32, 2, $line, $lines => $run),
+            64 => with_lines!(64, 1, $line, $lines => $run),
+            _ => with_lines!(1, 1, $line, $lines => $run),
         }
     };
+    ($line_value:literal, $lines_value:literal, $line:ident, $lines:ident => $run:expr) => {{
+        const $line: usize = $line_value;
+        const $lines: usize = $lines_value;
+        $run
+    }};
 }
 
 /// `op(R)·t` for a `[d, columns]` matrix, with a scale per column.
@@ -151,71 +147,85 @@ pub(super) fn rotate_rows<E: Real>(
     let s = sizes.span;
     let mut output = vec![E::default(); rows * columns];
     let arch = Arch::new();
+    let spans = matrix
+        .par_chunks(s * columns)
+        .zip(rotation.par_chunks(s * s));
     output
         .par_chunks_mut(s * columns)
-        .zip(
-            matrix
-                .par_chunks(s * columns)
-                .zip(rotation.par_chunks(s * s)),
-        )
+        .zip(spans)
         .for_each(|(output, (matrix, rotation))| {
-            arch.dispatch(|| {
-                with_span!(s, s => rotate_span_rows(output, matrix, rotation, s, columns, scale))
-            })
+            arch.dispatch(
+                #[inline(always)]
+                || match s % 4 {
+                    0 => rotate_span_rows::<E, 4>(output, matrix, rotation, columns, scale),
+                    2 => rotate_span_rows::<E, 2>(output, matrix, rotation, columns, scale),
+                    _ => rotate_span_rows::<E, 1>(output, matrix, rotation, columns, scale),
+                },
+            );
         });
     output
 }
 
-/// Columns that stay in registers while a row of the rotation meets them.
-const TILE: usize = 32;
+/// Columns that stay in registers while rows of the rotation meet them.
+const TILE: usize = 16;
 
+/// Rotates one span, `LINES` rows of the result at a time.
 #[inline(always)]
-fn rotate_span_rows<E: Real>(
+fn rotate_span_rows<E: Real, const LINES: usize>(
     output: &mut [E],
     matrix: &[E],
     rotation: &[E],
-    s: usize,
     columns: usize,
     scale: Option<&[E]>,
 ) {
+    let s = matrix.len() / columns;
     let tiles = columns / TILE * TILE;
     for start in (0..tiles).step_by(TILE) {
-        for row in 0..s {
-            let mut sum = [E::default(); TILE];
+        for first in (0..s).step_by(LINES) {
+            let mut sums = [[E::default(); TILE]; LINES];
             for inner in 0..s {
-                let factor = rotation[row * s + inner];
                 let source = &matrix[inner * columns + start..][..TILE];
-                for lane in 0..TILE {
-                    sum[lane] += factor * source[lane];
+                for line in 0..LINES {
+                    let factor = rotation[(first + line) * s + inner];
+                    for lane in 0..TILE {
+                        sums[line][lane] = factor.mul_add(source[lane], sums[line][lane]);
+                    }
                 }
             }
             if let Some(scale) = scale {
                 let scale = &scale[start..][..TILE];
-                for lane in 0..TILE {
-                    sum[lane] = sum[lane] * scale[lane];
+                for sums in &mut sums {
+                    for lane in 0..TILE {
+                        sums[lane] = sums[lane] * scale[lane];
+                    }
                 }
             }
-            output[row * columns + start..][..TILE].copy_from_slice(&sum);
+            for line in 0..LINES {
+                output[(first + line) * columns + start..][..TILE].copy_from_slice(&sums[line]);
+            }
         }
     }
     for column in tiles..columns {
         for row in 0..s {
             let mut sum = E::default();
             for inner in 0..s {
-                sum += rotation[row * s + inner] * matrix[inner * columns + column];
+                sum = rotation[row * s + inner].mul_add(matrix[inner * columns + column], sum);
             }
-            if let Some(scale) = scale {
-                sum = sum * scale[column];
-            }
-            output[row * columns + column] = sum;
+            output[row * columns + column] = match scale {
+                Some(scale) => sum * scale[column],
+                None => sum,
+            };
         }
     }
 }
 
-/// Rows that one task rotates, and that one partial sum of a Gram matrix covers.
+/// Rows that one task rotates, and that one partial sum covers.
 ///
 /// Fixed, so that sums do not depend on the number of threads.
 const ROWS: usize = 128;
+
+/// Rows that pass by a span before the next span's turn: as many as a small cache holds.
+const PASSING_ROWS: usize = 16;
 
 /// `t·op(R)` for a `[rows, d]` matrix, with a scale per row.
 pub(super) fn rotate_columns<E: Real>(
@@ -225,52 +235,55 @@ pub(super) fn rotate_columns<E: Real>(
     [rows, columns]: [usize; 2],
     scale: Option<&[E]>,
 ) -> Vec<E> {
+    let s = sizes.span;
     let mut output = vec![E::default(); rows * columns];
     let arch = Arch::new();
     output
-        .par_chunks_mut(ROWS * columns)
-        .zip(matrix.par_chunks(ROWS * columns))
+        .par_chunks_mut(PASSING_ROWS * columns)
+        .zip(matrix.par_chunks(PASSING_ROWS * columns))
         .enumerate()
+        .with_min_len(ROWS / PASSING_ROWS)
         .for_each(|(task, (output, matrix))| {
-            let scale = scale.map(|scale| &scale[task * ROWS..]);
-            arch.dispatch(|| {
-                with_span!(sizes.span, s => {
-                    rotate_span_columns(output, matrix, rotation, s, columns, scale)
-                })
-            })
+            arch.dispatch(
+                #[inline(always)]
+                || {
+                    with_lines!(s, LINE, _LINES => {
+                        rotate_span_columns::<E, LINE>(output, matrix, rotation, s, columns)
+                    });
+                    let Some(scale) = scale else { return };
+                    let scale = &scale[task * PASSING_ROWS..];
+                    for (line, &scale) in output.chunks_exact_mut(columns).zip(scale) {
+                        line.iter_mut().for_each(|value| *value = *value * scale);
+                    }
+                },
+            );
         });
     output
 }
 
+/// Rotates every span of the rows, `LINE` columns of the result at a time.
 #[inline(always)]
-fn rotate_span_columns<E: Real>(
+fn rotate_span_columns<E: Real, const LINE: usize>(
     output: &mut [E],
     matrix: &[E],
     rotation: &[E],
     s: usize,
     columns: usize,
-    scale: Option<&[E]>,
 ) {
-    let mut sum = [E::default(); super::LARGEST_SPAN];
-    let sum = &mut sum[..s];
-    for (row, (output, matrix)) in output
-        .chunks_exact_mut(columns)
-        .zip(matrix.chunks_exact(columns))
-        .enumerate()
-    {
-        let spans = output.chunks_exact_mut(s).zip(matrix.chunks_exact(s));
-        for ((output, matrix), rotation) in spans.zip(rotation.chunks_exact(s * s)) {
-            sum.fill(E::default());
-            for inner in 0..s {
-                for lane in 0..s {
-                    sum[lane] += matrix[inner] * rotation[inner * s + lane];
+    for (span, rotation) in rotation.chunks_exact(s * s).enumerate() {
+        for start in (0..s).step_by(LINE) {
+            let lines = output
+                .chunks_exact_mut(columns)
+                .zip(matrix.chunks_exact(columns));
+            for (output, matrix) in lines {
+                let mut sums = [E::default(); LINE];
+                for (inner, &value) in matrix[span * s..][..s].iter().enumerate() {
+                    let rotation = &rotation[inner * s + start..][..LINE];
+                    for lane in 0..LINE {
+                        sums[lane] = value.mul_add(rotation[lane], sums[lane]);
+                    }
                 }
-            }
-            for lane in 0..s {
-                output[lane] = match scale {
-                    Some(scale) => sum[lane] * scale[row],
-                    None => sum[lane],
-                };
+                output[span * s + start..][..LINE].copy_from_slice(&sums);
             }
         }
     }
@@ -292,7 +305,10 @@ pub(super) fn gram<E: Real>(
             gram.par_chunks_mut(s * s)
                 .zip(lhs.par_chunks(s * columns).zip(rhs.par_chunks(s * columns)))
                 .for_each(|(gram, (lhs, rhs))| {
-                    arch.dispatch(|| gram_of_rows(gram, lhs, rhs, s, columns))
+                    arch.dispatch(
+                        #[inline(always)]
+                        || gram_of_rows(gram, lhs, rhs, s, columns),
+                    );
                 });
             gram
         }
@@ -303,7 +319,12 @@ pub(super) fn gram<E: Real>(
                 .map(|(lhs, rhs)| {
                     let mut gram = vec![E::default(); columns * s];
                     arch.dispatch(
-                        || with_span!(s, s => gram_of_columns(&mut gram, lhs, rhs, s, columns)),
+                        #[inline(always)]
+                        || {
+                            with_lines!(s, LINE, LINES => {
+                                gram_of_columns::<E, LINE, LINES>(&mut gram, lhs, rhs, s, columns)
+                            })
+                        },
                     );
                     gram
                 })
@@ -328,67 +349,137 @@ fn gram_of_rows<E: Real>(gram: &mut [f64], lhs: &[E], rhs: &[E], s: usize, colum
     }
 }
 
+/// Adds the products of all rows to every span's sums, `LINES` rows of `LINE` sums at a time.
+#[inline(always)]
+fn gram_of_columns<E: Real, const LINE: usize, const LINES: usize>(
+    gram: &mut [E],
+    lhs: &[E],
+    rhs: &[E],
+    s: usize,
+    columns: usize,
+) {
+    let passing = lhs
+        .chunks(PASSING_ROWS * columns)
+        .zip(rhs.chunks(PASSING_ROWS * columns));
+    for (lhs, rhs) in passing {
+        for (span, gram) in gram.chunks_exact_mut(s * s).enumerate() {
+            for (row, column) in places(s, LINES, LINE) {
+                let mut sums = [[E::default(); LINE]; LINES];
+                for line in 0..LINES {
+                    let place = (row + line) * s + column;
+                    sums[line].copy_from_slice(&gram[place..][..LINE]);
+                }
+                for (lhs, rhs) in lhs.chunks_exact(columns).zip(rhs.chunks_exact(columns)) {
+                    let lhs = &lhs[span * s + row..][..LINES];
+                    let rhs = &rhs[span * s + column..][..LINE];
+                    for line in 0..LINES {
+                        for lane in 0..LINE {
+                            sums[line][lane] = lhs[line].mul_add(rhs[lane], sums[line][lane]);
+                        }
+                    }
+                }
+                for line in 0..LINES {
+                    let place = (row + line) * s + column;
+                    gram[place..][..LINE].copy_from_slice(&sums[line]);
+                }
+            }
+        }
+    }
+}
+
+/// The corners of the tiles of a square.
+#[inline(always)]
+fn places(size: usize, rows: usize, columns: usize) -> impl Iterator<Item = (usize, usize)> {
+    let along = move |step| (0..size).step_by(step);
+    along(rows).flat_map(move |row| along(columns).map(move |column| (row, column)))
+}
+
+/// Independent sums of a dot product.
+const LANES: usize = 16;
+
 #[inline(always)]
 fn dot<E: Real>(lhs: &[E], rhs: &[E]) -> f64 {
-    const LANES: usize = 16;
     let mut sum = [E::default(); LANES];
     let (lhs, rhs) = (lhs.chunks_exact(LANES), rhs.chunks_exact(LANES));
     let rest = lhs.remainder().iter().zip(rhs.remainder());
     let rest: f64 = rest.map(|(&lhs, &rhs)| (lhs * rhs).into()).sum();
     for (lhs, rhs) in lhs.zip(rhs) {
         for lane in 0..LANES {
-            sum[lane] += lhs[lane] * rhs[lane];
+            sum[lane] = lhs[lane].mul_add(rhs[lane], sum[lane]);
         }
     }
     sum.iter().map(|&value| value.into()).sum::<f64>() + rest
 }
 
-/// `Σ lhs ⊙ rhs` per column, from partial sums of a fixed size.
-pub(super) fn column_products<E: Real>(lhs: &[E], rhs: &[E], columns: usize) -> Vec<E> {
+/// `Σ gradient ⊙ output` and `Σ gradient` per column, from partial sums of a fixed size.
+pub(super) fn column_sums<E: Real>(gradient: &[E], output: &[E], columns: usize) -> [Vec<E>; 2] {
     let arch = Arch::new();
-    let partial: Vec<Vec<E>> = lhs
+    let partial: Vec<[Vec<E>; 2]> = gradient
         .par_chunks(ROWS * columns)
-        .zip(rhs.par_chunks(ROWS * columns))
-        .map(|(lhs, rhs)| {
-            let mut sums = vec![E::default(); columns];
-            arch.dispatch(|| {
-                for (lhs, rhs) in lhs.chunks_exact(columns).zip(rhs.chunks_exact(columns)) {
-                    for ((sum, &lhs), &rhs) in sums.iter_mut().zip(lhs).zip(rhs) {
-                        *sum += lhs * rhs;
-                    }
-                }
-            });
+        .zip(output.par_chunks(ROWS * columns))
+        .map(|(gradient, output)| {
+            let mut sums = [(); 2].map(|()| vec![E::default(); columns]);
+            arch.dispatch(
+                #[inline(always)]
+                || add_columns(&mut sums, gradient, output),
+            );
             sums
         })
         .collect();
-    let total = |column: usize| partial.iter().map(|sums| sums[column].into()).sum::<f64>();
-    (0..columns)
-        .map(|column| E::rounded(total(column)))
-        .collect()
-}
-
-/// `Σ lhs ⊙ rhs` per row.
-pub(super) fn row_products<E: Real>(lhs: &[E], rhs: &[E], columns: usize) -> Vec<E> {
-    let arch = Arch::new();
-    lhs.par_chunks_exact(columns)
-        .zip(rhs.par_chunks_exact(columns))
-        .with_min_len(ROWS)
-        .map(|(lhs, rhs)| E::rounded(arch.dispatch(|| dot(lhs, rhs))))
-        .collect()
+    [0, 1].map(|kind| {
+        let total = |column: usize| partial.iter().map(|sums| sums[kind][column].into()).sum();
+        (0..columns)
+            .map(|column| E::rounded(total(column)))
+            .collect()
+    })
 }
 
 #[inline(always)]
-fn gram_of_columns<E: Real>(gram: &mut [E], lhs: &[E], rhs: &[E], s: usize, columns: usize) {
-    for (lhs, rhs) in lhs.chunks_exact(columns).zip(rhs.chunks_exact(columns)) {
-        let spans = lhs.chunks_exact(s).zip(rhs.chunks_exact(s));
-        for (gram, (lhs, rhs)) in gram.chunks_exact_mut(s * s).zip(spans) {
-            for row in 0..s {
-                for lane in 0..s {
-                    gram[row * s + lane] += lhs[row] * rhs[lane];
-                }
+fn add_columns<E: Real>([products, sums]: &mut [Vec<E>; 2], gradient: &[E], output: &[E]) {
+    let columns = sums.len();
+    let tiles = columns / LANES * LANES;
+    for start in (0..tiles).step_by(LANES) {
+        let (mut product, mut sum) = ([E::default(); LANES], [E::default(); LANES]);
+        let lines = gradient
+            .chunks_exact(columns)
+            .zip(output.chunks_exact(columns));
+        for (gradient, output) in lines {
+            let (gradient, output) = (&gradient[start..][..LANES], &output[start..][..LANES]);
+            for lane in 0..LANES {
+                product[lane] = gradient[lane].mul_add(output[lane], product[lane]);
+                sum[lane] += gradient[lane];
             }
         }
+        products[start..][..LANES].copy_from_slice(&product);
+        sums[start..][..LANES].copy_from_slice(&sum);
     }
+    for column in tiles..columns {
+        let values = gradient.iter().zip(output).skip(column).step_by(columns);
+        for (&gradient, &output) in values {
+            products[column] = gradient.mul_add(output, products[column]);
+            sums[column] += gradient;
+        }
+    }
+}
+
+/// `Σ gradient ⊙ output` and `Σ gradient` per row.
+pub(super) fn row_sums<E: Real>(gradient: &[E], output: &[E], columns: usize) -> [Vec<E>; 2] {
+    let arch = Arch::new();
+    let (products, sums) = gradient
+        .par_chunks_exact(columns)
+        .zip(output.par_chunks_exact(columns))
+        .with_min_len(ROWS)
+        .map(|(gradient, output)| {
+            arch.dispatch(
+                #[inline(always)]
+                || {
+                    let sum: f64 = gradient.iter().map(|&value| value.into()).sum();
+                    (E::rounded(dot(gradient, output)), E::rounded(sum))
+                },
+            )
+        })
+        .unzip();
+    [products, sums]
 }
 
 /// The gradient of the blocks from `G`; see the portable version.

@@ -1,0 +1,158 @@
+//! The Cayley map and its backward pass: one unit per row of a block, blocks in shared memory, in f32.
+//!
+//! Rows in shared memory are one number longer than the block, so that units that walk their own rows
+//! meet different banks.
+
+use burn_cubecl::cubecl;
+use burn_cubecl::cubecl::prelude::*;
+
+/// `C = 2(I + Q)⁻¹ − I` by sweeps, then one Newton-Schulz step; see the portable version.
+#[cube(launch)]
+pub(super) fn cayley_kernel(
+    skew: &[f32],
+    blocks: &mut [f32],
+    #[comptime] b: usize,
+    #[comptime] per_cube: usize,
+) {
+    let line = comptime!(b + 1);
+    let mut matrices = Shared::<[f32]>::new_slice(comptime!(per_cube * b * (b + 1)));
+    let mut scratch = Shared::<[f32]>::new_slice(comptime!(per_cube * b * (b + 1)));
+
+    let row = UNIT_POS_X as usize % b;
+    let place = UNIT_POS_X as usize / b;
+    let block = CUBE_POS_X as usize * per_cube + place;
+    let is_block = block * b * b < blocks.len();
+    let matrix = place * b * line;
+    let own = matrix + row * line;
+
+    // Places beyond the last block work on an identity, so that all units meet at the barriers.
+    for column in 0..b {
+        let mut value = 0.0f32;
+        if row == column {
+            value = 1.0f32;
+        } else if is_block {
+            let packed = block * comptime!(b * (b - 1) / 2);
+            if row < column {
+                value = skew[packed + packed_index(row, column, b)];
+            } else {
+                value = 0.0f32 - skew[packed + packed_index(column, row, b)];
+            }
+        }
+        matrices[own + column] = value;
+    }
+    for k in 0..b {
+        // The sweep's row, scaled; every unit then updates its own row by it.
+        if row == k {
+            let pivot = matrices[own + k];
+            for column in 0..b {
+                let mut value = matrices[own + column];
+                if column == k {
+                    value += 1.0f32;
+                }
+                scratch[matrix + column] = value / pivot;
+            }
+        }
+        sync_cube();
+        let mut factor = matrices[own + k];
+        if row == k {
+            factor -= 1.0f32;
+        }
+        for column in 0..b {
+            matrices[own + column] -= factor * scratch[matrix + column];
+        }
+        sync_cube();
+    }
+    for column in 0..b {
+        let mut value = 2.0f32 * matrices[own + column];
+        if row == column {
+            value -= 1.0f32;
+        }
+        matrices[own + column] = value;
+    }
+    sync_cube();
+    // C + ½ (I − C·Cᵀ)·C, row by row.
+    for other in 0..b {
+        let mut defect = 0.0f32;
+        if row == other {
+            defect = 1.0f32;
+        }
+        for column in 0..b {
+            defect -= matrices[own + column] * matrices[matrix + other * line + column];
+        }
+        scratch[own + other] = defect;
+    }
+    if is_block {
+        for column in 0..b {
+            let mut correction = 0.0f32;
+            for other in 0..b {
+                correction += scratch[own + other] * matrices[matrix + other * line + column];
+            }
+            blocks[(block * b + row) * b + column] = matrices[own + column] + 0.5f32 * correction;
+        }
+    }
+    // A runtime may hand the shared memory on as soon as a cube ends.
+    sync_cube();
+}
+
+/// `∂v_ij = D_ij − D_ji` with `D = −½ (I + C)ᵀ · ∂L/∂C · (I + C)ᵀ`.
+#[cube(launch)]
+pub(super) fn cayley_backward_kernel(
+    blocks: &[f32],
+    gradient: &[f32],
+    skew: &mut [f32],
+    #[comptime] b: usize,
+    #[comptime] per_cube: usize,
+) {
+    let line = comptime!(b + 1);
+    let mut shifted = Shared::<[f32]>::new_slice(comptime!(per_cube * b * (b + 1)));
+    let mut product = Shared::<[f32]>::new_slice(comptime!(per_cube * b * (b + 1)));
+
+    let row = UNIT_POS_X as usize % b;
+    let place = UNIT_POS_X as usize / b;
+    let block = CUBE_POS_X as usize * per_cube + place;
+    let is_block = block * b * b < blocks.len();
+    let matrix = place * b * line;
+    let own = matrix + row * line;
+
+    for column in 0..b {
+        let mut value = 0.0f32;
+        if is_block {
+            value = blocks[(block * b + row) * b + column];
+        }
+        if row == column {
+            value += 1.0f32;
+        }
+        shifted[own + column] = value;
+    }
+    sync_cube();
+    // (I + C)ᵀ·∂L/∂C.
+    for column in 0..b {
+        let mut sum = 0.0f32;
+        if is_block {
+            for k in 0..b {
+                sum += shifted[matrix + k * line + row] * gradient[(block * b + k) * b + column];
+            }
+        }
+        product[own + column] = sum;
+    }
+    sync_cube();
+    if is_block {
+        for column in row + 1..b {
+            let other = matrix + column * line;
+            let mut difference = 0.0f32;
+            for k in 0..b {
+                difference += product[own + k] * shifted[other + k];
+                difference -= product[other + k] * shifted[own + k];
+            }
+            let packed = block * comptime!(b * (b - 1) / 2);
+            skew[packed + packed_index(row, column, b)] = -0.5f32 * difference;
+        }
+    }
+    sync_cube();
+}
+
+/// The place of an entry of the strict upper triangle among the packed numbers.
+#[cube]
+fn packed_index(row: usize, column: usize, #[comptime] b: usize) -> usize {
+    row * b - row * (row + 1) / 2 + column - row - 1
+}

@@ -1,0 +1,377 @@
+//! Every kernel against the dense oracle and the portable version in f64, on random sizes and layouts.
+//!
+//! The portable version is what `ndarray` runs: it has no kernels of its own.
+
+mod common;
+
+use burn::tensor::{DType, Device, Tensor};
+use burn_boft::ops::{Blocks, Route, Side};
+use common::{Matrix, Sizes, assert_close, drift, host, kernel_devices, noise, rotation, tensor};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+
+/// Drifts measured on 2 cores of x86-64 and on a software Vulkan adapter, worst case of 400 random cases,
+/// with the tolerance used:
+///
+/// | quantity | f64 | f32 | f16 and bf16 |
+/// |---|---|---|---|
+/// | values | 1e-12 | 1e-5 | 2e-2 |
+/// | gradients | 1e-11 | 3e-5 | 5e-2 |
+fn tolerances(dtype: DType) -> [f64; 2] {
+    match dtype {
+        DType::F64 => [1e-12, 1e-11],
+        DType::F32 => [1e-5, 3e-5],
+        _ => [2e-2, 5e-2],
+    }
+}
+
+/// A rotated layer of random sizes.
+#[derive(Clone, Debug)]
+struct Case {
+    sizes: Sizes,
+    d_output: usize,
+    tokens: usize,
+    /// Whether operands are views of transposed memory.
+    strided: bool,
+    seed: u64,
+}
+
+impl Case {
+    /// Sizes, weights, tokens: what the kernels and the portable versions both serve.
+    fn strategy() -> impl Strategy<Value = Self> {
+        let block = prop_oneof![
+            (1usize..=4, prop::sample::select(vec![2, 4, 6, 8, 10, 16])),
+            (Just(1), 2usize..=33),
+            (5usize..=6, Just(2)),
+            (Just(1), Just(64)),
+        ];
+        let tokens = prop_oneof![Just(1), 2usize..=40, Just(129), Just(700)];
+        (
+            block,
+            1usize..=3,
+            1usize..=150,
+            tokens,
+            any::<bool>(),
+            any::<u32>(),
+        )
+            .prop_map(|((m, b), spans, d_output, tokens, strided, seed)| Self {
+                sizes: Sizes {
+                    d: spans * (b << (m - 1)),
+                    b,
+                    m,
+                },
+                d_output,
+                tokens,
+                strided,
+                seed: u64::from(seed),
+            })
+    }
+
+    fn numbers(&self, count: usize, index: u64) -> Vec<f64> {
+        // Numbers that half precision holds, so that all precisions start from the same ones.
+        noise(count, self.seed * 8 + index, 1.0)
+            .iter()
+            .map(|value| (value * 64.0).round() / 64.0)
+            .collect()
+    }
+
+    fn skew(&self) -> Vec<f64> {
+        noise(self.sizes.skew_len(), self.seed * 8 + 7, 0.6)
+    }
+
+    fn scale(&self) -> Vec<f64> {
+        let scale = self.numbers(self.d_output, 3);
+        scale.iter().map(|value| 1.5 + value).collect()
+    }
+
+    /// A matrix of these numbers, in rows or as a view of its transpose.
+    fn matrix(&self, values: &[f64], shape: [usize; 2], to: (DType, &Device)) -> Tensor<2> {
+        if !self.strided {
+            return tensor(values, shape, to.0, to.1);
+        }
+        let [rows, columns] = shape;
+        let transposed = Matrix::new(rows, columns, values.to_vec()).transpose();
+        transposed.to_tensor(to.0, to.1).transpose()
+    }
+}
+
+/// What a layer computes and what flows back, by name.
+type Quantities = Vec<(&'static str, Vec<f64>)>;
+
+/// Runs a way to compute the layer, with the gradients of `Σ output ⊙ probe`.
+fn run(case: &Case, route: Way, dtype: DType, device: &Device) -> [Quantities; 2] {
+    let Sizes { d, b, .. } = case.sizes;
+    let (t, o) = (case.tokens, case.d_output);
+    let wide = if dtype == DType::F64 {
+        dtype
+    } else {
+        DType::F32
+    };
+    let skew = tensor(&case.skew(), case.sizes.skew_shape(), wide, device).require_grad();
+    let scale = tensor(&case.scale(), [o], wide, device).require_grad();
+    let operand = |shape: [usize; 2], index: u64| {
+        let values = case.numbers(shape[0] * shape[1], index);
+        case.matrix(&values, shape, (dtype, device))
+    };
+    let weight = operand([d, o], 1).detach().require_grad();
+    let input = operand([t, d], 0).detach().require_grad();
+    let blocks = Blocks::cayley(skew.clone(), b);
+    let output = match route {
+        Way::Linear(route) => blocks.linear(
+            input.clone(),
+            weight.clone(),
+            Some(scale.clone()),
+            None,
+            route,
+        ),
+        Way::Weight(Side::Left) => blocks.weight(weight.clone(), Some(scale.clone()), Side::Left),
+        Way::Weight(Side::Right) => {
+            let weight = weight.clone().transpose();
+            blocks.weight(weight, Some(scale.clone()), Side::Right)
+        }
+        Way::Rotate(Side::Left, transpose) => blocks.rotate(weight.clone(), Side::Left, transpose),
+        Way::Rotate(Side::Right, transpose) => blocks.rotate(input.clone(), Side::Right, transpose),
+    };
+    let probe = operand(output.dims(), 2).detach();
+    let values = vec![("output", host(output.clone()))];
+    let gradients = (output * probe).sum().backward();
+    let gradients = [
+        ("skew", skew.grad(&gradients).map(host)),
+        ("scale", scale.grad(&gradients).map(host)),
+        ("weight", weight.grad(&gradients).map(host)),
+        ("input", input.grad(&gradients).map(host)),
+    ];
+    let gradients = gradients.into_iter();
+    [
+        values,
+        gradients
+            .filter_map(|(name, value)| Some((name, value?)))
+            .collect(),
+    ]
+}
+
+/// A way to compute the layer, or a part of it.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    Linear(Route),
+    Weight(Side),
+    Rotate(Side, bool),
+}
+
+const WAYS: [Way; 8] = [
+    Way::Linear(Route::Activation),
+    Way::Linear(Route::Weight),
+    Way::Weight(Side::Left),
+    Way::Weight(Side::Right),
+    Way::Rotate(Side::Left, false),
+    Way::Rotate(Side::Left, true),
+    Way::Rotate(Side::Right, false),
+    Way::Rotate(Side::Right, true),
+];
+
+/// What the dense oracle says of the output.
+fn oracle(case: &Case, way: Way) -> Vec<f64> {
+    let Sizes { d, .. } = case.sizes;
+    let (t, o) = (case.tokens, case.d_output);
+    let rotation = rotation(case.sizes, &case.skew());
+    let weight = Matrix::new(d, o, case.numbers(d * o, 1));
+    let input = Matrix::new(t, d, case.numbers(t * d, 0));
+    let op = |transpose| match transpose {
+        true => rotation.transpose(),
+        false => rotation.clone(),
+    };
+    let scaled = |mut matrix: Matrix| {
+        let columns = matrix.columns;
+        for (index, value) in matrix.values.iter_mut().enumerate() {
+            *value *= case.scale()[index % columns];
+        }
+        matrix
+    };
+    match way {
+        Way::Linear(_) => scaled(input.matmul(&rotation).matmul(&weight)).values,
+        Way::Weight(Side::Left) => scaled(rotation.matmul(&weight)).values,
+        Way::Weight(Side::Right) => scaled(rotation.matmul(&weight)).transpose().values,
+        Way::Rotate(Side::Left, transpose) => op(transpose).matmul(&weight).values,
+        Way::Rotate(Side::Right, transpose) => input.matmul(&op(transpose)).values,
+    }
+}
+
+#[allow(deprecated)] // Burn 0.22 deprecates ndarray and still ships it.
+fn portable(case: &Case, way: Way) -> [Quantities; 2] {
+    run(case, way, DType::F64, &Device::ndarray().autodiff())
+}
+
+/// Compares one case on one device with the oracle and the portable version.
+fn compare(
+    case: &Case,
+    ways: &[Way],
+    dtype: DType,
+    (name, device): &(&str, Device),
+) -> Result<(), TestCaseError> {
+    for &way in ways {
+        let expected = oracle(case, way);
+        let reference = portable(case, way);
+        let device = device.clone().autodiff();
+        let actual = run(case, way, dtype, &device);
+        let within = |what: String, actual: &[f64], expected: &[f64], tolerance: f64| {
+            let drift = drift(actual, expected);
+            prop_assert!(drift <= tolerance, "{what}: drift {drift:.2e}");
+            Ok(())
+        };
+        let tolerances = tolerances(dtype);
+        within(
+            format!("oracle, {way:?}, {dtype:?} on {name}"),
+            &actual[0][0].1,
+            &expected,
+            tolerances[0],
+        )?;
+        for ((actual, reference), tolerance) in actual.iter().zip(&reference).zip(tolerances) {
+            prop_assert_eq!(actual.len(), reference.len());
+            for ((quantity, actual), (_, reference)) in actual.iter().zip(reference) {
+                let what = format!("{quantity} of {way:?}, {dtype:?} on {name}");
+                within(what, actual, reference, tolerance)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Tries random cases on every backend that holds numbers of this precision.
+fn try_random_cases(dtype: DType) {
+    for device in kernel_devices() {
+        if !device.1.supports_dtype(dtype) {
+            continue;
+        }
+        // A GPU compiles a kernel for every size, and the portable version has many.
+        let cases = match (device.0, dtype) {
+            ("flex", _) => 40,
+            ("ndarray", _) => 6,
+            (_, DType::F64) => 1,
+            _ => 6,
+        };
+        let mut runner = TestRunner::new_with_rng(
+            Config {
+                cases,
+                failure_persistence: None,
+                ..Config::default()
+            },
+            proptest::test_runner::TestRng::deterministic_rng(
+                proptest::test_runner::RngAlgorithm::ChaCha,
+            ),
+        );
+        let result = runner.run(&Case::strategy(), |case| {
+            compare(&case, &WAYS, dtype, &device)
+        });
+        if let Err(error) = result {
+            panic!("{error}");
+        }
+    }
+}
+
+#[test]
+fn kernels_equal_the_oracle_and_the_portable_version_in_f64() {
+    try_random_cases(DType::F64);
+}
+
+#[test]
+fn kernels_equal_the_oracle_and_the_portable_version_in_f32() {
+    try_random_cases(DType::F32);
+}
+
+#[test]
+fn kernels_equal_the_oracle_and_the_portable_version_in_f16() {
+    try_random_cases(DType::F16);
+}
+
+#[test]
+fn kernels_equal_the_oracle_and_the_portable_version_in_bf16() {
+    try_random_cases(DType::BF16);
+}
+
+/// Spans of 128 and 256 are too wide to compose, blocks of 70 too wide for a GPU's shared memory.
+#[test]
+fn sizes_without_a_kernel_take_the_portable_version() {
+    let sizes = [
+        Sizes { d: 256, b: 4, m: 6 },
+        Sizes { d: 256, b: 2, m: 8 },
+        Sizes {
+            d: 140,
+            b: 70,
+            m: 1,
+        },
+    ];
+    for sizes in sizes {
+        let case = Case {
+            sizes,
+            d_output: 11,
+            tokens: 5,
+            strided: true,
+            seed: 3,
+        };
+        for device in kernel_devices() {
+            let ways = [Way::Linear(Route::Weight), Way::Rotate(Side::Right, false)];
+            compare(&case, &ways, DType::F32, &device).unwrap();
+        }
+    }
+}
+
+/// One case with more tokens than a partial sum covers.
+fn long_case() -> Case {
+    Case {
+        sizes: Sizes { d: 48, b: 4, m: 3 },
+        d_output: 37,
+        tokens: 1543,
+        strided: false,
+        seed: 11,
+    }
+}
+
+#[test]
+fn flex_gives_the_same_bits_twice() {
+    let device = Device::flex().autodiff();
+    for way in WAYS {
+        let [first, second] = [(); 2].map(|()| run(&long_case(), way, DType::F32, &device));
+        assert_eq!(first, second, "{way:?}");
+    }
+}
+
+/// Products of this many numbers go to Burn's own kernels, which may sum in another order.
+#[test]
+fn flex_gives_the_same_numbers_on_any_count_of_threads() {
+    let on_threads = |count: usize, way| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(count).build();
+        pool.unwrap()
+            .install(|| run(&long_case(), way, DType::F32, &Device::flex().autodiff()))
+    };
+    for way in WAYS {
+        let one = on_threads(1, way);
+        for threads in [2, 3, 7] {
+            for (one, many) in one
+                .iter()
+                .flatten()
+                .zip(on_threads(threads, way).iter().flatten())
+            {
+                let what = format!("{} of {way:?} on {threads} threads", one.0);
+                assert_close(&what, &many.1, &one.1, 1e-6);
+            }
+        }
+    }
+}
+
+/// A test that names the adapter cannot pass on another one: run with `--nocapture` to see it.
+#[cfg(feature = "wgpu")]
+#[test]
+fn the_gpu_adapter_has_a_name() {
+    let identity = common::wgpu()
+        .identity()
+        .expect("an adapter has an identity");
+    println!("kernels run on the adapter: {}", identity.name);
+    assert!(!identity.name.is_empty());
+    if let Ok(expected) = std::env::var("EXPECT_ADAPTER") {
+        assert!(
+            identity.name.contains(&expected),
+            "expected {expected}, found {}",
+            identity.name
+        );
+    }
+}

@@ -7,7 +7,7 @@ mod backbone;
 mod best;
 pub mod cli;
 mod compare;
-mod device;
+pub mod device;
 mod digits;
 mod error;
 mod folder;

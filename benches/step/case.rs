@@ -1,0 +1,96 @@
+//! The cases: which model, which input, which methods.
+
+use burn::tensor::Device;
+use clap::ValueEnum;
+use dinov2::model::Dinov2Model;
+
+use crate::method::{Method, Step};
+use crate::network::{self, Convolutions, Network, Projection};
+
+/// A model and an input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Case {
+    /// DINOv2-S, 4 images of 224²: 1028 tokens, 72 adapted layers.
+    #[value(name = "dinov2-s")]
+    Dinov2S,
+    /// Two layers of DINOv2-L, 8 images of 224²: 2056 tokens, 12 adapted layers.
+    #[value(name = "dinov2-l-block")]
+    Dinov2LBlock,
+    /// One 4096 × 4096 projection, 512 tokens.
+    #[value(name = "llm-linear-512")]
+    LlmLinear512,
+    /// One 4096 × 4096 projection, 8192 tokens.
+    #[value(name = "llm-linear-8192")]
+    LlmLinear8192,
+    /// One 4096 × 4096 projection, 1 token, without gradients.
+    Decode,
+    /// Four 3×3 convolutions, 4 feature maps of 64 channels and 56².
+    Conv,
+}
+
+impl Case {
+    /// The name on the command line.
+    pub fn name(self) -> String {
+        self.to_possible_value()
+            .map_or_else(String::new, |value| value.get_name().to_string())
+    }
+
+    /// The methods that the case is run with.
+    pub fn methods(self) -> Vec<Method> {
+        match self {
+            Self::Decode => Method::inference(),
+            _ => Method::training(self != Self::Conv),
+        }
+    }
+
+    /// The method that the others are compared with.
+    pub fn floor(self) -> Method {
+        match self {
+            Self::Decode => Method::Plain,
+            _ => Method::Frozen,
+        }
+    }
+
+    /// The model on `device`, ready to make steps of.
+    pub fn load(self, device: &Device) -> Loaded {
+        let device = device.clone().autodiff();
+        let projection = |tokens| {
+            let model = Projection::new(WIDTH, &device);
+            Loaded::new(model, [1, 1, tokens, WIDTH], &device)
+        };
+        match self {
+            Self::Dinov2S => {
+                let model: Dinov2Model = network::dinov2_s(&device);
+                Loaded::new(model, [4, 3, 224, 224], &device)
+            }
+            Self::Dinov2LBlock => {
+                Loaded::new(network::dinov2_l_block(&device), [8, 3, 224, 224], &device)
+            }
+            Self::LlmLinear512 => projection(512),
+            Self::LlmLinear8192 => projection(8192),
+            Self::Decode => projection(1),
+            Self::Conv => Loaded::new(Convolutions::new(&device), [4, 64, 56, 56], &device),
+        }
+    }
+}
+
+/// The width of a projection.
+const WIDTH: usize = 4096;
+
+/// A model and its input in memory; the steps made of it share its weights.
+pub struct Loaded(Box<dyn Fn(Method) -> Result<Step, String>>);
+
+impl Loaded {
+    fn new<N: Network + 'static>(model: N, shape: [usize; 4], device: &Device) -> Self {
+        let (input, device) = (network::input(shape, device), device.clone());
+        let model = network::initialized(model);
+        Self(Box::new(move |method| {
+            method.step(model.clone(), input.clone(), &device)
+        }))
+    }
+
+    /// A step of a method.
+    pub fn step(&self, method: Method) -> Result<Step, String> {
+        (self.0)(method)
+    }
+}

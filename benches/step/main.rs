@@ -1,0 +1,182 @@
+//! The step benchmark: what a training step costs with each adapter, beside a frozen model.
+//!
+//! Methods run in turns, so that a machine that slows down slows all of them.
+
+mod case;
+mod measure;
+mod method;
+mod network;
+
+use std::collections::HashMap;
+use std::io::{self, BufRead, Write};
+use std::process::ExitCode;
+
+use burn::tensor::Device;
+use clap::{Parser, ValueEnum};
+use dinov2::device::DeviceName;
+
+use case::{Case, Loaded};
+use measure::{Row, Times, time};
+use method::{Method, Step};
+
+/// Measures training steps with each adapter, beside a frozen model.
+#[derive(Parser)]
+struct Cli {
+    /// The cases to run; all if none is given.
+    #[arg(long = "case")]
+    cases: Vec<Case>,
+    /// The methods to run, by the names in the table; all if none is given.
+    #[arg(long = "method")]
+    methods: Vec<String>,
+    /// Where to run.
+    #[arg(long, default_value_t, value_enum)]
+    device: DeviceName,
+    /// Times that every method takes its turn.
+    #[arg(long, default_value_t = 11, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Print one JSON object per line instead of a table.
+    #[arg(long)]
+    json: bool,
+    /// Run one step for every line `<case> <method>` of standard input and print its milliseconds.
+    #[arg(long, conflicts_with_all = ["cases", "methods", "json"])]
+    serve: bool,
+}
+
+fn main() -> ExitCode {
+    match run(&Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<(), String> {
+    let device = cli.device.device().map_err(|error| error.to_string())?;
+    if cli.serve {
+        return serve(&device);
+    }
+    let known = |name: &String| {
+        let mut methods = Method::training(true)
+            .into_iter()
+            .chain(Method::inference());
+        methods.any(|method| method.to_string() == *name)
+    };
+    if let Some(name) = cli.methods.iter().find(|name| !known(name)) {
+        return Err(format!("no method is called {name}"));
+    }
+    let cases = match cli.cases.is_empty() {
+        true => Case::value_variants(),
+        false => &cli.cases,
+    };
+    for &case in cases {
+        let rows = measure(case, cli, &device)?;
+        match cli.json {
+            true => rows.iter().for_each(|row| {
+                println!(
+                    "{}",
+                    serde_json::to_string(row).expect("a row is plain data")
+                );
+            }),
+            false => print_table(case, &rows),
+        }
+    }
+    Ok(())
+}
+
+/// Lets every method of a case take its turn, round after round.
+fn measure(case: Case, cli: &Cli, device: &Device) -> Result<Vec<Row>, String> {
+    let loaded = case.load(device);
+    let mut steps = Vec::new();
+    for method in case.methods() {
+        let name = method.to_string();
+        if method == case.floor() || cli.methods.is_empty() || cli.methods.contains(&name) {
+            let mut step = loaded.step(method)?;
+            let times = Times::start(&mut step);
+            steps.push((method, step, times));
+        }
+    }
+    for _ in 0..cli.rounds {
+        for (_, step, times) in &mut steps {
+            times.warm.push(time(step));
+        }
+    }
+    let floor = steps.iter().find(|(method, ..)| *method == case.floor());
+    let floor = floor.map(|(.., times)| times.median());
+    let on_host = cli.device == DeviceName::Cpu;
+    Ok(steps
+        .iter()
+        .map(|(method, step, times)| Row {
+            case: case.name(),
+            backend: "burn",
+            device: cli
+                .device
+                .to_possible_value()
+                .map_or_else(String::new, |value| value.get_name().into()),
+            method: method.to_string(),
+            median_ms: times.median(),
+            min_ms: times.min(),
+            max_ms: times.max(),
+            cold_ms: times.cold,
+            ratio_to_frozen: floor.map(|floor| times.median() / floor),
+            peak_mib: on_host.then_some(times.peak_mib),
+            trainable: step.trainable,
+        })
+        .collect())
+}
+
+fn print_table(case: Case, rows: &[Row]) {
+    println!("\n{} (ratio to {})", case.name(), case.floor());
+    println!(
+        "{:<24} {:>9} {:>9} {:>9} {:>9} {:>7} {:>9} {:>10}",
+        "method", "median ms", "min", "max", "cold", "ratio", "peak MiB", "trainable"
+    );
+    for row in rows {
+        let optional = |value: Option<f64>, digits: usize| {
+            value.map_or_else(|| "-".into(), |value| format!("{value:.digits$}"))
+        };
+        println!(
+            "{:<24} {:>9.2} {:>9.2} {:>9.2} {:>9.2} {:>7} {:>9} {:>10}",
+            row.method,
+            row.median_ms,
+            row.min_ms,
+            row.max_ms,
+            row.cold_ms,
+            optional(row.ratio_to_frozen, 3),
+            optional(row.peak_mib, 0),
+            row.trainable
+        );
+    }
+}
+
+/// Answers one step after the other, so that another program can alternate with this one.
+fn serve(device: &Device) -> Result<(), String> {
+    let mut loaded: HashMap<String, Loaded> = HashMap::new();
+    let mut steps: HashMap<(String, String), Step> = HashMap::new();
+    for line in io::stdin().lock().lines() {
+        let line = line.map_err(|error| error.to_string())?;
+        let Some((case, name)) = line.split_once(' ') else {
+            return Err(format!("expected `<case> <method>`, found `{line}`"));
+        };
+        let key = (case.to_string(), name.to_string());
+        if !steps.contains_key(&key) {
+            let case = Case::from_str(case, false)?;
+            let method = case
+                .methods()
+                .into_iter()
+                .find(|method| method.to_string() == name);
+            let method = method.ok_or_else(|| format!("{} has no method {name}", case.name()))?;
+            let loaded = loaded
+                .entry(case.name())
+                .or_insert_with(|| case.load(device));
+            let mut step = loaded.step(method)?;
+            (step.run)();
+            steps.insert(key.clone(), step);
+        }
+        let step = steps.get_mut(&key).expect("it was just inserted");
+        println!("{}", time(step));
+        io::stdout().flush().map_err(|error| error.to_string())?;
+    }
+    Ok(())
+}

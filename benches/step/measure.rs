@@ -1,0 +1,77 @@
+//! Times and memory of steps.
+
+use std::time::Instant;
+
+use peak_alloc::PeakAlloc;
+use serde::Serialize;
+
+use crate::method::Step;
+
+#[global_allocator]
+static MEMORY: PeakAlloc = PeakAlloc;
+
+/// What was measured of one method.
+#[derive(Debug, Serialize)]
+pub struct Row {
+    pub case: String,
+    pub backend: &'static str,
+    pub device: String,
+    pub method: String,
+    pub median_ms: f64,
+    pub min_ms: f64,
+    pub max_ms: f64,
+    /// The first call, which allocates, and tunes on a GPU.
+    pub cold_ms: f64,
+    pub ratio_to_frozen: Option<f64>,
+    /// The most memory that a step adds to what the models hold, where this process can count it.
+    pub peak_mib: Option<f64>,
+    pub trainable: usize,
+}
+
+/// The times of one method, in milliseconds.
+pub struct Times {
+    pub cold: f64,
+    pub warm: Vec<f64>,
+    pub peak_mib: f64,
+}
+
+impl Times {
+    /// Runs the cold call, and a second that measures memory.
+    pub fn start(step: &mut Step) -> Self {
+        let cold = time(step);
+        let before = MEMORY.current_usage();
+        MEMORY.reset_peak_usage();
+        (step.run)();
+        let peak = MEMORY.peak_usage().saturating_sub(before);
+        Self {
+            cold,
+            warm: Vec::new(),
+            peak_mib: peak as f64 / f64::from(1 << 20),
+        }
+    }
+
+    pub fn median(&self) -> f64 {
+        let mut times = self.warm.clone();
+        times.sort_by(f64::total_cmp);
+        let middle = times.len() / 2;
+        match times.len() % 2 {
+            0 => (times[middle - 1] + times[middle]) / 2.0,
+            _ => times[middle],
+        }
+    }
+
+    pub fn min(&self) -> f64 {
+        self.warm.iter().copied().fold(f64::INFINITY, f64::min)
+    }
+
+    pub fn max(&self) -> f64 {
+        self.warm.iter().copied().fold(0.0, f64::max)
+    }
+}
+
+/// Milliseconds of one step, the device included.
+pub fn time(step: &mut Step) -> f64 {
+    let start = Instant::now();
+    (step.run)();
+    start.elapsed().as_secs_f64() * 1e3
+}

@@ -1,0 +1,319 @@
+//! How a step treats the model: the methods that are compared.
+
+use std::fmt::{self, Display, Formatter};
+
+use burn::module::{
+    Lora, Module, ModuleVisitor, Param, ParamGroup, Reparameterization, Reparameterizer,
+};
+use burn::nn;
+use burn::optim::{AdamWConfig, GradientsParams};
+use burn::tensor::{Device, Tensor};
+use burn_boft::ops::Blocks;
+use burn_boft::{AdapterConfig, BoftAdapter, BoftConfig, Init, OftConfig, inject, merge};
+
+use crate::network::Network;
+
+/// A way to run a step. Training steps are forward, backward and an optimizer's update.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    /// No adapter; forward and the gradient of the input. The floor.
+    Frozen,
+    /// BOFT with blocks of `b` and `m` factors.
+    Boft { b: usize, m: usize, layer: Layer },
+    /// OFT with blocks of 32.
+    Oft,
+    /// Burn's own LoRA of rank 8.
+    Lora,
+    /// Every number is trained.
+    Full,
+    /// Inference without adapters.
+    Plain,
+    /// Inference with adapters folded into the weights.
+    Merged,
+    /// Inference with adapters attached.
+    Attached,
+    /// The Cayley map of every layer alone, forward and backward, with blocks of 4 and 2 factors.
+    Cayley,
+}
+
+/// What a model's linear layers are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layer {
+    /// `BoftLinear`, or a convolution.
+    Own,
+    /// Burn's `nn::Linear`, which asks for the adapted weight only.
+    Burn,
+}
+
+const RANK: usize = 8;
+
+impl Method {
+    /// The methods of a case with a backward pass. Burn's LoRA and the `nn::Linear` rows need linear layers.
+    pub fn training(linear: bool) -> Vec<Self> {
+        let boft = |m, b, layer| Self::Boft { b, m, layer };
+        let mut methods = vec![
+            Self::Frozen,
+            boft(1, 4, Layer::Own),
+            boft(2, 4, Layer::Own),
+            boft(4, 4, Layer::Own),
+            boft(2, 8, Layer::Own),
+        ];
+        if linear {
+            methods.extend([
+                boft(1, 4, Layer::Burn),
+                boft(2, 4, Layer::Burn),
+                boft(4, 4, Layer::Burn),
+                boft(2, 8, Layer::Burn),
+                Self::Lora,
+            ]);
+        }
+        methods.extend([
+            Self::Oft,
+            Self::Full,
+            Self::Cayley,
+            Self::Plain,
+            Self::Merged,
+        ]);
+        methods
+    }
+
+    /// The methods of a case without one.
+    pub fn inference() -> Vec<Self> {
+        vec![Self::Plain, Self::Attached, Self::Merged]
+    }
+
+    fn config(self, targets: &[&str]) -> AdapterConfig {
+        let init = Init::Random { seed: 3 };
+        let targets: Vec<String> = targets.iter().map(|target| target.to_string()).collect();
+        match self {
+            Self::Oft => OftConfig::new()
+                .with_init(init)
+                .with_target_modules(targets)
+                .into(),
+            _ => {
+                let (b, m) = match self {
+                    Self::Boft { b, m, .. } => (b, m),
+                    _ => (4, 2),
+                };
+                BoftConfig::new()
+                    .with_block_size(b)
+                    .with_n_butterfly_factor(m)
+                    .with_init(init)
+                    .with_target_modules(targets)
+                    .into()
+            }
+        }
+    }
+
+    /// The model as the method trains or runs it, or the reason why it cannot.
+    fn prepare<N: Network>(self, model: N) -> Result<N, String> {
+        let adapted =
+            |model| inject(model, &self.config(N::TARGETS)).map_err(|error| error.to_string());
+        let model = match self {
+            Self::Frozen => model.no_grad(),
+            Self::Full => model.unfreeze(),
+            Self::Plain => model.valid(),
+            Self::Boft {
+                layer: Layer::Burn, ..
+            } => {
+                let config = self.config(N::TARGETS);
+                model.apply_reparameterization(OnWeights {
+                    config,
+                    targets: N::TARGETS,
+                })
+            }
+            Self::Boft { .. } | Self::Oft | Self::Cayley => adapted(model)?,
+            Self::Attached => adapted(model)?.valid(),
+            Self::Merged => merge(adapted(model)?.valid()).map_err(|error| error.to_string())?,
+            Self::Lora => {
+                let paths = N::TARGETS.iter().map(|target| format!("{target}.weight"));
+                let group = ParamGroup::from_any_predicates(paths.collect::<Vec<_>>());
+                model.apply_lora(Lora::new(RANK, RANK as f64).set_param_group(group))
+            }
+        };
+        Ok(model)
+    }
+
+    /// A step of this method, and how many numbers it trains.
+    pub fn step<N: Network + 'static>(
+        self,
+        model: N,
+        input: Tensor<4>,
+        device: &Device,
+    ) -> Result<Step, String> {
+        let model = self.prepare(model)?;
+        let trainable = count_trainable(&model);
+        let device = device.clone();
+        let run: Box<dyn FnMut()> = match self {
+            Self::Plain | Self::Merged | Self::Attached => {
+                let (model, input) = (model, input.without_autodiff());
+                Box::new(move || {
+                    std::hint::black_box(model.forward(input.clone(), false));
+                    device.sync().expect("the device finishes its work");
+                })
+            }
+            Self::Frozen => Box::new(move || {
+                std::hint::black_box(loss(&model, &input, true).backward());
+                device.sync().expect("the device finishes its work");
+            }),
+            Self::Cayley => {
+                let skews = skews(&model);
+                Box::new(move || {
+                    for (skew, b) in &skews {
+                        let blocks = Blocks::cayley(skew.clone(), *b).values();
+                        std::hint::black_box(blocks.sum().backward());
+                    }
+                    device.sync().expect("the device finishes its work");
+                })
+            }
+            _ => {
+                let mut optimizer = AdamWConfig::new().init();
+                let mut trained = Some(model);
+                Box::new(move || {
+                    let model = trained.take().expect("every step returns the model");
+                    let gradients = loss(&model, &input, self != Self::Full).backward();
+                    let gradients = GradientsParams::from_grads(gradients, &model);
+                    trained = Some(optimizer.step(1e-4, model, gradients));
+                    device.sync().expect("the device finishes its work");
+                })
+            }
+        };
+        Ok(Step { run, trainable })
+    }
+}
+
+/// One step, ready to run again and again.
+pub struct Step {
+    pub run: Box<dyn FnMut()>,
+    pub trainable: usize,
+}
+
+fn loss<N: Network>(model: &N, input: &Tensor<4>, tracked: bool) -> Tensor<1> {
+    model.forward(input.clone(), tracked).square().mean()
+}
+
+/// Numbers that a step trains.
+fn count_trainable<N: Module>(model: &N) -> usize {
+    struct Count(usize);
+
+    impl ModuleVisitor for Count {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            if param.is_require_grad() {
+                self.0 += param.shape().num_elements();
+            }
+        }
+    }
+
+    let mut count = Count(0);
+    model.visit(&mut count);
+    count.0
+}
+
+/// The packed numbers of every adapter, with the block size.
+fn skews<N: Module>(model: &N) -> Vec<(Tensor<3>, usize)> {
+    #[derive(Default)]
+    struct Collect {
+        path: Vec<String>,
+        skews: Vec<(Tensor<3>, usize)>,
+    }
+
+    impl ModuleVisitor for Collect {
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.path.push(name.into());
+        }
+
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.path.pop();
+        }
+
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            if self.path.last().is_some_and(|name| name == "skew") {
+                let shape = param.dims();
+                let packed = shape[D - 1];
+                let b = (1 + (1 + 8 * packed).isqrt()) / 2;
+                let skew = param.val().reshape([shape[0], shape[1], packed]).detach();
+                self.skews.push((skew.require_grad(), b));
+            }
+        }
+    }
+
+    let mut collect = Collect::default();
+    model.visit(&mut collect);
+    collect.skews
+}
+
+/// Adapters under another name, so that `BoftLinear` treats its weight as `nn::Linear` does.
+struct OnWeights {
+    config: AdapterConfig,
+    targets: &'static [&'static str],
+}
+
+#[derive(Module, Debug)]
+struct OnWeight {
+    adapter: BoftAdapter,
+}
+
+#[derive(Module, Debug)]
+struct Holder {
+    layer: nn::Linear,
+}
+
+impl Reparameterization for OnWeight {
+    const NAME: &'static str = "on_weight";
+
+    fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
+        self.adapter.apply(base)
+    }
+}
+
+impl Reparameterizer for OnWeights {
+    type Reparam = OnWeight;
+
+    fn reparameterize<const D: usize>(
+        &mut self,
+        path: &str,
+        param: Param<Tensor<D>>,
+    ) -> (Param<Tensor<D>>, Option<OnWeight>) {
+        let param = param.set_require_grad(false);
+        let layer = path.strip_suffix(".weight").unwrap_or_default();
+        let is_target = self.targets.iter().any(|target| layer.ends_with(target));
+        if D != 2 || !is_target {
+            return (param, None);
+        }
+        let weight = Param::from_tensor(param.val().reshape([param.dims()[0] as i32, -1]));
+        let holder = Holder {
+            layer: nn::Linear { weight, bias: None },
+        };
+        let config = self.config.clone();
+        let holder = match config {
+            AdapterConfig::Boft(config) => inject(holder, config.with_target_modules(["layer"])),
+            AdapterConfig::Oft(config) => inject(holder, config.with_target_modules(["layer"])),
+            _ => unreachable!("there are two methods"),
+        };
+        let holder = holder.expect("the sizes fit, as they did on the layers of our own");
+        let adapter = holder.layer.weight.reparameterization::<BoftAdapter>();
+        (param, adapter.cloned().map(|adapter| OnWeight { adapter }))
+    }
+}
+
+impl Display for Method {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Boft { b, m, layer } => {
+                write!(f, "boft-m{m}-b{b}")?;
+                match layer {
+                    Layer::Own => Ok(()),
+                    Layer::Burn => f.write_str("-on-linear"),
+                }
+            }
+            Self::Frozen => f.write_str("frozen"),
+            Self::Oft => f.write_str("oft-b32"),
+            Self::Lora => f.write_str("lora-r8"),
+            Self::Full => f.write_str("full"),
+            Self::Plain => f.write_str("plain"),
+            Self::Merged => f.write_str("merged"),
+            Self::Attached => f.write_str("boft-m2-b4"),
+            Self::Cayley => f.write_str("cayley-m2-b4"),
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! What a step computes: the models of the cases, and their inputs.
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::nn::PaddingConfig2d;
+use burn::nn::conv::{Conv2d, Conv2dConfig};
+use burn::tensor::activation::relu;
+use burn::tensor::{Device, Distribution, Tensor};
+use burn_boft::{BoftLinear, BoftLinearConfig};
+use dinov2::model::{Dinov2Config, Dinov2Model};
+
+/// A model under test.
+pub trait Network: Module {
+    /// The layers that a method adapts, by the end of their paths.
+    const TARGETS: &'static [&'static str];
+
+    /// Computes the output; where `tracked`, a gradient flows back to the input of the first layer that
+    /// can be adapted, as it does in the middle of a model.
+    fn forward(&self, input: Tensor<4>, tracked: bool) -> Tensor<4>;
+}
+
+impl Network for Dinov2Model {
+    const TARGETS: &'static [&'static str] = &[
+        "query",
+        "key",
+        "value",
+        "output.dense",
+        "mlp.fc1",
+        "mlp.fc2",
+    ];
+
+    fn forward(&self, pixels: Tensor<4>, tracked: bool) -> Tensor<4> {
+        let tokens = track(self.embeddings.forward(pixels, None), tracked);
+        self.layernorm
+            .forward(self.encoder.forward(tokens))
+            .unsqueeze()
+    }
+}
+
+/// One projection without a bias, as in language models.
+#[derive(Module, Debug)]
+pub struct Projection {
+    projection: BoftLinear,
+}
+
+impl Projection {
+    pub fn new(width: usize, device: &Device) -> Self {
+        let projection = BoftLinearConfig::new(width, width).with_bias(false);
+        Self {
+            projection: projection.init(device),
+        }
+    }
+}
+
+impl Network for Projection {
+    const TARGETS: &'static [&'static str] = &["projection"];
+
+    fn forward(&self, tokens: Tensor<4>, tracked: bool) -> Tensor<4> {
+        self.projection.forward(track(tokens, tracked))
+    }
+}
+
+/// Four 3×3 convolutions of a ResNet, each followed by ReLU: 64→64, 64→128 with stride 2, 128→128 twice.
+#[derive(Module, Debug)]
+pub struct Convolutions {
+    conv: Vec<Conv2d>,
+}
+
+impl Convolutions {
+    pub fn new(device: &Device) -> Self {
+        let conv = |[channels_in, channels_out]: [usize; 2], stride: usize| {
+            Conv2dConfig::new([channels_in, channels_out], [3, 3])
+                .with_stride([stride; 2])
+                .with_padding(PaddingConfig2d::Explicit(1, 1, 1, 1))
+                .init(device)
+        };
+        Self {
+            conv: vec![
+                conv([64, 64], 1),
+                conv([64, 128], 2),
+                conv([128, 128], 1),
+                conv([128, 128], 1),
+            ],
+        }
+    }
+}
+
+impl Network for Convolutions {
+    const TARGETS: &'static [&'static str] = &["conv.0", "conv.1", "conv.2", "conv.3"];
+
+    fn forward(&self, images: Tensor<4>, tracked: bool) -> Tensor<4> {
+        let input = track(images, tracked);
+        self.conv
+            .iter()
+            .fold(input, |input, conv| relu(conv.forward(input)))
+    }
+}
+
+fn track<const D: usize>(tensor: Tensor<D>, tracked: bool) -> Tensor<D> {
+    match tracked {
+        true => tensor.detach().require_grad(),
+        false => tensor,
+    }
+}
+
+/// Two layers of the width of DINOv2-L.
+pub fn dinov2_l_block(device: &Device) -> Dinov2Model {
+    Dinov2Config::new(1024, 16, 2)
+        .with_image_size(224)
+        .init_backbone(device)
+}
+
+/// DINOv2-S for images of 224².
+pub fn dinov2_s(device: &Device) -> Dinov2Model {
+    Dinov2Config::small()
+        .with_image_size(224)
+        .init_backbone(device)
+}
+
+/// The model with its weights drawn, so that its clones share them.
+pub fn initialized<N: Network>(model: N) -> N {
+    struct Draw;
+
+    impl ModuleVisitor for Draw {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            param.val();
+        }
+    }
+
+    model.visit(&mut Draw);
+    model
+}
+
+/// Normal numbers, the same on every run of a device.
+pub fn input(shape: [usize; 4], device: &Device) -> Tensor<4> {
+    device.seed(7);
+    Tensor::random(shape, Distribution::Normal(0.0, 1.0), device)
+}

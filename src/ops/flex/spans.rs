@@ -1,6 +1,6 @@
 //! Rotations as one small matrix per span, applied in one pass over memory, and the Gram backward.
 
-use pulp::Arch;
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::Real;
@@ -154,16 +154,37 @@ pub(super) fn rotate_rows<E: Real>(
         .par_chunks_mut(s * columns)
         .zip(spans)
         .for_each(|(output, (matrix, rotation))| {
-            arch.dispatch(
-                #[inline(always)]
-                || match s % 4 {
-                    0 => rotate_span_rows::<E, 4>(output, matrix, rotation, columns, scale),
-                    2 => rotate_span_rows::<E, 2>(output, matrix, rotation, columns, scale),
-                    _ => rotate_span_rows::<E, 1>(output, matrix, rotation, columns, scale),
-                },
-            );
+            arch.dispatch(RotateRows {
+                output,
+                matrix,
+                rotation,
+                columns,
+                scale,
+            });
         });
     output
+}
+
+/// One span of [`rotate_rows`].
+struct RotateRows<'a, E> {
+    output: &'a mut [E],
+    matrix: &'a [E],
+    rotation: &'a [E],
+    columns: usize,
+    scale: Option<&'a [E]>,
+}
+
+impl<E: Real> WithSimd for RotateRows<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        match self.matrix.len() / self.columns % 4 {
+            0 => rotate_span_rows::<E, 4>(self),
+            2 => rotate_span_rows::<E, 2>(self),
+            _ => rotate_span_rows::<E, 1>(self),
+        }
+    }
 }
 
 /// Columns that stay in registers while rows of the rotation meet them.
@@ -172,11 +193,13 @@ const TILE: usize = 16;
 /// Rotates one span, `LINES` rows of the result at a time.
 #[inline(always)]
 fn rotate_span_rows<E: Real, const LINES: usize>(
-    output: &mut [E],
-    matrix: &[E],
-    rotation: &[E],
-    columns: usize,
-    scale: Option<&[E]>,
+    RotateRows {
+        output,
+        matrix,
+        rotation,
+        columns,
+        scale,
+    }: RotateRows<'_, E>,
 ) {
     let s = matrix.len() / columns;
     let tiles = columns / TILE * TILE;
@@ -244,31 +267,48 @@ pub(super) fn rotate_columns<E: Real>(
         .enumerate()
         .with_min_len(ROWS / PASSING_ROWS)
         .for_each(|(task, (output, matrix))| {
-            arch.dispatch(
-                #[inline(always)]
-                || {
-                    with_lines!(s, LINE, _LINES => {
-                        rotate_span_columns::<E, LINE>(output, matrix, rotation, s, columns)
-                    });
-                    let Some(scale) = scale else { return };
-                    let scale = &scale[task * PASSING_ROWS..];
-                    for (line, &scale) in output.chunks_exact_mut(columns).zip(scale) {
-                        line.iter_mut().for_each(|value| *value = *value * scale);
-                    }
-                },
-            );
+            arch.dispatch(RotateColumns {
+                output,
+                matrix,
+                rotation,
+                s,
+                columns,
+                scale: scale.map(|scale| &scale[task * PASSING_ROWS..]),
+            });
         });
     output
+}
+
+/// Some rows of [`rotate_columns`].
+struct RotateColumns<'a, E> {
+    output: &'a mut [E],
+    matrix: &'a [E],
+    rotation: &'a [E],
+    s: usize,
+    columns: usize,
+    scale: Option<&'a [E]>,
+}
+
+impl<E: Real> WithSimd for RotateColumns<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        with_lines!(self.s, LINE, _LINES => rotate_span_columns::<E, LINE>(self))
+    }
 }
 
 /// Rotates every span of the rows, `LINE` columns of the result at a time.
 #[inline(always)]
 fn rotate_span_columns<E: Real, const LINE: usize>(
-    output: &mut [E],
-    matrix: &[E],
-    rotation: &[E],
-    s: usize,
-    columns: usize,
+    RotateColumns {
+        output,
+        matrix,
+        rotation,
+        s,
+        columns,
+        scale,
+    }: RotateColumns<'_, E>,
 ) {
     for (span, rotation) in rotation.chunks_exact(s * s).enumerate() {
         for start in (0..s).step_by(LINE) {
@@ -286,6 +326,10 @@ fn rotate_span_columns<E: Real, const LINE: usize>(
                 output[span * s + start..][..LINE].copy_from_slice(&sums);
             }
         }
+    }
+    let Some(scale) = scale else { return };
+    for (line, &scale) in output.chunks_exact_mut(columns).zip(scale) {
+        line.iter_mut().for_each(|value| *value = *value * scale);
     }
 }
 
@@ -305,10 +349,12 @@ pub(super) fn gram<E: Real>(
             gram.par_chunks_mut(s * s)
                 .zip(lhs.par_chunks(s * columns).zip(rhs.par_chunks(s * columns)))
                 .for_each(|(gram, (lhs, rhs))| {
-                    arch.dispatch(
-                        #[inline(always)]
-                        || gram_of_rows(gram, lhs, rhs, s, columns),
-                    );
+                    arch.dispatch(GramOfRows {
+                        gram,
+                        lhs,
+                        rhs,
+                        columns,
+                    });
                 });
             gram
         }
@@ -318,14 +364,13 @@ pub(super) fn gram<E: Real>(
                 .zip(rhs.par_chunks(ROWS * columns))
                 .map(|(lhs, rhs)| {
                     let mut gram = vec![E::default(); columns * s];
-                    arch.dispatch(
-                        #[inline(always)]
-                        || {
-                            with_lines!(s, LINE, LINES => {
-                                gram_of_columns::<E, LINE, LINES>(&mut gram, lhs, rhs, s, columns)
-                            })
-                        },
-                    );
+                    arch.dispatch(GramOfColumns {
+                        gram: &mut gram,
+                        lhs,
+                        rhs,
+                        s,
+                        columns,
+                    });
                     gram
                 })
                 .collect();
@@ -340,23 +385,62 @@ pub(super) fn gram<E: Real>(
     }
 }
 
-#[inline(always)]
-fn gram_of_rows<E: Real>(gram: &mut [f64], lhs: &[E], rhs: &[E], s: usize, columns: usize) {
-    for (row, lhs) in lhs.chunks_exact(columns).enumerate() {
-        for (column, rhs) in rhs.chunks_exact(columns).enumerate() {
-            gram[row * s + column] = dot(lhs, rhs);
+/// One span of [`gram`] on the left.
+struct GramOfRows<'a, E> {
+    gram: &'a mut [f64],
+    lhs: &'a [E],
+    rhs: &'a [E],
+    columns: usize,
+}
+
+impl<E: Real> WithSimd for GramOfRows<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Self {
+            gram,
+            lhs,
+            rhs,
+            columns,
+        } = self;
+        let s = lhs.len() / columns;
+        for (row, lhs) in lhs.chunks_exact(columns).enumerate() {
+            for (column, rhs) in rhs.chunks_exact(columns).enumerate() {
+                gram[row * s + column] = dot(lhs, rhs);
+            }
         }
+    }
+}
+
+/// A partial sum of [`gram`] on the right.
+struct GramOfColumns<'a, E> {
+    gram: &'a mut [E],
+    lhs: &'a [E],
+    rhs: &'a [E],
+    s: usize,
+    columns: usize,
+}
+
+impl<E: Real> WithSimd for GramOfColumns<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        with_lines!(self.s, LINE, LINES => gram_of_columns::<E, LINE, LINES>(self))
     }
 }
 
 /// Adds the products of all rows to every span's sums, `LINES` rows of `LINE` sums at a time.
 #[inline(always)]
 fn gram_of_columns<E: Real, const LINE: usize, const LINES: usize>(
-    gram: &mut [E],
-    lhs: &[E],
-    rhs: &[E],
-    s: usize,
-    columns: usize,
+    GramOfColumns {
+        gram,
+        lhs,
+        rhs,
+        s,
+        columns,
+    }: GramOfColumns<'_, E>,
 ) {
     let passing = lhs
         .chunks(PASSING_ROWS * columns)
@@ -394,6 +478,18 @@ fn places(size: usize, rows: usize, columns: usize) -> impl Iterator<Item = (usi
     along(rows).flat_map(move |row| along(columns).map(move |column| (row, column)))
 }
 
+/// A dot product.
+struct Dot<'a, E>(&'a [E], &'a [E]);
+
+impl<E: Real> WithSimd for Dot<'_, E> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> f64 {
+        dot(self.0, self.1)
+    }
+}
+
 /// Independent sums of a dot product.
 const LANES: usize = 16;
 
@@ -419,10 +515,11 @@ pub(super) fn column_sums<E: Real>(gradient: &[E], output: &[E], columns: usize)
         .zip(output.par_chunks(ROWS * columns))
         .map(|(gradient, output)| {
             let mut sums = [(); 2].map(|()| vec![E::default(); columns]);
-            arch.dispatch(
-                #[inline(always)]
-                || add_columns(&mut sums, gradient, output),
-            );
+            arch.dispatch(ColumnSums {
+                sums: &mut sums,
+                gradient,
+                output,
+            });
             sums
         })
         .collect();
@@ -434,8 +531,30 @@ pub(super) fn column_sums<E: Real>(gradient: &[E], output: &[E], columns: usize)
     })
 }
 
+/// A partial sum of [`column_sums`].
+struct ColumnSums<'a, E> {
+    sums: &'a mut [Vec<E>; 2],
+    gradient: &'a [E],
+    output: &'a [E],
+}
+
+impl<E: Real> WithSimd for ColumnSums<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        add_columns(self);
+    }
+}
+
 #[inline(always)]
-fn add_columns<E: Real>([products, sums]: &mut [Vec<E>; 2], gradient: &[E], output: &[E]) {
+fn add_columns<E: Real>(
+    ColumnSums {
+        sums: [products, sums],
+        gradient,
+        output,
+    }: ColumnSums<'_, E>,
+) {
     let columns = sums.len();
     let tiles = columns / LANES * LANES;
     for start in (0..tiles).step_by(LANES) {
@@ -470,13 +589,9 @@ pub(super) fn row_sums<E: Real>(gradient: &[E], output: &[E], columns: usize) ->
         .zip(output.par_chunks_exact(columns))
         .with_min_len(ROWS)
         .map(|(gradient, output)| {
-            arch.dispatch(
-                #[inline(always)]
-                || {
-                    let sum: f64 = gradient.iter().map(|&value| value.into()).sum();
-                    (E::rounded(dot(gradient, output)), E::rounded(sum))
-                },
-            )
+            let sum: f64 = gradient.iter().map(|&value| value.into()).sum();
+            let product = arch.dispatch(Dot(gradient, output));
+            (E::rounded(product), E::rounded(sum))
         })
         .unzip();
     [products, sums]

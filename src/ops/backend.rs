@@ -120,6 +120,17 @@ pub trait BoftBackend: Backend {
         has_bias: bool,
     ) -> FloatTensor<Self> {
         let weight = Self::boft_weight(weight, blocks, scale, Side::Left);
+        Self::boft_product(input, weight, bias, has_bias)
+    }
+
+    /// Multiplies two matrices and adds a bias, `x·W + bias`; without `has_bias`, the bias is not read.
+    #[fusion(default)]
+    fn boft_product(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        has_bias: bool,
+    ) -> FloatTensor<Self> {
         linear::product::<Self>(input, weight, has_bias.then_some(bias))
     }
 }

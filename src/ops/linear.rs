@@ -363,7 +363,9 @@ impl<B: BoftBackend, C: CheckpointStrategy> BoftBackend for Autodiff<B, C> {
                         B::boft_weight(state.weight, blocks, scale, Side::Left)
                     });
                     let effective = B::float_swap_dims(effective, 0, 1);
-                    let input_gradient = B::float_matmul(gradient.clone(), effective);
+                    let unread = state.scale.clone();
+                    let input_gradient =
+                        B::boft_product(gradient.clone(), effective, unread, false);
                     if let (Some(node), Some(input)) = (blocks, kept_input.clone()) {
                         let gradient = B::boft_block_gradient(
                             input,
@@ -396,11 +398,15 @@ impl<B: BoftBackend, C: CheckpointStrategy> BoftBackend for Autodiff<B, C> {
         let keeps_output = scale.is_tracked();
         let (weight, blocks) = (weight.into_primitive(), blocks.into_primitive());
         let (scale, bias) = (scale.into_primitive(), bias.into_primitive());
-        let bias = has_bias.then_some(bias);
         let effective = B::boft_weight(weight.clone(), blocks.clone(), scale.clone(), Side::Left);
         let rows = input.primitive().shape().dims::<2>()[0];
         let keeps_effective = keeps_weight(rows, weight.shape().dims());
-        let output = product::<B>(input.primitive().clone(), effective.clone(), bias.clone());
+        let output = B::boft_product(
+            input.primitive().clone(),
+            effective.clone(),
+            bias.clone(),
+            has_bias,
+        );
         match Linear.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(mut prep) => {
                 let state = State {
@@ -409,7 +415,7 @@ impl<B: BoftBackend, C: CheckpointStrategy> BoftBackend for Autodiff<B, C> {
                     effective: keeps_effective.then_some(effective),
                     blocks,
                     scale,
-                    bias,
+                    bias: has_bias.then_some(bias),
                     output: keeps_output.then(|| output.clone()),
                 };
                 prep.finish(state, output)

@@ -1,6 +1,7 @@
 //! CPU kernels: f32 and f64 natively, other precisions through the portable versions' casts.
 
 mod blocks;
+mod product;
 mod spans;
 
 use std::ops::{Add, AddAssign, Mul};
@@ -213,6 +214,24 @@ impl BoftBackend for Flex {
                 Side::Right => (rows, spans::row_sums(gradient, output, columns)),
             };
             (tensor(products, [channels]), tensor(sums, [channels]))
+        })
+    }
+
+    fn boft_product(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+        has_bias: bool,
+    ) -> FloatTensor<Self> {
+        let dtype = input.dtype();
+        if !has_kernel(&input) || weight.dtype() != dtype {
+            return linear::product::<Self>(input, weight, has_bias.then_some(bias));
+        }
+        let shape = [input.shape().dims::<2>()[0], weight.shape().dims::<2>()[1]];
+        let bias = has_bias.then(|| Contiguous::new(cast::<Self>(bias, dtype)));
+        in_precision!(dtype, E => {
+            let bias = bias.as_ref().map(|bias| bias.values());
+            tensor(product::product::<E>(&input, &weight, bias), shape)
         })
     }
 }

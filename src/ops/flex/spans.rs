@@ -115,25 +115,40 @@ fn multiply_rows<E: Real>(
     }
 }
 
-/// Runs a kernel with the span, and the lines of it that stay in registers, as constants.
+/// Runs a kernel with the sides of the tile that stays in registers as constants: `$lines` by `$line`.
 ///
-/// Spans of other sizes run with lines of one number.
-macro_rules! with_lines {
-    ($span:expr, $line:ident, $lines:ident => $run:expr) => {
+/// The tile divides the span, and is of sizes that the compiler turns into vectors.
+macro_rules! with_tile {
+    ($span:expr, $lines:ident, $line:ident => $run:expr) => {
         match $span {
-            4 => with_lines!(4, 4, $line, $lines => $run),
-            8 => with_lines!(8, 8, $line, $lines => $run),
-            16 => with_lines!(16, 4, $line, $lines => $run),
-            32 => with_lines!(32, 2, $line, $lines => $run),
-            64 => with_lines!(64, 1, $line, $lines => $run),
-            _ => with_lines!(1, 1, $line, $lines => $run),
+            s if s % 16 == 0 => with_tile!(4, 16, $lines, $line => $run),
+            s if s % 8 == 0 => with_tile!(8, 8, $lines, $line => $run),
+            s if s % 4 == 0 => with_tile!(4, 4, $lines, $line => $run),
+            s if s % 2 == 0 => with_tile!(2, 2, $lines, $line => $run),
+            _ => with_tile!(1, 1, $lines, $line => $run),
         }
     };
-    ($line_value:literal, $lines_value:literal, $line:ident, $lines:ident => $run:expr) => {{
-        const $line: usize = $line_value;
+    ($lines_value:literal, $line_value:literal, $lines:ident, $line:ident => $run:expr) => {{
         const $lines: usize = $lines_value;
+        const $line: usize = $line_value;
         $run
     }};
+}
+
+/// `N` numbers from a place on.
+#[inline(always)]
+fn line<E, const N: usize>(values: &[E], start: usize) -> &[E; N] {
+    values[start..start + N]
+        .try_into()
+        .expect("the range is N long")
+}
+
+/// `sums += factor·line`.
+#[inline(always)]
+fn add_scaled<E: Real, const N: usize>(sums: &mut [E; N], factor: E, line: &[E; N]) {
+    for (sum, &value) in sums.iter_mut().zip(line) {
+        *sum = factor.mul_add(value, *sum);
+    }
 }
 
 /// `op(R)·t` for a `[d, columns]` matrix, with a scale per column.
@@ -207,24 +222,21 @@ fn rotate_span_rows<E: Real, const LINES: usize>(
         for first in (0..s).step_by(LINES) {
             let mut sums = [[E::default(); TILE]; LINES];
             for inner in 0..s {
-                let source = &matrix[inner * columns + start..][..TILE];
-                for line in 0..LINES {
-                    let factor = rotation[(first + line) * s + inner];
-                    for lane in 0..TILE {
-                        sums[line][lane] = factor.mul_add(source[lane], sums[line][lane]);
-                    }
+                let source = line::<E, TILE>(matrix, inner * columns + start);
+                for (index, sums) in sums.iter_mut().enumerate() {
+                    add_scaled(sums, rotation[(first + index) * s + inner], source);
                 }
             }
             if let Some(scale) = scale {
-                let scale = &scale[start..][..TILE];
+                let scale = line::<E, TILE>(scale, start);
                 for sums in &mut sums {
-                    for lane in 0..TILE {
-                        sums[lane] = sums[lane] * scale[lane];
+                    for (sum, &scale) in sums.iter_mut().zip(scale) {
+                        *sum = *sum * scale;
                     }
                 }
             }
-            for line in 0..LINES {
-                output[(first + line) * columns + start..][..TILE].copy_from_slice(&sums[line]);
+            for (index, sums) in sums.iter().enumerate() {
+                output[(first + index) * columns + start..][..TILE].copy_from_slice(sums);
             }
         }
     }
@@ -294,13 +306,13 @@ impl<E: Real> WithSimd for RotateColumns<'_, E> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        with_lines!(self.s, LINE, _LINES => rotate_span_columns::<E, LINE>(self))
+        with_tile!(self.s, LINES, LINE => rotate_span_columns::<E, LINES, LINE>(self))
     }
 }
 
-/// Rotates every span of the rows, `LINE` columns of the result at a time.
+/// Rotates every span of the rows, `LINES` rows by `LINE` columns of the result at a time.
 #[inline(always)]
-fn rotate_span_columns<E: Real, const LINE: usize>(
+fn rotate_span_columns<E: Real, const LINES: usize, const LINE: usize>(
     RotateColumns {
         output,
         matrix,
@@ -312,18 +324,33 @@ fn rotate_span_columns<E: Real, const LINE: usize>(
 ) {
     for (span, rotation) in rotation.chunks_exact(s * s).enumerate() {
         for start in (0..s).step_by(LINE) {
-            let lines = output
-                .chunks_exact_mut(columns)
-                .zip(matrix.chunks_exact(columns));
-            for (output, matrix) in lines {
-                let mut sums = [E::default(); LINE];
-                for (inner, &value) in matrix[span * s..][..s].iter().enumerate() {
-                    let rotation = &rotation[inner * s + start..][..LINE];
-                    for lane in 0..LINE {
-                        sums[lane] = value.mul_add(rotation[lane], sums[lane]);
+            let place = span * s + start;
+            let outputs = output.chunks_mut(LINES * columns);
+            for (output, matrix) in outputs.zip(matrix.chunks(LINES * columns)) {
+                let mut sums = [[E::default(); LINE]; LINES];
+                let rows = matrix.len() / columns;
+                if rows == LINES {
+                    for inner in 0..s {
+                        let rotation = line(rotation, inner * s + start);
+                        for (row, sums) in sums.iter_mut().enumerate() {
+                            add_scaled::<E, LINE>(
+                                sums,
+                                matrix[row * columns + span * s + inner],
+                                rotation,
+                            );
+                        }
+                    }
+                } else {
+                    for (row, sums) in sums.iter_mut().enumerate().take(rows) {
+                        for inner in 0..s {
+                            let value = matrix[row * columns + span * s + inner];
+                            add_scaled::<E, LINE>(sums, value, line(rotation, inner * s + start));
+                        }
                     }
                 }
-                output[span * s + start..][..LINE].copy_from_slice(&sums);
+                for (row, sums) in sums.iter().enumerate().take(rows) {
+                    output[row * columns + place..][..LINE].copy_from_slice(sums);
+                }
             }
         }
     }
@@ -427,13 +454,13 @@ impl<E: Real> WithSimd for GramOfColumns<'_, E> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        with_lines!(self.s, LINE, LINES => gram_of_columns::<E, LINE, LINES>(self))
+        with_tile!(self.s, LINES, LINE => gram_of_columns::<E, LINES, LINE>(self))
     }
 }
 
 /// Adds the products of all rows to every span's sums, `LINES` rows of `LINE` sums at a time.
 #[inline(always)]
-fn gram_of_columns<E: Real, const LINE: usize, const LINES: usize>(
+fn gram_of_columns<E: Real, const LINES: usize, const LINE: usize>(
     GramOfColumns {
         gram,
         lhs,
@@ -449,22 +476,18 @@ fn gram_of_columns<E: Real, const LINE: usize, const LINES: usize>(
         for (span, gram) in gram.chunks_exact_mut(s * s).enumerate() {
             for (row, column) in places(s, LINES, LINE) {
                 let mut sums = [[E::default(); LINE]; LINES];
-                for line in 0..LINES {
-                    let place = (row + line) * s + column;
-                    sums[line].copy_from_slice(&gram[place..][..LINE]);
+                for (index, sums) in sums.iter_mut().enumerate() {
+                    *sums = *line(gram, (row + index) * s + column);
                 }
                 for (lhs, rhs) in lhs.chunks_exact(columns).zip(rhs.chunks_exact(columns)) {
-                    let lhs = &lhs[span * s + row..][..LINES];
-                    let rhs = &rhs[span * s + column..][..LINE];
-                    for line in 0..LINES {
-                        for lane in 0..LINE {
-                            sums[line][lane] = lhs[line].mul_add(rhs[lane], sums[line][lane]);
-                        }
+                    let lhs = line::<E, LINES>(lhs, span * s + row);
+                    let rhs = line::<E, LINE>(rhs, span * s + column);
+                    for (sums, &value) in sums.iter_mut().zip(lhs) {
+                        add_scaled(sums, value, rhs);
                     }
                 }
-                for line in 0..LINES {
-                    let place = (row + line) * s + column;
-                    gram[place..][..LINE].copy_from_slice(&sums[line]);
+                for (index, sums) in sums.iter().enumerate() {
+                    gram[(row + index) * s + column..][..LINE].copy_from_slice(sums);
                 }
             }
         }
@@ -563,7 +586,8 @@ fn add_columns<E: Real>(
             .chunks_exact(columns)
             .zip(output.chunks_exact(columns));
         for (gradient, output) in lines {
-            let (gradient, output) = (&gradient[start..][..LANES], &output[start..][..LANES]);
+            let gradient = line::<E, LANES>(gradient, start);
+            let output = line::<E, LANES>(output, start);
             for lane in 0..LANES {
                 product[lane] = gradient[lane].mul_add(output[lane], product[lane]);
                 sum[lane] += gradient[lane];

@@ -1,0 +1,97 @@
+//! The product of two matrices, with the bias as what it starts from.
+//!
+//! The same `gemm` that Burn calls, on memory that is neither cleared nor copied before.
+
+use burn::backend::TensorMetadata;
+use burn::backend::flex::FlexTensor;
+use gemm::{Parallelism, gemm};
+use rayon::prelude::*;
+
+use super::Real;
+
+/// Multiplications from which on a product is shared among threads.
+const SHARED_WORK: usize = 192 * 192 * 192;
+
+/// `lhs·rhs + bias` of a `[m, k]` and a `[k, n]` tensor with any strides.
+pub(super) fn product<E: Real>(lhs: &FlexTensor, rhs: &FlexTensor, bias: Option<&[E]>) -> Vec<E> {
+    let ([m, k], [inner, n]) = (lhs.shape().dims::<2>(), rhs.shape().dims::<2>());
+    assert_eq!(
+        k, inner,
+        "a [{m}, {k}] and a [{inner}, {n}] tensor have no product"
+    );
+    let mut output = Vec::with_capacity(m * n);
+    if let Some(bias) = bias {
+        assert_eq!(bias.len(), n, "the bias of {n} outputs");
+        output.par_extend(
+            (0..m)
+                .into_par_iter()
+                .flat_map_iter(|_| bias.iter().copied()),
+        );
+    }
+    let (lhs, rhs) = (Matrix::<E>::new(lhs), Matrix::<E>::new(rhs));
+    let parallelism = match m * n * k >= SHARED_WORK {
+        true => Parallelism::Rayon(0),
+        false => Parallelism::None,
+    };
+    // SAFETY: the pointers and strides describe a [m, k] and a [k, n] matrix inside their storage, which
+    // `Matrix` checks, and an [m, n] matrix inside the capacity of `output`, which nothing else refers to.
+    // `gemm` reads `output` only where it starts from the bias, and writes every number of it.
+    unsafe {
+        gemm(
+            m,
+            n,
+            k,
+            output.as_mut_ptr(),
+            1,
+            n as isize,
+            bias.is_some(),
+            lhs.start,
+            lhs.column_stride,
+            lhs.row_stride,
+            rhs.start,
+            rhs.column_stride,
+            rhs.row_stride,
+            E::rounded(1.0),
+            E::rounded(1.0),
+            false,
+            false,
+            false,
+            parallelism,
+        );
+        output.set_len(m * n);
+    }
+    output
+}
+
+/// Where the numbers of a matrix lie.
+struct Matrix<E> {
+    start: *const E,
+    row_stride: isize,
+    column_stride: isize,
+}
+
+impl<E: Real> Matrix<E> {
+    /// # Panics
+    ///
+    /// If the matrix reaches beyond its storage.
+    fn new(tensor: &FlexTensor) -> Self {
+        let [rows, columns] = tensor.shape().dims::<2>();
+        let layout = tensor.layout();
+        let (row_stride, column_stride) = (layout.strides()[0], layout.strides()[1]);
+        let storage = tensor.storage::<E>();
+        let reach = |count: usize, stride: isize| count.saturating_sub(1) as isize * stride;
+        let (along_rows, along_columns) = (reach(rows, row_stride), reach(columns, column_stride));
+        let start = layout.start_offset() as isize;
+        let first = start + along_rows.min(0) + along_columns.min(0);
+        let last = start + along_rows.max(0) + along_columns.max(0);
+        assert!(
+            rows * columns == 0 || first >= 0 && (last as usize) < storage.len(),
+            "a [{rows}, {columns}] tensor reaches beyond its storage"
+        );
+        Self {
+            start: storage.as_ptr().wrapping_offset(start),
+            row_stride,
+            column_stride,
+        }
+    }
+}

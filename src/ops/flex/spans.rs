@@ -1,5 +1,7 @@
 //! Rotations as one small matrix per span, applied in one pass over memory, and the Gram backward.
 
+use std::mem::MaybeUninit;
+
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -160,29 +162,38 @@ pub(super) fn rotate_rows<E: Real>(
     scale: Option<&[E]>,
 ) -> Vec<E> {
     let s = sizes.span;
-    let mut output = vec![E::default(); rows * columns];
     let arch = Arch::new();
     let spans = matrix
         .par_chunks(s * columns)
         .zip(rotation.par_chunks(s * s));
-    output
-        .par_chunks_mut(s * columns)
-        .zip(spans)
-        .for_each(|(output, (matrix, rotation))| {
-            arch.dispatch(RotateRows {
-                output,
-                matrix,
-                rotation,
-                columns,
-                scale,
+    written(rows * columns, |output| {
+        output
+            .par_chunks_mut(s * columns)
+            .zip(spans)
+            .for_each(|(output, (matrix, rotation))| {
+                arch.dispatch(RotateRows {
+                    output,
+                    matrix,
+                    rotation,
+                    columns,
+                    scale,
+                });
             });
-        });
-    output
+    })
+}
+
+/// A vector of `len` numbers, every one of which `write` writes.
+fn written<E: Real>(len: usize, write: impl FnOnce(&mut [MaybeUninit<E>])) -> Vec<E> {
+    let mut values = Vec::with_capacity(len);
+    write(&mut values.spare_capacity_mut()[..len]);
+    // SAFETY: the two callers write whole rows: every span of them, and every tile of a span.
+    unsafe { values.set_len(len) };
+    values
 }
 
 /// One span of [`rotate_rows`].
 struct RotateRows<'a, E> {
-    output: &'a mut [E],
+    output: &'a mut [MaybeUninit<E>],
     matrix: &'a [E],
     rotation: &'a [E],
     columns: usize,
@@ -236,7 +247,7 @@ fn rotate_span_rows<E: Real, const LINES: usize>(
                 }
             }
             for (index, sums) in sums.iter().enumerate() {
-                output[(first + index) * columns + start..][..TILE].copy_from_slice(sums);
+                output[(first + index) * columns + start..][..TILE].write_copy_of_slice(sums);
             }
         }
     }
@@ -246,10 +257,10 @@ fn rotate_span_rows<E: Real, const LINES: usize>(
             for inner in 0..s {
                 sum = rotation[row * s + inner].mul_add(matrix[inner * columns + column], sum);
             }
-            output[row * columns + column] = match scale {
+            output[row * columns + column].write(match scale {
                 Some(scale) => sum * scale[column],
                 None => sum,
-            };
+            });
         }
     }
 }
@@ -271,29 +282,29 @@ pub(super) fn rotate_columns<E: Real>(
     scale: Option<&[E]>,
 ) -> Vec<E> {
     let s = sizes.span;
-    let mut output = vec![E::default(); rows * columns];
     let arch = Arch::new();
-    output
-        .par_chunks_mut(PASSING_ROWS * columns)
-        .zip(matrix.par_chunks(PASSING_ROWS * columns))
-        .enumerate()
-        .with_min_len(ROWS / PASSING_ROWS)
-        .for_each(|(task, (output, matrix))| {
-            arch.dispatch(RotateColumns {
-                output,
-                matrix,
-                rotation,
-                s,
-                columns,
-                scale: scale.map(|scale| &scale[task * PASSING_ROWS..]),
+    written(rows * columns, |output| {
+        output
+            .par_chunks_mut(PASSING_ROWS * columns)
+            .zip(matrix.par_chunks(PASSING_ROWS * columns))
+            .enumerate()
+            .with_min_len(ROWS / PASSING_ROWS)
+            .for_each(|(task, (output, matrix))| {
+                arch.dispatch(RotateColumns {
+                    output,
+                    matrix,
+                    rotation,
+                    s,
+                    columns,
+                    scale: scale.map(|scale| &scale[task * PASSING_ROWS..]),
+                });
             });
-        });
-    output
+    })
 }
 
 /// Some rows of [`rotate_columns`].
 struct RotateColumns<'a, E> {
-    output: &'a mut [E],
+    output: &'a mut [MaybeUninit<E>],
     matrix: &'a [E],
     rotation: &'a [E],
     s: usize,
@@ -326,7 +337,8 @@ fn rotate_span_columns<E: Real, const LINES: usize, const LINE: usize>(
         for start in (0..s).step_by(LINE) {
             let place = span * s + start;
             let outputs = output.chunks_mut(LINES * columns);
-            for (output, matrix) in outputs.zip(matrix.chunks(LINES * columns)) {
+            let tiles = outputs.zip(matrix.chunks(LINES * columns)).enumerate();
+            for (tile, (output, matrix)) in tiles {
                 let mut sums = [[E::default(); LINE]; LINES];
                 let rows = matrix.len() / columns;
                 if rows == LINES {
@@ -348,15 +360,15 @@ fn rotate_span_columns<E: Real, const LINES: usize, const LINE: usize>(
                         }
                     }
                 }
-                for (row, sums) in sums.iter().enumerate().take(rows) {
-                    output[row * columns + place..][..LINE].copy_from_slice(sums);
+                for (row, sums) in sums.iter_mut().enumerate().take(rows) {
+                    if let Some(scale) = scale {
+                        let scale = scale[tile * LINES + row];
+                        sums.iter_mut().for_each(|sum| *sum = *sum * scale);
+                    }
+                    output[row * columns + place..][..LINE].write_copy_of_slice(sums);
                 }
             }
         }
-    }
-    let Some(scale) = scale else { return };
-    for (line, &scale) in output.chunks_exact_mut(columns).zip(scale) {
-        line.iter_mut().for_each(|value| *value = *value * scale);
     }
 }
 

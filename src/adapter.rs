@@ -276,9 +276,9 @@ impl AdapterSettings {
             None => skew,
         };
         let block_size = self.butterfly.block_size;
-        let blocks = match self.cayley {
-            Cayley::Exact => Blocks::cayley(skew, block_size),
-            Cayley::Neumann { terms } => Blocks::neumann(skew, block_size, terms),
+        let blocks = match self.polynomial() {
+            None => Blocks::cayley(skew, block_size),
+            Some(coefficients) => Blocks::polynomial(skew, block_size, &coefficients),
         };
         match self.butterfly.block_share {
             true => blocks.share(self.butterfly.block_num()),
@@ -286,31 +286,32 @@ impl AdapterSettings {
         }
     }
 
+    /// The coefficients of the polynomial that stands for the Cayley map, if one does.
+    fn polynomial(&self) -> Option<Vec<f64>> {
+        match self.cayley {
+            Cayley::Exact => None,
+            Cayley::Neumann { terms } => Some(ops::neumann_coefficients(terms)),
+            Cayley::Neumann016 { terms } => Some(ops::neumann_016_coefficients(terms)),
+        }
+    }
+
     /// The angle in radians by which a block turns the plane of `‖Q‖₂`.
     pub(crate) fn angle(&self, norm: f64) -> f64 {
-        match self.cayley {
-            Cayley::Exact => 2.0 * norm.atan(),
-            // The polynomial at the eigenvalue iλ: powers of i alternate between the parts.
-            Cayley::Neumann { terms } => {
-                let degree = if terms == 2 { 1 } else { (terms - 1).max(3) };
-                let (mut real, mut imaginary) = (1.0, 0.0);
-                for power in 1..=degree {
-                    let coefficient = if power == degree && degree > 1 {
-                        1.0
-                    } else {
-                        2.0
-                    };
-                    let value = coefficient * norm.powi(power as i32);
-                    match power % 4 {
-                        0 => real += value,
-                        1 => imaginary += value,
-                        2 => real -= value,
-                        _ => imaginary -= value,
-                    }
-                }
-                f64::atan2(imaginary, real).abs()
+        let Some(coefficients) = self.polynomial() else {
+            return 2.0 * norm.atan();
+        };
+        // The polynomial at the eigenvalue iλ: powers of i alternate between the parts.
+        let (mut real, mut imaginary) = (0.0, 0.0);
+        for (power, coefficient) in coefficients.into_iter().enumerate() {
+            let value = coefficient * norm.powi(power as i32);
+            match power % 4 {
+                0 => real += value,
+                1 => imaginary += value,
+                2 => real -= value,
+                _ => imaginary -= value,
             }
         }
+        f64::atan2(imaginary, real).abs()
     }
 
     /// Scales every `Q` with `‖Q‖_F` beyond `radius / √(stored blocks)` back to it; without a radius, nothing.

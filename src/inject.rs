@@ -208,6 +208,9 @@ fn check_settings(config: &AdapterConfig) -> Vec<Misfit> {
         }) => {
             if let Cayley::Neumann {
                 terms: terms @ 0..=1,
+            }
+            | Cayley::Neumann016 {
+                terms: terms @ 0..=1,
             } = *cayley
             {
                 misfits.push(Misfit::NeumannTerms { terms });

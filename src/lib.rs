@@ -59,6 +59,7 @@
 mod adapter;
 mod config;
 mod error;
+mod exchange;
 mod inject;
 mod linear;
 pub mod ops;
@@ -71,7 +72,13 @@ pub use adapter::BoftAdapter;
 pub use config::{
     AdapterConfig, Bias, Block, BoftConfig, Cayley, Init, OftConfig, Selection, TargetModules,
 };
-pub use error::{InjectError, MergeError, Misfit, PatternError};
+pub use error::{
+    AttachError, ConfigError, ExtractError, InjectError, KeyMapError, LoadError, MergeError,
+    Misfit, Mismatch, NameError, PatternError, SaveError,
+};
+pub use exchange::{
+    Adapter, AdapterLayer, KeyMap, LoadOptions, LoadReport, SaveOptions, SavedTensor, Transformers,
+};
 pub use inject::{inject, merge, plan, project, unload};
 pub use linear::{Linear as BoftLinear, LinearConfig as BoftLinearConfig};
 pub use plan::{ButterflyPlan, InjectPlan, LayerKind, LayerPlan};

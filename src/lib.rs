@@ -79,6 +79,8 @@ pub use error::{
 pub use exchange::{
     Adapter, AdapterLayer, KeyMap, LoadOptions, LoadReport, SaveOptions, SavedTensor, Transformers,
 };
+#[cfg(feature = "train")]
+pub use exchange::AdapterCheckpointer;
 pub use inject::{inject, merge, plan, project, unload};
 pub use linear::{Linear as BoftLinear, LinearConfig as BoftLinearConfig};
 pub use plan::{ButterflyPlan, InjectPlan, LayerKind, LayerPlan};

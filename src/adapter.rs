@@ -43,14 +43,15 @@ impl BoftAdapter {
     ) -> Self {
         let dtype = ops_dtype(dtype);
         // The numbers live as long as the model: keep them out of the memory pools for activations.
-        let (skew, scale) = device.memory_persistent_allocations(values, |Values { skew, scale }| {
-            (
-                Param::from_tensor(Tensor::<3>::from_data(skew, (device, dtype))),
-                scale.map(|scale| {
-                    Param::from_tensor(Tensor::<1>::from_data(scale, (device, dtype)))
-                }),
-            )
-        });
+        let (skew, scale) =
+            device.memory_persistent_allocations(values, |Values { skew, scale }| {
+                (
+                    Param::from_tensor(Tensor::<3>::from_data(skew, (device, dtype))),
+                    scale.map(|scale| {
+                        Param::from_tensor(Tensor::<1>::from_data(scale, (device, dtype)))
+                    }),
+                )
+            });
         Self {
             settings,
             skew,

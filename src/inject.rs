@@ -83,8 +83,7 @@ pub fn inject<M: Module>(model: M, config: impl Into<AdapterConfig>) -> Result<M
         .layers
         .into_iter()
         .map(|layer| {
-            let values =
-                Values::initial(config.init(), &layer.path, layer.butterfly, layer.scale);
+            let values = Values::initial(config.init(), &layer.path, layer.butterfly, layer.scale);
             let settings = AdapterSettings::new(layer.kind, layer.butterfly, &config);
             (layer.path, (settings, values))
         })

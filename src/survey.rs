@@ -110,7 +110,9 @@ pub(crate) struct Parameter {
 impl Parameter {
     /// Its name in the module.
     pub(crate) fn name(&self) -> &str {
-        self.path.rsplit_once('.').map_or(&self.path, |(_, name)| name)
+        self.path
+            .rsplit_once('.')
+            .map_or(&self.path, |(_, name)| name)
     }
 
     /// Its name in PyTorch's module.

@@ -127,8 +127,8 @@ trait Model: Module {
 /// A linear layer of the sizes that a weight of PyTorch has.
 fn linear<L: Layer>(base: &Tensors, name: &str, device: &Device) -> L {
     let shape = &base[&format!("{name}.weight")].0;
-    let config = LinearConfig::new(shape[1], shape[0])
-        .with_bias(base.contains_key(&format!("{name}.bias")));
+    let config =
+        LinearConfig::new(shape[1], shape[0]).with_bias(base.contains_key(&format!("{name}.bias")));
     L::from_linear(config.init(device))
 }
 
@@ -189,7 +189,10 @@ impl<L: Layer> Model for Conv<L> {
         let features = self.conv2.forward(relu(self.conv1.forward(images)));
         let [batch, channels, height, width] = features.dims();
         let features = features.reshape([batch, channels, height * width]);
-        flat(self.head.apply(features.mean_dim(2).reshape([batch, channels])))
+        flat(
+            self.head
+                .apply(features.mean_dim(2).reshape([batch, channels])),
+        )
     }
 }
 
@@ -329,9 +332,17 @@ impl Comparison {
         let size = expected.iter().fold(0.0f64, |max, x| max.max(x.abs()));
         let distance = actual.iter().zip(expected).fold(0.0f64, |max, (a, b)| {
             // A comparison with NaN keeps neither.
-            if (a - b).abs() <= max { max } else { (a - b).abs() }
+            if (a - b).abs() <= max {
+                max
+            } else {
+                (a - b).abs()
+            }
         });
-        let error = if distance == 0.0 { 0.0 } else { distance / size };
+        let error = if distance == 0.0 {
+            0.0
+        } else {
+            distance / size
+        };
         let largest = match tolerance == FORWARD {
             true => &mut self.forward,
             false => &mut self.gradient,
@@ -411,7 +422,10 @@ fn run<M: Model>(folder: &Path) -> (Comparison, LoadReport) {
 
 fn run_any<L: Layer>(folder: &Path) -> (Comparison, LoadReport) {
     let (_, metadata) = read(&folder.join("reference.safetensors"));
-    match (metadata["model"].as_str(), metadata.get("norm").map(String::as_str)) {
+    match (
+        metadata["model"].as_str(),
+        metadata.get("norm").map(String::as_str),
+    ) {
         ("linear", _) => run::<One<L>>(folder),
         ("mlp", Some("batch")) => run::<Mlp<L, BatchNorm>>(folder),
         ("mlp", Some("layer")) => run::<Mlp<L, LayerNorm>>(folder),
@@ -466,7 +480,9 @@ fn adapters_of_peft_compute_what_peft_computes() {
     for (name, report) in reports {
         // PEFT adjusts OFT's sizes by a rule, which is no conversion.
         let expected: &[&str] = match name.as_str() {
-            "boft-mlp-bias-all-saved" => &["classifier.modules_to_save", "classifier.original_module"],
+            "boft-mlp-bias-all-saved" => {
+                &["classifier.modules_to_save", "classifier.original_module"]
+            }
             _ => &[],
         };
         assert_eq!(report.converted.len(), expected.len(), "{name}: {report}");

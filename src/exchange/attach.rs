@@ -151,7 +151,12 @@ impl Adapter {
         let places: HashMap<_, _> = survey
             .parameters
             .iter()
-            .map(|parameter| ((parameter.owner.as_str(), parameter.torch_name()), parameter))
+            .map(|parameter| {
+                (
+                    (parameter.owner.as_str(), parameter.torch_name()),
+                    parameter,
+                )
+            })
             .collect();
         let mut wanted = HashMap::new();
         for tensor in &self.tensors {
@@ -208,13 +213,19 @@ impl Adapter {
             Some(promise) => (&promise.selection, &promise.names),
             None => (self.config.selection(), &own),
         };
-        let present: HashSet<_> = self.layers.iter().map(|layer| layer.path.as_str()).collect();
+        let present: HashSet<_> = self
+            .layers
+            .iter()
+            .map(|layer| layer.path.as_str())
+            .collect();
         for path in missing_layers(selection, names, survey, &present)? {
             let missing = format!("the adapter of `{path}`, which `target_modules` names");
             fit.mismatch.missing.push(missing);
         }
         for parameter in &survey.parameters {
-            if fit.tensors.contains_key(&parameter.path) || !fit.expects(parameter, &present, selection, names)? {
+            if fit.tensors.contains_key(&parameter.path)
+                || !fit.expects(parameter, &present, selection, names)?
+            {
                 continue;
             }
             let path = &parameter.path;
@@ -237,7 +248,8 @@ fn missing_layers(
     survey: &Survey,
     present: &HashSet<&str>,
 ) -> Result<Vec<String>, AttachError> {
-    let refused = |errors: Vec<_>| InjectError::new(errors.into_iter().map(Misfit::Pattern).collect());
+    let refused =
+        |errors: Vec<_>| InjectError::new(errors.into_iter().map(Misfit::Pattern).collect());
     let matcher = TargetMatcher::new(selection).map_err(refused)?;
     let mut missing = Vec::new();
     for layer in &survey.layers {
@@ -276,7 +288,12 @@ impl Fit {
     ) -> Result<bool, KeyMapError> {
         // A shape that does not fit was reported.
         let wrong = format!("`{}` is ", parameter.path);
-        if self.mismatch.wrong.iter().any(|why| why.starts_with(&wrong)) {
+        if self
+            .mismatch
+            .wrong
+            .iter()
+            .any(|why| why.starts_with(&wrong))
+        {
             return Ok(false);
         }
         let bias = parameter.is_bias
@@ -295,7 +312,10 @@ impl Fit {
     }
 
     fn report(&self) -> LoadReport {
-        let layers = self.layers.keys().map(|path| format!("the adapter of `{path}`"));
+        let layers = self
+            .layers
+            .keys()
+            .map(|path| format!("the adapter of `{path}`"));
         let tensors = self.tensors.keys().map(|path| format!("`{path}`"));
         let mut applied: Vec<_> = layers.chain(tensors).collect();
         applied.sort();
@@ -335,7 +355,8 @@ impl ModuleVisitor for Shapes<'_> {
         let path = self.path.full();
         if self.wanted.contains(path.as_str()) {
             let base = param.base();
-            self.found.insert(path, (base.dims().to_vec(), base.dtype()));
+            self.found
+                .insert(path, (base.dims().to_vec(), base.dtype()));
         }
     }
 }
@@ -348,5 +369,9 @@ fn transposed(matrix: &TensorData) -> Option<TensorData> {
     let numbers = values(matrix);
     let transpose = (0..columns).flat_map(|column| (0..rows).map(move |row| (row, column)));
     let transpose = transpose.map(|(row, column)| numbers[row * columns + column]);
-    Some(data(transpose.collect(), vec![columns, rows], matrix.dtype()))
+    Some(data(
+        transpose.collect(),
+        vec![columns, rows],
+        matrix.dtype(),
+    ))
 }

@@ -133,7 +133,12 @@ fn read_oft(fields: &Fields) -> Result<OftConfig, ConfigError> {
         "num_cayley_neumann_terms",
         TERMS,
         "a whole number from 0 to 100",
-        |value| value.as_u64().filter(|terms| *terms <= 100).map(|terms| terms as usize),
+        |value| {
+            value
+                .as_u64()
+                .filter(|terms| *terms <= 100)
+                .map(|terms| terms as usize)
+        },
     )?;
     config.cayley = match fields.flag("use_cayley_neumann", true)? {
         false => Cayley::Exact,
@@ -508,13 +513,20 @@ mod tests {
     fn settings_survive_their_json() {
         for config in configs() {
             let json = serde_json::to_string(&config).unwrap();
-            assert_eq!(serde_json::from_str::<AdapterConfig>(&json).unwrap(), config, "{json}");
+            assert_eq!(
+                serde_json::from_str::<AdapterConfig>(&json).unwrap(),
+                config,
+                "{json}"
+            );
             match &config {
                 AdapterConfig::Boft(boft) => {
                     assert_eq!(serde_json::to_string(boft).unwrap(), json);
                     assert_eq!(&serde_json::from_str::<BoftConfig>(&json).unwrap(), boft);
                     let error = serde_json::from_str::<OftConfig>(&json).unwrap_err();
-                    assert!(error.to_string().contains("peft_type is not OFT"), "{error}");
+                    assert!(
+                        error.to_string().contains("peft_type is not OFT"),
+                        "{error}"
+                    );
                 }
                 AdapterConfig::Oft(oft) => {
                     assert_eq!(&serde_json::from_str::<OftConfig>(&json).unwrap(), oft);
@@ -578,7 +590,11 @@ mod tests {
             ("1.0rc1", new),
             ("nonsense", old),
         ] {
-            assert_eq!(cayley(json!({"peft_version": version})), expected, "{version}");
+            assert_eq!(
+                cayley(json!({"peft_version": version})),
+                expected,
+                "{version}"
+            );
         }
         let exact = json!({"use_cayley_neumann": false, "num_cayley_neumann_terms": 7});
         assert_eq!(cayley(exact), Cayley::Exact);
@@ -604,7 +620,10 @@ mod tests {
             Some(TargetModules::Regex("all-linear".into())),
             "a pattern like any other"
         );
-        assert_eq!(selection(json!({"target_modules": null})).target_modules, None);
+        assert_eq!(
+            selection(json!({"target_modules": null})).target_modules,
+            None
+        );
         assert_eq!(
             selection(json!({"layers_to_transform": 0})).layers_to_transform,
             [0]
@@ -712,7 +731,9 @@ mod tests {
              merge it with that version, or train it anew"
         );
         assert_eq!(
-            refused(json!({"peft_type": "OFT", "oft_block_size": 4, "num_cayley_neumann_terms": 1e12 as u64})),
+            refused(
+                json!({"peft_type": "OFT", "oft_block_size": 4, "num_cayley_neumann_terms": 1e12 as u64})
+            ),
             "`num_cayley_neumann_terms` is 1000000000000, not a whole number from 0 to 100"
         );
     }

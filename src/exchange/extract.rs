@@ -6,8 +6,8 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Tensor, TensorData};
 use serde_json::Map;
 
-use super::layer::{AdapterLayer, SavedTensor, data, values, wide};
 use super::Adapter;
+use super::layer::{AdapterLayer, SavedTensor, data, values, wide};
 use crate::adapter::AdapterSettings;
 use crate::config::AdapterConfig;
 use crate::error::ExtractError;
@@ -107,9 +107,15 @@ impl Found {
             found,
             expected,
         };
-        let (found, oft) = (self.settings.numerics(), matches!(config, AdapterConfig::Oft(_)));
+        let (found, oft) = (
+            self.settings.numerics(),
+            matches!(config, AdapterConfig::Oft(_)),
+        );
         if found.0 != expected.0 {
-            return Err(refuse(format!("{:?}", found.0), format!("{:?}", expected.0)));
+            return Err(refuse(
+                format!("{:?}", found.0),
+                format!("{:?}", expected.0),
+            ));
         }
         if found.1 != expected.1 {
             let radius = |radius: Option<f64>| match radius {
@@ -231,7 +237,10 @@ impl ModuleVisitor for Reader<'_> {
         keep(parameter.torch_name(), tensor.into_data());
         if parameter.counts_batches() {
             // PyTorch's buffer beside the mean; its norms do not load without it.
-            keep("num_batches_tracked", TensorData::new(vec![0i64], Vec::<usize>::new()));
+            keep(
+                "num_batches_tracked",
+                TensorData::new(vec![0i64], Vec::<usize>::new()),
+            );
         }
     }
 }

@@ -369,14 +369,21 @@ mod tests {
             .into_iter()
             .map(|dtype| (format!("{dtype:?}"), data.clone().convert_dtype(dtype)))
             .chain([
-                ("I64".into(), TensorData::new(vec![-3i64], Vec::<usize>::new())),
+                (
+                    "I64".into(),
+                    TensorData::new(vec![-3i64], Vec::<usize>::new()),
+                ),
                 ("empty".into(), TensorData::new(Vec::<f32>::new(), [7, 0])),
             ])
             .collect();
         let bytes = to_safetensors(&tensors).unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();
         for (key, data) in &tensors {
-            assert_eq!(decode(&file.tensor(key).unwrap()).as_ref(), Some(data), "{key}");
+            assert_eq!(
+                decode(&file.tensor(key).unwrap()).as_ref(),
+                Some(data),
+                "{key}"
+            );
         }
         assert_eq!(file.len(), tensors.len());
         assert_eq!(bytes, to_safetensors(&tensors).unwrap());

@@ -354,6 +354,9 @@ mod tests {
         let names = KeyMap::new().with_to_model(r"(a+)+\1b", "c").unwrap();
         let path = format!("{}c", "a".repeat(40));
         let error = names.model_path(&path).unwrap_err().to_string();
-        assert!(error.contains(&path) && error.contains("backtrack"), "{error}");
+        assert!(
+            error.contains(&path) && error.contains("backtrack"),
+            "{error}"
+        );
     }
 }

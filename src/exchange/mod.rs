@@ -6,10 +6,12 @@ mod checkpoint;
 mod config_json;
 mod extract;
 mod files;
+mod fused;
 mod keymap;
 mod layer;
 mod layout;
 mod report;
+mod write;
 
 use std::path::Path;
 
@@ -235,9 +237,9 @@ impl Adapter {
         options: &SaveOptions,
     ) -> Result<(), SaveError> {
         let folder = files::folder(folder.as_ref(), options.name.as_deref())?;
-        layout::check_sizes(&self.config, &self.layers)?;
+        write::check_sizes(&self.config, &self.layers)?;
         let names = &options.names;
-        let tensors = layout::write(
+        let tensors = write::tensors(
             &self.config,
             &self.layers,
             &self.tensors,

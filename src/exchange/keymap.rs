@@ -306,7 +306,7 @@ mod tests {
             KeyMap::dinov2(Transformers::V4),
             KeyMap::dinov2(Transformers::V5),
         );
-        assert_eq!(v4.file_paths(&whole).unwrap(), [whole.clone()]);
+        assert_eq!(v4.file_paths(&whole).unwrap(), std::slice::from_ref(&whole));
         assert_eq!(v5.file_paths(&whole).unwrap(), parts);
         for names in [v4, v5] {
             for (index, file) in parts.iter().enumerate() {

@@ -47,6 +47,13 @@ pub enum Cayley {
         /// PEFT's `num_cayley_neumann_terms`.
         terms: usize,
     },
+    /// The polynomial of PEFT 0.16 and 0.17, `I + 2Q + … + 2Q^(t−1)`, for checkpoints trained with it.
+    ///
+    /// Fewer than 2 terms are `I`, and refused as with [`Cayley::Neumann`].
+    Neumann016 {
+        /// PEFT's `num_cayley_neumann_terms`.
+        terms: usize,
+    },
 }
 
 /// The modules that a setting names.
@@ -166,7 +173,7 @@ pub struct Selection {
 ///
 /// Liu et al., *Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization*, ICLR 2024;
 /// PEFT's `BOFTConfig`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct BoftConfig {
     /// Block size or block count.
@@ -222,7 +229,7 @@ impl Default for BoftConfig {
 ///
 /// Qiu et al., *Controlling Text-to-Image Diffusion by Orthogonal Finetuning*, NeurIPS 2023; PEFT's
 /// `OFTConfig`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct OftConfig {
     /// Block size or block count.
@@ -378,7 +385,24 @@ impl OftConfig {
 }
 
 /// The settings of either adapter.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+///
+/// Serde reads and writes PEFT's `adapter_config.json`, where `peft_type` tells the two apart; so it does
+/// for [`BoftConfig`] and [`OftConfig`]. What PEFT has no setting for is not written:
+/// [`BoftConfig::scale`], and the seed of [`Init::Random`].
+///
+/// # Examples
+///
+/// ```
+/// use burn_boft::{AdapterConfig, Cayley, OftConfig};
+///
+/// let json = r#"{"peft_type": "OFT", "oft_block_size": 8, "target_modules": ["q_proj"],
+///     "use_cayley_neumann": false}"#;
+/// let config: AdapterConfig = serde_json::from_str(json)?;
+/// let expected = OftConfig::new().with_block_size(8).with_target_modules(["q_proj"]);
+/// assert_eq!(config, expected.into());
+/// # Ok::<(), serde_json::Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum AdapterConfig {
     /// BOFT.
@@ -423,6 +447,13 @@ impl AdapterConfig {
         match self {
             Self::Boft(config) => &config.selection,
             Self::Oft(config) => &config.selection,
+        }
+    }
+
+    pub(crate) fn selection_mut(&mut self) -> &mut Selection {
+        match self {
+            Self::Boft(config) => &mut config.selection,
+            Self::Oft(config) => &mut config.selection,
         }
     }
 

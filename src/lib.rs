@@ -7,7 +7,7 @@
 //! ```
 //! use burn::module::Module;
 //! use burn::nn::{Linear, LinearConfig};
-//! use burn_boft::{Bias, BoftConfig, inject, merge};
+//! use burn_boft::{Adapter, Bias, BoftConfig, inject, merge};
 //!
 //! #[derive(Module, Debug)]
 //! struct Model {
@@ -28,6 +28,9 @@
 //!     .with_modules_to_save(["classifier"]);
 //! let model = inject(model, &config)?; // same type as before
 //! // ... any Burn training loop or Learner ...
+//! # let folder = tempfile::tempdir()?;
+//! # let folder = folder.path();
+//! Adapter::extract(&model, &config)?.save(folder)?; // PEFT's files, a few kilobytes
 //! let merged = merge(model.valid())?; // plain weights, no adapter
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -48,6 +51,11 @@
 //! upper triangles of `Q`, `[m, n, b(b−1)/2]`, and the scale `s`, `[o]`. OFT is BOFT with one factor and
 //! no scale. [`ops`] states the backward pass.
 //!
+//! # Files
+//!
+//! An [`Adapter`] is a trained adapter as a value: out of a model with [`Adapter::extract`], into one with
+//! [`Adapter::attach`], and in PEFT's format with [`Adapter::save`] and [`Adapter::load`].
+//!
 //! # Backends
 //!
 //! Burn's tensors have no backend parameter since 0.22: the backend is a property of the
@@ -59,6 +67,7 @@
 mod adapter;
 mod config;
 mod error;
+mod exchange;
 mod inject;
 mod linear;
 pub mod ops;
@@ -71,7 +80,15 @@ pub use adapter::BoftAdapter;
 pub use config::{
     AdapterConfig, Bias, Block, BoftConfig, Cayley, Init, OftConfig, Selection, TargetModules,
 };
-pub use error::{InjectError, MergeError, Misfit, PatternError};
+pub use error::{
+    AttachError, ConfigError, ExtractError, InjectError, KeyMapError, LoadError, MergeError,
+    Misfit, Mismatch, NameError, PatternError, SaveError,
+};
+#[cfg(feature = "train")]
+pub use exchange::AdapterCheckpointer;
+pub use exchange::{
+    Adapter, AdapterLayer, KeyMap, LoadOptions, LoadReport, SaveOptions, SavedTensor, Transformers,
+};
 pub use inject::{inject, merge, plan, project, unload};
 pub use linear::{Linear as BoftLinear, LinearConfig as BoftLinearConfig};
 pub use plan::{ButterflyPlan, InjectPlan, LayerKind, LayerPlan};

@@ -162,7 +162,7 @@ impl ButterflyPlan {
 }
 
 /// Whether `m` factors of `b × b` blocks rotate an axis of `d`.
-fn fits(d: usize, b: usize, m: usize) -> bool {
+pub(crate) fn fits(d: usize, b: usize, m: usize) -> bool {
     let span = u32::try_from(m - 1)
         .ok()
         .and_then(|shift| b.checked_shl(shift));
@@ -178,7 +178,7 @@ fn neighbours(size: usize, max: usize, fits: impl Fn(usize) -> bool) -> Vec<usiz
 }
 
 /// PEFT's adjustment of an OFT block size or count: the nearest divisor, the smaller on a tie.
-fn adjust(d: usize, size: usize) -> usize {
+pub(crate) fn adjust(d: usize, size: usize) -> usize {
     if size >= d {
         return d;
     }

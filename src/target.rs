@@ -127,13 +127,7 @@ impl TargetMatcher {
 
     /// Whether `modules_to_save` lists the module at `path` or one that holds it.
     pub(crate) fn is_saved(&self, path: &str) -> bool {
-        // The entries are names, bounded by dots. PEFT leaves adapters out by the same bounds,
-        // though it reads an entry as a regular expression, but it wraps whatever merely ends with
-        // an entry: its `head` saves `lm_head` too.
-        let path = format!(".{path}.");
-        self.saved
-            .iter()
-            .any(|name| path.contains(&format!(".{name}.")))
+        is_saved(&self.saved, path)
     }
 
     fn is_in_layers(&self, path: &str) -> Result<bool, PatternError> {
@@ -147,6 +141,17 @@ impl TargetMatcher {
         }
         Ok(false)
     }
+}
+
+/// Whether `modules_to_save` lists the module at `path` or one that holds it.
+pub(crate) fn is_saved(modules_to_save: &[String], path: &str) -> bool {
+    // The entries are names, bounded by dots. PEFT leaves adapters out by the same bounds, though it
+    // reads an entry as a regular expression, but it wraps whatever merely ends with an entry: its
+    // `head` saves `lm_head` too.
+    let path = format!(".{path}.");
+    modules_to_save
+        .iter()
+        .any(|name| path.contains(&format!(".{name}.")))
 }
 
 /// A [`TargetModules`], compiled.
@@ -283,7 +288,8 @@ fn misread(pattern: &str) -> Option<&'static str> {
     }
 }
 
-fn describe(error: &Error) -> String {
+/// The reason of a refused pattern in one line.
+pub(crate) fn describe(error: &Error) -> String {
     // The engine below fancy-regex draws the pattern over several lines; the last one says why.
     if let Error::CompileError(error) = error
         && let CompileError::InnerError(error) = &**error

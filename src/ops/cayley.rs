@@ -65,33 +65,29 @@ pub(super) fn backward<B: Backend>(blocks: FloatTensor<B>, grad: FloatTensor<B>)
     reshape::<B, 3>(packed, [m, n, b * (b - 1) / 2])
 }
 
-/// PEFT's polynomial: `I` for fewer than two terms, else `I + 2Q + … + 2Q^(d−1) + Q^d` of degree
-/// `d = max(terms − 1, 3)`, and `I + 2Q` for two terms.
-pub(super) fn neumann<B: Backend>(
+/// `Σ coefficients[k]·Q^k`.
+pub(super) fn polynomial<B: Backend>(
     skew: FloatTensor<B>,
     block_size: usize,
-    terms: usize,
+    coefficients: &[f64],
 ) -> FloatTensor<B> {
     let b = block_size;
     let [m, n, _] = skew.shape().dims::<3>();
     let q = unpack::<B>(skew, b);
     let identity = identity::<B>(&q, b);
-    let twice = |power: FloatTensor<B>| B::float_mul_scalar(power, 2.into());
-    let blocks = match terms {
-        0 | 1 => B::float_add(B::float_mul_scalar(q, 0.into()), identity),
-        2 => B::float_add(twice(q), identity),
-        _ => {
-            let degree = (terms - 1).max(3);
-            let mut sum = B::float_add(twice(q.clone()), identity);
-            let mut power = q.clone();
-            for _ in 2..degree {
-                power = B::float_matmul(power, q.clone());
-                sum = B::float_add(sum, twice(power.clone()));
-            }
-            B::float_add(sum, B::float_matmul(power, q))
-        }
+    let (constant, linear, higher) = match coefficients {
+        [constant, linear, higher @ ..] => (*constant, *linear, higher),
+        [constant] => (*constant, 0.0, &[][..]),
+        [] => (0.0, 0.0, &[][..]),
     };
-    reshape::<B, 4>(blocks, [m, n, b, b])
+    let times = |power: FloatTensor<B>, factor: f64| B::float_mul_scalar(power, factor.into());
+    let mut sum = B::float_add(times(q.clone(), linear), times(identity, constant));
+    let mut power = q.clone();
+    for coefficient in higher {
+        power = B::float_matmul(power, q.clone());
+        sum = B::float_add(sum, times(power.clone(), *coefficient));
+    }
+    reshape::<B, 4>(sum, [m, n, b, b])
 }
 
 /// `[m, n, b(b−1)/2]` packed numbers as `[m·n, b, b]` skew-symmetric matrices.

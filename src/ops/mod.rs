@@ -89,9 +89,20 @@ impl Blocks {
     ///
     /// If the last axis is not `b(b−1)/2`, or `b < 2`.
     pub fn neumann(skew: Tensor<3>, block_size: usize, terms: usize) -> Self {
+        Self::polynomial(skew, block_size, &neumann_coefficients(terms))
+    }
+
+    /// A polynomial of packed skew-symmetric matrices, `Σ coefficients[k]·Q^k`.
+    ///
+    /// Taken to be no rotation, so products with these blocks take Burn's own differentiation.
+    ///
+    /// # Panics
+    ///
+    /// If the last axis is not `b(b−1)/2`, or `b < 2`.
+    pub fn polynomial(skew: Tensor<3>, block_size: usize, coefficients: &[f64]) -> Self {
         cayley::assert_packed(skew.dims(), block_size);
         let skew = widen(skew).into_dispatch();
-        let values = cayley::neumann::<Dispatch>(skew, block_size, terms);
+        let values = cayley::polynomial::<Dispatch>(skew, block_size, coefficients);
         Self {
             values: Tensor::from_dispatch(values),
             orthogonal: false,
@@ -270,6 +281,27 @@ fn with_bias(output: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
         Some(bias) => output + bias.unsqueeze::<2>(),
         None => output,
     }
+}
+
+/// The coefficients of PEFT's polynomial: `1` for fewer than two terms, `1, 2` for two, else
+/// `1, 2, …, 2, 1` of degree `max(terms − 1, 3)`.
+pub(crate) fn neumann_coefficients(terms: usize) -> Vec<f64> {
+    match terms {
+        0 | 1 => vec![1.0],
+        2 => vec![1.0, 2.0],
+        _ => {
+            let mut coefficients = neumann_016_coefficients(terms.max(4));
+            coefficients[terms.max(4) - 1] = 1.0;
+            coefficients
+        }
+    }
+}
+
+/// The coefficients of the polynomial of PEFT 0.16 and 0.17: `1, 2, …, 2`, as many as terms.
+pub(crate) fn neumann_016_coefficients(terms: usize) -> Vec<f64> {
+    let mut coefficients = vec![2.0; terms.max(1)];
+    coefficients[0] = 1.0;
+    coefficients
 }
 
 /// The tensor in f32 or wider.

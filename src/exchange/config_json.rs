@@ -1,0 +1,740 @@
+//! Settings to and from PEFT's `adapter_config.json`.
+
+use std::collections::BTreeMap;
+
+use serde::de::{Deserialize, Deserializer, Error as _};
+use serde::ser::{Serialize, Serializer};
+use serde_json::{Map, Value, json};
+
+use crate::config::{
+    AdapterConfig, Bias, Block, BoftConfig, Cayley, Init, OftConfig, Selection, TargetModules,
+};
+use crate::error::ConfigError;
+
+/// The version whose formats are written.
+const PEFT_VERSION: &str = "0.21.2";
+/// The last version that computed [`Cayley::Neumann016`].
+const PEFT_VERSION_016: &str = "0.17.1";
+/// PEFT's default COFT radius.
+const EPS: f64 = 6e-5;
+/// PEFT's default number of Neumann terms.
+const TERMS: usize = 5;
+
+/// Keys that say where an adapter comes from, not what it computes; they are carried along.
+pub(crate) const ABOUT: [&str; 4] = [
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+];
+
+const COMMON: [&str; 11] = [
+    "bias",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "target_modules",
+];
+const BOFT: [&str; 4] = [
+    "boft_block_num",
+    "boft_block_size",
+    "boft_dropout",
+    "boft_n_butterfly_factor",
+];
+const OFT: [&str; 8] = [
+    "block_share",
+    "coft",
+    "eps",
+    "module_dropout",
+    "num_cayley_neumann_terms",
+    "oft_block_size",
+    "r",
+    "use_cayley_neumann",
+];
+
+/// Settings read from PEFT's JSON, and what is worth telling about them.
+pub(crate) struct Read {
+    pub(crate) config: AdapterConfig,
+    pub(crate) warnings: Vec<String>,
+}
+
+/// Reads PEFT's settings.
+pub(crate) fn read(object: &Map<String, Value>) -> Result<Read, ConfigError> {
+    let fields = Fields(object);
+    let (config, own): (AdapterConfig, &[&str]) = match object.get("peft_type") {
+        None | Some(Value::Null) => return Err(ConfigError::NoPeftType),
+        Some(Value::String(name)) if name == "BOFT" => (read_boft(&fields)?.into(), &BOFT),
+        Some(Value::String(name)) if name == "OFT" => (read_oft(&fields)?.into(), &OFT),
+        Some(other) => {
+            let peft_type = other.as_str().map_or(other.to_string(), str::to_string);
+            return Err(ConfigError::OtherPeftType { peft_type });
+        }
+    };
+    let mut warnings = Vec::new();
+    let unknown: Vec<_> = object
+        .keys()
+        .map(String::as_str)
+        .filter(|key| !COMMON.contains(key) && !ABOUT.contains(key) && !own.contains(key))
+        .map(|key| format!("`{key}`"))
+        .collect();
+    if !unknown.is_empty() {
+        let unknown = unknown.join(", ");
+        warnings.push(format!(
+            "settings that are not known are ignored: {unknown}"
+        ));
+    }
+    if let AdapterConfig::Oft(_) = config
+        && fields.number("module_dropout", 0.0)? != 0.0
+        && !fields.is_before((0, 16))
+    {
+        warnings.push("`module_dropout` has no effect in PEFT 0.16 and later, nor here".into());
+    }
+    if let AdapterConfig::Oft(OftConfig {
+        cayley: Cayley::Neumann016 { terms },
+        ..
+    }) = config
+    {
+        let version = fields.version().unwrap_or("none");
+        warnings.push(format!(
+            "the Neumann series of PEFT 0.16 and 0.17 is used with {terms} terms (peft_version: {version}); \
+             PEFT 0.18 and later would compute another from the same numbers"
+        ));
+    }
+    Ok(Read { config, warnings })
+}
+
+fn read_boft(fields: &Fields) -> Result<BoftConfig, ConfigError> {
+    let size = fields.count("boft_block_size", 4)?;
+    let count = fields.count("boft_block_num", 0)?;
+    let mut config = BoftConfig::new();
+    config.block = block(("boft_block_size", size), ("boft_block_num", count))?;
+    config.n_butterfly_factor = fields.count("boft_n_butterfly_factor", 1)?;
+    config.dropout = fields.number("boft_dropout", 0.0)?;
+    config.init = fields.init()?;
+    config.selection = fields.selection()?;
+    Ok(config)
+}
+
+fn read_oft(fields: &Fields) -> Result<OftConfig, ConfigError> {
+    if !fields.0.contains_key("oft_block_size") {
+        return Err(ConfigError::OldOft);
+    }
+    let size = fields.count("oft_block_size", 32)?;
+    let count = fields.count("r", 0)?;
+    let mut config = OftConfig::new();
+    config.block = block(("oft_block_size", size), ("r", count))?;
+    let terms = fields.read(
+        "num_cayley_neumann_terms",
+        TERMS,
+        "a whole number from 0 to 100",
+        |value| {
+            value
+                .as_u64()
+                .filter(|terms| *terms <= 100)
+                .map(|terms| terms as usize)
+        },
+    )?;
+    config.cayley = match fields.flag("use_cayley_neumann", true)? {
+        false => Cayley::Exact,
+        // PEFT names its version since 0.18, which changed the series.
+        true if fields.is_before((0, 18)) => Cayley::Neumann016 { terms },
+        true => Cayley::Neumann { terms },
+    };
+    let eps = fields.number("eps", EPS)?;
+    config.coft_radius = fields.flag("coft", false)?.then_some(eps);
+    config.block_share = fields.flag("block_share", false)?;
+    config.init = fields.init()?;
+    config.selection = fields.selection()?;
+    Ok(config)
+}
+
+fn block(
+    (size_field, size): (&'static str, usize),
+    (count_field, count): (&'static str, usize),
+) -> Result<Block, ConfigError> {
+    match (size, count) {
+        (0, 0) => Err(ConfigError::NoSize {
+            size_field,
+            count_field,
+        }),
+        (size, 0) => Ok(Block::Size(size)),
+        (0, count) => Ok(Block::Count(count)),
+        (size, count) => Err(ConfigError::TwoSizes {
+            size_field,
+            size,
+            count_field,
+            count,
+        }),
+    }
+}
+
+/// A JSON object that is read field by field, a missing field being its default.
+struct Fields<'a>(&'a Map<String, Value>);
+
+impl Fields<'_> {
+    fn read<T>(
+        &self,
+        field: &'static str,
+        default: T,
+        expected: &'static str,
+        read: impl Fn(&Value) -> Option<T>,
+    ) -> Result<T, ConfigError> {
+        match self.0.get(field) {
+            None => Ok(default),
+            Some(value) => read(value).ok_or_else(|| ConfigError::Field {
+                field,
+                value: shortened(value),
+                expected,
+            }),
+        }
+    }
+
+    fn count(&self, field: &'static str, default: usize) -> Result<usize, ConfigError> {
+        self.read(field, default, "a whole number, 0 or more", |value| {
+            value
+                .as_u64()
+                .and_then(|number| usize::try_from(number).ok())
+        })
+    }
+
+    fn number(&self, field: &'static str, default: f64) -> Result<f64, ConfigError> {
+        self.read(field, default, "a number", Value::as_f64)
+    }
+
+    fn flag(&self, field: &'static str, default: bool) -> Result<bool, ConfigError> {
+        self.read(field, default, "true or false", Value::as_bool)
+    }
+
+    fn init(&self) -> Result<Init, ConfigError> {
+        Ok(match self.flag("init_weights", true)? {
+            true => Init::Identity,
+            false => Init::Random { seed: 0 },
+        })
+    }
+
+    fn selection(&self) -> Result<Selection, ConfigError> {
+        const MODULES: &str = "null, a string or a list of strings";
+        let mut modules_to_save = self.read("modules_to_save", Vec::new(), MODULES, names)?;
+        // PEFT extends the list on each load, so files repeat themselves.
+        let mut seen = Vec::new();
+        modules_to_save.retain(|name| {
+            let new = !seen.contains(name);
+            seen.push(name.clone());
+            new
+        });
+        Ok(Selection {
+            target_modules: self.read("target_modules", None, MODULES, |value| {
+                modules(value, TargetModules::from)
+            })?,
+            // PEFT gives "all-linear" no meaning here.
+            exclude_modules: self.read("exclude_modules", None, MODULES, |value| {
+                modules(value, TargetModules::Regex)
+            })?,
+            layers_to_transform: self.read(
+                "layers_to_transform",
+                Vec::new(),
+                "null, a layer index or a list of them",
+                indices,
+            )?,
+            layers_pattern: self.read("layers_pattern", Vec::new(), MODULES, names)?,
+            modules_to_save,
+            bias: self.read(
+                "bias",
+                Bias::None,
+                "\"none\", \"all\" or \"…_only\"",
+                |value| match value.as_str()? {
+                    "none" => Some(Bias::None),
+                    "all" => Some(Bias::All),
+                    other => other.ends_with("_only").then_some(Bias::AdapterOnly),
+                },
+            )?,
+        })
+    }
+
+    fn version(&self) -> Option<&str> {
+        self.0.get("peft_version").and_then(Value::as_str)
+    }
+
+    /// Whether an earlier version of PEFT wrote this: one that says so, or that did not say yet.
+    fn is_before(&self, minor: (u64, u64)) -> bool {
+        let number = |part: Option<&str>| -> u64 {
+            let digits = part.unwrap_or_default();
+            let end = digits
+                .find(|c: char| !c.is_ascii_digit())
+                .unwrap_or(digits.len());
+            digits[..end].parse().unwrap_or(0)
+        };
+        let mut parts = self.version().unwrap_or("0").split('.');
+        (number(parts.next()), number(parts.next())) < minor
+    }
+}
+
+/// `null`, one name, or several.
+fn names(value: &Value) -> Option<Vec<String>> {
+    match value {
+        Value::Null => Some(Vec::new()),
+        Value::String(name) if name.is_empty() => Some(Vec::new()),
+        Value::String(name) => Some(vec![name.clone()]),
+        Value::Array(names) => names
+            .iter()
+            .map(|name| name.as_str().map(str::to_string))
+            .collect(),
+        _ => None,
+    }
+}
+
+fn modules(
+    value: &Value,
+    from_string: impl Fn(String) -> TargetModules,
+) -> Option<Option<TargetModules>> {
+    match value {
+        Value::String(name) if !name.is_empty() => Some(Some(from_string(name.clone()))),
+        Value::Null | Value::String(_) => Some(None),
+        _ => names(value).map(|names| Some(TargetModules::Names(names))),
+    }
+}
+
+fn indices(value: &Value) -> Option<Vec<usize>> {
+    let index = |value: &Value| value.as_u64().and_then(|index| usize::try_from(index).ok());
+    match value {
+        Value::Null => Some(Vec::new()),
+        Value::Array(values) => values.iter().map(index).collect(),
+        value => Some(vec![index(value)?]),
+    }
+}
+
+/// A value for a message, cut where it is long.
+fn shortened(value: &Value) -> String {
+    const LONGEST: usize = 60;
+    let text = value.to_string();
+    match text.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
+}
+
+/// PEFT's settings, key by key, with what is carried along.
+pub(crate) fn write(
+    config: &AdapterConfig,
+    about: &Map<String, Value>,
+) -> BTreeMap<&'static str, Value> {
+    let selection = config.selection();
+    let (peft_type, only) = match config {
+        AdapterConfig::Boft(_) => ("BOFT", "boft_only"),
+        AdapterConfig::Oft(_) => ("OFT", "oft_only"),
+    };
+    let list = |names: &[String]| match names {
+        [] => Value::Null,
+        names => json!(names),
+    };
+    let mut fields: BTreeMap<&'static str, Value> = ABOUT
+        .into_iter()
+        .map(|key| (key, about.get(key).cloned().unwrap_or(Value::Null)))
+        .collect();
+    fields.extend([
+        (
+            "bias",
+            json!(match selection.bias {
+                Bias::None => "none",
+                Bias::All => "all",
+                Bias::AdapterOnly => only,
+            }),
+        ),
+        ("exclude_modules", json_modules(&selection.exclude_modules)),
+        ("fan_in_fan_out", json!(false)),
+        ("inference_mode", json!(true)),
+        ("init_weights", json!(config.init() == Init::Identity)),
+        ("layers_pattern", list(&selection.layers_pattern)),
+        (
+            "layers_to_transform",
+            match selection.layers_to_transform.as_slice() {
+                [] => Value::Null,
+                layers => json!(layers),
+            },
+        ),
+        ("modules_to_save", list(&selection.modules_to_save)),
+        ("peft_type", json!(peft_type)),
+        ("target_modules", json_modules(&selection.target_modules)),
+    ]);
+    let mut version = PEFT_VERSION;
+    match config {
+        AdapterConfig::Boft(config) => {
+            let (size, count) = sizes(config.block);
+            fields.extend([
+                ("boft_block_num", json!(count)),
+                ("boft_block_size", json!(size)),
+                ("boft_dropout", json!(config.dropout)),
+                ("boft_n_butterfly_factor", json!(config.n_butterfly_factor)),
+            ]);
+        }
+        AdapterConfig::Oft(config) => {
+            let (size, count) = sizes(config.block);
+            let terms = match config.cayley {
+                Cayley::Exact => None,
+                Cayley::Neumann { terms } => Some(terms),
+                Cayley::Neumann016 { terms } => {
+                    version = PEFT_VERSION_016;
+                    Some(terms)
+                }
+            };
+            fields.extend([
+                ("block_share", json!(config.block_share)),
+                ("coft", json!(config.coft_radius.is_some())),
+                ("eps", json!(config.coft_radius.unwrap_or(EPS))),
+                ("module_dropout", json!(0.0)),
+                ("num_cayley_neumann_terms", json!(terms.unwrap_or(TERMS))),
+                ("oft_block_size", json!(size)),
+                ("r", json!(count)),
+                ("use_cayley_neumann", json!(terms.is_some())),
+            ]);
+        }
+    }
+    fields.insert("peft_version", json!(version));
+    fields
+}
+
+/// PEFT's pair of size and count, of which one is 0.
+fn sizes(block: Block) -> (usize, usize) {
+    match block {
+        Block::Size(size) => (size, 0),
+        Block::Count(count) => (0, count),
+    }
+}
+
+fn json_modules(modules: &Option<TargetModules>) -> Value {
+    match modules {
+        None => Value::Null,
+        Some(TargetModules::Names(names)) => json!(names),
+        Some(TargetModules::Regex(pattern)) => json!(pattern),
+        Some(TargetModules::AllLinear) => json!("all-linear"),
+    }
+}
+
+impl Serialize for AdapterConfig {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(write(self, &Map::new()))
+    }
+}
+
+impl<'de> Deserialize<'de> for AdapterConfig {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let object = Map::deserialize(deserializer)?;
+        read(&object)
+            .map(|read| read.config)
+            .map_err(D::Error::custom)
+    }
+}
+
+/// Serde of one of the two by way of [`AdapterConfig`].
+macro_rules! by_adapter_config {
+    ($config:ident, $variant:ident, $name:literal) => {
+        impl Serialize for $config {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                AdapterConfig::from(self).serialize(serializer)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $config {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                match AdapterConfig::deserialize(deserializer)? {
+                    AdapterConfig::$variant(config) => Ok(config),
+                    _ => Err(D::Error::custom(concat!("peft_type is not ", $name))),
+                }
+            }
+        }
+    };
+}
+
+by_adapter_config!(BoftConfig, Boft, "BOFT");
+by_adapter_config!(OftConfig, Oft, "OFT");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(json: Value) -> Result<Read, ConfigError> {
+        read(json.as_object().unwrap())
+    }
+
+    fn boft(fields: Value) -> Result<BoftConfig, ConfigError> {
+        let mut json = json!({"peft_type": "BOFT"});
+        let object = json.as_object_mut().unwrap();
+        object.extend(fields.as_object().unwrap().clone());
+        match parse(json)?.config {
+            AdapterConfig::Boft(config) => Ok(config),
+            AdapterConfig::Oft(_) => panic!("BOFT was asked for"),
+        }
+    }
+
+    fn oft(fields: Value) -> Result<Read, ConfigError> {
+        let mut json = json!({"peft_type": "OFT", "oft_block_size": 32});
+        let object = json.as_object_mut().unwrap();
+        object.extend(fields.as_object().unwrap().clone());
+        parse(json)
+    }
+
+    fn configs() -> Vec<AdapterConfig> {
+        let boft = BoftConfig::new().with_target_modules(["query", "output.dense"]);
+        let oft = OftConfig::new().with_target_modules(r".*\.(?!lm_head)\w+_proj");
+        vec![
+            boft.clone().into(),
+            boft.clone()
+                .with_block_num(6)
+                .with_n_butterfly_factor(3)
+                .with_dropout(0.125)
+                .with_bias(Bias::AdapterOnly)
+                .with_modules_to_save(["classifier", "norm"])
+                .with_exclude_modules("layers\\.[01]\\..*")
+                .with_layers_to_transform([0, 4])
+                .with_layers_pattern(["layers", "blocks"])
+                .into(),
+            boft.with_target_modules("all-linear")
+                .with_init(Init::Random { seed: 0 })
+                .into(),
+            oft.clone().into(),
+            oft.clone()
+                .with_block_num(3)
+                .with_cayley(Cayley::Neumann { terms: 6 })
+                .with_coft_radius(0.25)
+                .with_block_share(true)
+                .with_bias(Bias::All)
+                .into(),
+            oft.with_cayley(Cayley::Neumann016 { terms: 4 }).into(),
+        ]
+    }
+
+    #[test]
+    fn settings_survive_their_json() {
+        for config in configs() {
+            let json = serde_json::to_string(&config).unwrap();
+            assert_eq!(
+                serde_json::from_str::<AdapterConfig>(&json).unwrap(),
+                config,
+                "{json}"
+            );
+            match &config {
+                AdapterConfig::Boft(boft) => {
+                    assert_eq!(serde_json::to_string(boft).unwrap(), json);
+                    assert_eq!(&serde_json::from_str::<BoftConfig>(&json).unwrap(), boft);
+                    let error = serde_json::from_str::<OftConfig>(&json).unwrap_err();
+                    assert!(
+                        error.to_string().contains("peft_type is not OFT"),
+                        "{error}"
+                    );
+                }
+                AdapterConfig::Oft(oft) => {
+                    assert_eq!(&serde_json::from_str::<OftConfig>(&json).unwrap(), oft);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_json_is_the_one_that_peft_writes() {
+        let config = BoftConfig::new()
+            .with_target_modules(["q_proj"])
+            .with_bias(Bias::AdapterOnly);
+        let about = json!({"task_type": "SEQ_CLS", "base_model_name_or_path": "facebook/dinov2"});
+        let json = write(&config.into(), about.as_object().unwrap());
+        assert_eq!(
+            serde_json::to_string_pretty(&json).unwrap(),
+            r#"{
+  "auto_mapping": null,
+  "base_model_name_or_path": "facebook/dinov2",
+  "bias": "boft_only",
+  "boft_block_num": 0,
+  "boft_block_size": 4,
+  "boft_dropout": 0.0,
+  "boft_n_butterfly_factor": 1,
+  "exclude_modules": null,
+  "fan_in_fan_out": false,
+  "inference_mode": true,
+  "init_weights": true,
+  "layers_pattern": null,
+  "layers_to_transform": null,
+  "modules_to_save": null,
+  "peft_type": "BOFT",
+  "peft_version": "0.21.2",
+  "revision": null,
+  "target_modules": [
+    "q_proj"
+  ],
+  "task_type": "SEQ_CLS"
+}"#
+        );
+    }
+
+    #[test]
+    fn the_neumann_series_goes_by_the_version() {
+        let cayley = |fields: Value| match oft(fields).unwrap().config {
+            AdapterConfig::Oft(config) => config.cayley,
+            AdapterConfig::Boft(_) => panic!("OFT was asked for"),
+        };
+        let (new, old) = (
+            Cayley::Neumann { terms: 5 },
+            Cayley::Neumann016 { terms: 5 },
+        );
+        assert_eq!(cayley(json!({})), old, "PEFT names its version since 0.18");
+        for (version, expected) in [
+            ("0.16.0", old),
+            ("0.17.1", old),
+            ("0.18.0", new),
+            ("0.18.2.dev0@UNKNOWN", new),
+            ("0.21.2", new),
+            ("1.0rc1", new),
+            ("nonsense", old),
+        ] {
+            assert_eq!(
+                cayley(json!({"peft_version": version})),
+                expected,
+                "{version}"
+            );
+        }
+        let exact = json!({"use_cayley_neumann": false, "num_cayley_neumann_terms": 7});
+        assert_eq!(cayley(exact), Cayley::Exact);
+        let version = |config: &AdapterConfig| write(config, &Map::new())["peft_version"].clone();
+        assert_eq!(version(&configs()[4]), "0.21.2");
+        assert_eq!(version(&configs()[5]), "0.17.1");
+    }
+
+    #[test]
+    fn values_are_read_as_peft_reads_them() {
+        let selection = |fields| boft(fields).unwrap().selection;
+        let names = |modules: &[&str]| Some(TargetModules::from(modules.to_vec()));
+        assert_eq!(
+            selection(json!({"target_modules": ["a", "b"]})).target_modules,
+            names(&["a", "b"])
+        );
+        assert_eq!(
+            selection(json!({"target_modules": "All-Linear"})).target_modules,
+            Some(TargetModules::AllLinear)
+        );
+        assert_eq!(
+            selection(json!({"exclude_modules": "all-linear"})).exclude_modules,
+            Some(TargetModules::Regex("all-linear".into())),
+            "a pattern like any other"
+        );
+        assert_eq!(
+            selection(json!({"target_modules": null})).target_modules,
+            None
+        );
+        assert_eq!(
+            selection(json!({"layers_to_transform": 0})).layers_to_transform,
+            [0]
+        );
+        assert_eq!(
+            selection(json!({"layers_pattern": "h"})).layers_pattern,
+            ["h"]
+        );
+        assert_eq!(
+            selection(json!({"modules_to_save": ["classifier", "score", "classifier"]}))
+                .modules_to_save,
+            ["classifier", "score"]
+        );
+        for (bias, expected) in [
+            ("none", Bias::None),
+            ("all", Bias::All),
+            ("boft_only", Bias::AdapterOnly),
+            ("lora_only", Bias::AdapterOnly),
+        ] {
+            assert_eq!(selection(json!({"bias": bias})).bias, expected);
+        }
+        let defaults = boft(json!({})).unwrap();
+        assert_eq!(defaults, BoftConfig::new());
+    }
+
+    #[test]
+    fn what_is_ignored_is_told() {
+        let warnings = |json| parse(json).unwrap().warnings;
+        assert_eq!(
+            warnings(json!({"peft_type": "BOFT", "runtime_config": {}, "r": 8})),
+            ["settings that are not known are ignored: `r`, `runtime_config`"]
+        );
+        let told = oft(json!({"module_dropout": 0.1, "peft_version": "0.19.0"})).unwrap();
+        assert_eq!(
+            told.warnings,
+            ["`module_dropout` has no effect in PEFT 0.16 and later, nor here"]
+        );
+        assert_eq!(
+            oft(json!({})).unwrap().warnings,
+            [
+                "the Neumann series of PEFT 0.16 and 0.17 is used with 5 terms (peft_version: none); PEFT \
+                 0.18 and later would compute another from the same numbers"
+            ]
+        );
+    }
+
+    #[test]
+    fn every_bad_setting_is_an_error_that_names_it() {
+        let refused = |fields| boft(fields).unwrap_err().to_string();
+        for (fields, expected) in [
+            (
+                json!({"boft_block_size": -1}),
+                "`boft_block_size` is -1, not a whole number, 0 or more",
+            ),
+            (
+                json!({"boft_block_size": 4.5}),
+                "`boft_block_size` is 4.5, not a whole number, 0 or more",
+            ),
+            (
+                json!({"boft_block_size": 0}),
+                "`boft_block_size` and `boft_block_num` are both 0; one of them must say how blocks are cut",
+            ),
+            (
+                json!({"boft_block_num": 2}),
+                "`boft_block_size` is 4 and `boft_block_num` is 2; one of them must be 0",
+            ),
+            (
+                json!({"boft_dropout": "0.1"}),
+                "`boft_dropout` is \"0.1\", not a number",
+            ),
+            (
+                json!({"bias": "some"}),
+                "`bias` is \"some\", not \"none\", \"all\" or \"…_only\"",
+            ),
+            (
+                json!({"target_modules": [1]}),
+                "`target_modules` is [1], not null, a string or a list of strings",
+            ),
+            (
+                json!({"layers_to_transform": "0"}),
+                "`layers_to_transform` is \"0\", not null, a layer index or a list of them",
+            ),
+            (
+                json!({"init_weights": "gaussian"}),
+                "`init_weights` is \"gaussian\", not true or false",
+            ),
+        ] {
+            assert_eq!(refused(fields), expected);
+        }
+        let long = refused(json!({"target_modules": vec![0; 100]}));
+        assert!(long.len() < 160 && long.contains('…'), "{long}");
+
+        let refused = |json| parse(json).err().unwrap().to_string();
+        assert_eq!(
+            refused(json!({})),
+            "`peft_type` is missing; PEFT writes \"BOFT\" or \"OFT\" there"
+        );
+        assert_eq!(
+            refused(json!({"peft_type": "LORA"})),
+            "`peft_type` is LORA, and only BOFT and OFT are supported"
+        );
+        assert_eq!(
+            refused(json!({"peft_type": "OFT", "r": 8})),
+            "`oft_block_size` is missing, so PEFT 0.13 or older wrote this OFT adapter, whose rotation is another; \
+             merge it with that version, or train it anew"
+        );
+        assert_eq!(
+            refused(
+                json!({"peft_type": "OFT", "oft_block_size": 4, "num_cayley_neumann_terms": 1e12 as u64})
+            ),
+            "`num_cayley_neumann_terms` is 1000000000000, not a whole number from 0 to 100"
+        );
+    }
+}

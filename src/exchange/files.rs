@@ -1,0 +1,391 @@
+//! The two files of an adapter: read with all checks, replaced as one.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{DType, TensorData, bf16, f16};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde_json::{Map, Value};
+
+use crate::error::{LoadError, NameError, SaveError};
+
+pub(crate) const CONFIG: &str = "adapter_config.json";
+pub(crate) const TENSORS: &str = "adapter_model.safetensors";
+const PICKLE: &str = "adapter_model.bin";
+/// How often a folder is read that somebody else is writing.
+const ATTEMPTS: usize = 10;
+
+/// What a folder holds.
+pub(crate) struct Folder {
+    pub(crate) config: Map<String, Value>,
+    pub(crate) tensors: BTreeMap<String, TensorData>,
+    /// Tensors of a precision that is not read, with the reason.
+    pub(crate) unreadable: Vec<String>,
+}
+
+/// The folder of a named adapter: PEFT keeps `default` in the folder itself.
+pub(crate) fn folder(dir: &Path, name: Option<&str>) -> Result<PathBuf, NameError> {
+    match name {
+        None | Some("default") => Ok(dir.to_path_buf()),
+        // PyTorch has no dots in names, and nothing may leave the folder.
+        Some(name) if name.is_empty() || name.contains(['.', '/', '\\', ':', '\0']) => {
+            Err(NameError {
+                name: name.to_string(),
+            })
+        }
+        Some(name) => Ok(dir.join(name)),
+    }
+}
+
+/// Reads a folder.
+pub(crate) fn read(folder: &Path) -> Result<Folder, LoadError> {
+    let (config, tensors) = read_pair(folder)?;
+    let path = folder.join(CONFIG);
+    let config: Value = serde_json::from_slice(&config).map_err(|error| LoadError::Json {
+        path: path.clone(),
+        reason: error.to_string(),
+    })?;
+    let Value::Object(config) = config else {
+        let reason = "it holds another kind of value".to_string();
+        return Err(LoadError::Json { path, reason });
+    };
+    let path = folder.join(TENSORS);
+    let file = SafeTensors::deserialize(&tensors).map_err(|error| LoadError::Safetensors {
+        path,
+        reason: error.to_string(),
+    })?;
+    let (mut tensors, mut unreadable) = (BTreeMap::new(), Vec::new());
+    for (key, view) in file.iter() {
+        match decode(&view) {
+            Some(data) => _ = tensors.insert(key.to_string(), data),
+            None => unreadable.push(format!(
+                "`{key}` is {}; f64, f32, f16 and bf16 are read",
+                view.dtype()
+            )),
+        }
+    }
+    unreadable.sort();
+    Ok(Folder {
+        config,
+        tensors,
+        unreadable,
+    })
+}
+
+/// The bytes of settings and tensors that belong together.
+fn read_pair(folder: &Path) -> Result<(Vec<u8>, Vec<u8>), LoadError> {
+    let read = |path: PathBuf| fs::read(&path).map_err(|source| LoadError::Io { path, source });
+    for _ in 0..ATTEMPTS {
+        let config = read(folder.join(CONFIG));
+        let tensors = match read(folder.join(TENSORS)) {
+            Ok(tensors) => tensors,
+            Err(error) => {
+                // A folder that is no adapter at all lacks its settings first.
+                config?;
+                let folder = folder.to_path_buf();
+                return Err(match folder.join(PICKLE).exists() {
+                    true => LoadError::Pickle { folder },
+                    false => error,
+                });
+            }
+        };
+        // A save that replaced the tensors and not yet the settings left them under the tensors' name.
+        if let Ok(pending) = fs::read(pending(folder, &tensors)) {
+            return Ok((pending, tensors));
+        }
+        let config = config?;
+        if read(folder.join(CONFIG))? == config {
+            return Ok((config, tensors));
+        }
+    }
+    let folder = folder.to_path_buf();
+    Err(LoadError::Busy { folder })
+}
+
+fn decode(view: &TensorView) -> Option<TensorData> {
+    let (bytes, shape) = (view.data(), view.shape().to_vec());
+    Some(match view.dtype() {
+        Dtype::F64 => TensorData::new(numbers(bytes, f64::from_le_bytes), shape),
+        Dtype::F32 => TensorData::new(numbers(bytes, f32::from_le_bytes), shape),
+        Dtype::F16 => TensorData::new(numbers(bytes, f16::from_le_bytes), shape),
+        Dtype::BF16 => TensorData::new(numbers(bytes, bf16::from_le_bytes), shape),
+        Dtype::I64 => TensorData::new(numbers(bytes, i64::from_le_bytes), shape),
+        _ => return None,
+    })
+}
+
+fn numbers<T, const N: usize>(bytes: &[u8], from: fn([u8; N]) -> T) -> Vec<T> {
+    bytes.as_chunks::<N>().0.iter().copied().map(from).collect()
+}
+
+fn encode(data: &TensorData) -> Option<(Dtype, Vec<u8>)> {
+    Some(match data.dtype() {
+        DType::F64 => (
+            Dtype::F64,
+            data.iter::<f64>().flat_map(f64::to_le_bytes).collect(),
+        ),
+        DType::F32 => (
+            Dtype::F32,
+            data.iter::<f32>().flat_map(f32::to_le_bytes).collect(),
+        ),
+        DType::F16 => (
+            Dtype::F16,
+            data.iter::<f16>().flat_map(f16::to_le_bytes).collect(),
+        ),
+        DType::BF16 => (
+            Dtype::BF16,
+            data.iter::<bf16>().flat_map(bf16::to_le_bytes).collect(),
+        ),
+        DType::I64 => (
+            Dtype::I64,
+            data.iter::<i64>().flat_map(i64::to_le_bytes).collect(),
+        ),
+        _ => return None,
+    })
+}
+
+/// The bytes of a safetensors file, those that PEFT would write for these tensors.
+pub(crate) fn to_safetensors(tensors: &BTreeMap<String, TensorData>) -> Result<Vec<u8>, String> {
+    let encoded = tensors
+        .iter()
+        .map(|(key, data)| {
+            let (dtype, bytes) = encode(data)
+                .ok_or_else(|| format!("`{key}` is {:?}, which is not written", data.dtype()))?;
+            Ok((key.as_str(), dtype, data.shape().to_vec(), bytes))
+        })
+        .collect::<Result<Vec<_>, String>>()?;
+    let views = encoded
+        .iter()
+        .map(|(key, dtype, shape, bytes)| {
+            TensorView::new(*dtype, shape.clone(), bytes)
+                .map(|view| (*key, view))
+                .map_err(|error| error.to_string())
+        })
+        .collect::<Result<Vec<_>, String>>()?;
+    let metadata = [("format".to_string(), "pt".to_string())].into();
+    safetensors::serialize(views, Some(metadata)).map_err(|error| error.to_string())
+}
+
+/// Replaces the adapter in a folder.
+///
+/// The new tensors are in place with one rename, and from then on they name the new settings, which are
+/// moved into place next. Whenever this stops, a reader finds the old pair or the new one.
+pub(crate) fn write(folder: &Path, config: &[u8], tensors: &[u8]) -> Result<(), SaveError> {
+    let failed = |path: &Path| {
+        let path = path.to_path_buf();
+        move |source| SaveError::Io { path, source }
+    };
+    fs::create_dir_all(folder).map_err(failed(folder))?;
+    finish(folder).map_err(failed(folder))?;
+    let pending = pending(folder, tensors);
+    let (config_path, tensors_path) = (folder.join(CONFIG), folder.join(TENSORS));
+    let tensors = staged(&tensors_path, tensors).map_err(failed(&tensors_path))?;
+    staged(&config_path, config)
+        .and_then(|file| file.persist(&pending).map_err(|error| error.error))
+        .and_then(|_| sync(folder))
+        .map_err(failed(&config_path))?;
+    let placed = tensors
+        .persist(&tensors_path)
+        .map_err(|error| error.error)
+        .and_then(|_| sync(folder));
+    if let Err(source) = placed {
+        // Nothing refers to it.
+        _ = fs::remove_file(&pending);
+        return Err(failed(&tensors_path)(source));
+    }
+    fs::rename(&pending, &config_path)
+        .and_then(|()| sync(folder))
+        .map_err(failed(&config_path))
+}
+
+/// Finishes a save that stopped halfway, and removes what one left behind.
+fn finish(folder: &Path) -> io::Result<()> {
+    let current = match fs::read(folder.join(TENSORS)) {
+        Ok(tensors) => Some(pending(folder, &tensors)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => return Err(error),
+    };
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if current.as_ref() == Some(&path) {
+            fs::rename(&path, folder.join(CONFIG))?;
+        } else if name.starts_with(PENDING) && name.ends_with(JSON) {
+            fs::remove_file(&path)?;
+        }
+    }
+    sync(folder)
+}
+
+const PENDING: &str = ".adapter_config.";
+const JSON: &str = ".json";
+
+/// Where the settings of these tensors wait.
+fn pending(folder: &Path, tensors: &[u8]) -> PathBuf {
+    // FNV-1a: it tells two saves apart, and keeps no secret.
+    let hash = tensors.iter().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    folder.join(format!("{PENDING}{hash:016x}{JSON}"))
+}
+
+/// What a file is going to be, on the disk under another name.
+fn staged(path: &Path, content: &[u8]) -> io::Result<tempfile::NamedTempFile> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".adapter-");
+    // As open as any other file, not for the owner alone as temporary files are.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut file = builder.tempfile_in(path.parent().unwrap_or(Path::new(".")))?;
+    file.write_all(content)?;
+    // A file that somebody closed stays closed.
+    if let Ok(metadata) = fs::metadata(path) {
+        file.as_file().set_permissions(metadata.permissions())?;
+    }
+    file.as_file().sync_all()?;
+    Ok(file)
+}
+
+/// Makes renames in a folder last, where the system can say so.
+fn sync(folder: &Path) -> io::Result<()> {
+    #[cfg(unix)]
+    File::open(folder)?.sync_all()?;
+    #[cfg(not(unix))]
+    let _ = (folder, File::open);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state(folder: &Path) -> (String, String) {
+        let (config, tensors) = read_pair(folder).unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (text(config), text(tensors))
+    }
+
+    fn pair(config: &str, tensors: &str) -> (String, String) {
+        (config.to_string(), tensors.to_string())
+    }
+
+    fn save(folder: &Path, config: &str, tensors: &str) {
+        write(folder, config.as_bytes(), tensors.as_bytes()).unwrap();
+    }
+
+    fn names(folder: &Path) -> Vec<String> {
+        let mut names: Vec<_> = fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn wherever_a_save_stops_a_reader_finds_one_pair() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path();
+        save(folder, "old settings", "old tensors");
+
+        // Before the first rename: files under other names.
+        fs::write(folder.join(".adapter-x7Yz"), "new ten").unwrap();
+        assert_eq!(state(folder), pair("old settings", "old tensors"));
+        fs::remove_file(folder.join(".adapter-x7Yz")).unwrap();
+
+        // The new settings wait for tensors that are not there yet.
+        let waiting = pending(folder, b"new tensors");
+        fs::write(&waiting, "new settings").unwrap();
+        assert_eq!(state(folder), pair("old settings", "old tensors"));
+
+        // The tensors are in place, the settings are not.
+        fs::write(folder.join(TENSORS), "new tensors").unwrap();
+        assert_eq!(state(folder), pair("new settings", "new tensors"));
+
+        // The next save finishes that one first, and leaves nothing else.
+        fs::write(pending(folder, b"lost tensors"), "lost settings").unwrap();
+        finish(folder).unwrap();
+        assert_eq!(state(folder), pair("new settings", "new tensors"));
+        assert_eq!(names(folder), [CONFIG, TENSORS]);
+        save(folder, "third settings", "third tensors");
+        assert_eq!(state(folder), pair("third settings", "third tensors"));
+        assert_eq!(names(folder), [CONFIG, TENSORS]);
+    }
+
+    #[test]
+    fn new_settings_for_the_same_tensors_are_the_new_ones() {
+        let folder = tempfile::tempdir().unwrap();
+        save(folder.path(), "old", "tensors");
+        save(folder.path(), "new", "tensors");
+        assert_eq!(state(folder.path()), pair("new", "tensors"));
+    }
+
+    #[test]
+    fn a_save_that_cannot_place_its_tensors_changes_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path();
+        // A folder of that name cannot be replaced.
+        fs::create_dir_all(folder.join(TENSORS).join("full")).unwrap();
+        fs::write(folder.join(CONFIG), "old").unwrap();
+        assert!(write(folder, b"new", b"tensors").is_err());
+        assert_eq!(fs::read(folder.join(CONFIG)).unwrap(), b"old");
+        assert_eq!(names(folder), [CONFIG, TENSORS]);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_new_file_is_as_open_as_others_and_a_closed_one_stays_closed() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(TENSORS);
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        fs::write(folder.path().join("other"), "").unwrap();
+        save(folder.path(), "settings", "tensors");
+        assert_eq!(mode(&path), mode(&folder.path().join("other")));
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        save(folder.path(), "settings", "more tensors");
+        assert_eq!(mode(&path), 0o600);
+    }
+
+    #[test]
+    fn a_name_stays_in_its_folder() {
+        let dir = Path::new("adapters");
+        assert_eq!(folder(dir, None).unwrap(), dir);
+        assert_eq!(folder(dir, Some("default")).unwrap(), dir);
+        assert_eq!(folder(dir, Some("digits")).unwrap(), dir.join("digits"));
+        for name in ["", ".", "..", "a/b", "/etc", r"a\b", "c:", "v1.2"] {
+            let error = folder(dir, Some(name)).unwrap_err();
+            assert!(error.to_string().contains(&format!("`{name}`")), "{error}");
+        }
+    }
+
+    #[test]
+    fn every_precision_is_read_as_it_was_written() {
+        let f32s = [0.1f32, -7.25, f32::MIN_POSITIVE, 3.0e38, 1.0, 0.0];
+        let data = TensorData::new(f32s.to_vec(), [2, 3]);
+        let tensors: BTreeMap<_, _> = [DType::F64, DType::F32, DType::F16, DType::BF16]
+            .into_iter()
+            .map(|dtype| (format!("{dtype:?}"), data.clone().convert_dtype(dtype)))
+            .chain([
+                (
+                    "I64".into(),
+                    TensorData::new(vec![-3i64], Vec::<usize>::new()),
+                ),
+                ("empty".into(), TensorData::new(Vec::<f32>::new(), [7, 0])),
+            ])
+            .collect();
+        let bytes = to_safetensors(&tensors).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        for (key, data) in &tensors {
+            assert_eq!(
+                decode(&file.tensor(key).unwrap()).as_ref(),
+                Some(data),
+                "{key}"
+            );
+        }
+        assert_eq!(file.len(), tensors.len());
+        assert_eq!(bytes, to_safetensors(&tensors).unwrap());
+    }
+}

@@ -1,0 +1,366 @@
+//! [`KeyMap`]: the names of one model in Python and in Rust.
+
+use fancy_regex::Regex;
+
+use crate::error::KeyMapError;
+
+/// The generation of transformers whose module names a file has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transformers {
+    /// Transformers 4.
+    V4,
+    /// Transformers 5.
+    V5,
+}
+
+/// How the module paths of a file become those of a model, and back.
+///
+/// Patterns are regular expressions that are searched for in the dotted path of a module, without PEFT's
+/// prefix and without the name of the tensor; `$1` and `${name}` in a replacement are groups. Patterns of a
+/// direction apply one after the other.
+///
+/// # Examples
+///
+/// ```
+/// use burn_boft::KeyMap;
+///
+/// // The file says `transformer.h.0.attn`, the model `blocks.0.attention`.
+/// let names = KeyMap::new()
+///     .with_to_model(r"^transformer\.h\.(\d+)\.attn\b", "blocks.$1.attention")?
+///     .with_to_file(r"^blocks\.(\d+)\.attention\b", "transformer.h.$1.attn")?;
+/// # drop(names);
+/// # Ok::<(), burn_boft::KeyMapError>(())
+/// ```
+#[derive(Debug, Clone, Default)]
+pub struct KeyMap {
+    to_model: Vec<(Regex, String)>,
+    to_file: Vec<(Regex, String)>,
+    /// Other names that a file may have for a path of the model.
+    aliases: Vec<(Regex, String)>,
+    fused: Vec<Fused>,
+}
+
+/// A layer of the model that is several layers in the file, halves of its output one after the other.
+#[derive(Debug, Clone)]
+struct Fused {
+    /// Ending of the path of the whole layer, in the file's naming.
+    whole: String,
+    /// Last components of the paths of the parts.
+    parts: Vec<String>,
+    /// Whether the parts are written, and not only read.
+    written: bool,
+}
+
+/// A module of the file that is a part of one in the model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Part {
+    /// Which part it is.
+    pub(crate) index: usize,
+    /// The paths of all parts in the file.
+    pub(crate) parts: Vec<String>,
+    /// The path that the whole has in the file's naming.
+    pub(crate) whole: String,
+}
+
+impl KeyMap {
+    /// The map that leaves every name as it is.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The names of DINOv2, of which transformers 5 renamed the layers while model files kept the old names.
+    ///
+    /// The model has the names of the files, which are those of transformers 4: `attention.attention.query`,
+    /// `attention.output.dense`, `mlp.weights_in`, `mlp.weights_out`. Files of both generations load, and
+    /// `version` says which one is written. Transformers 5 has `gate_proj` and `up_proj` for the two halves of
+    /// the output of `weights_in`: an adapter of the fused layer is written as two with the same rotation, and
+    /// two adapters load where their rotations are the same.
+    pub fn dinov2(version: Transformers) -> Self {
+        const NAMES: [(&str, &str); 5] = [
+            ("attention.attention.query", "attention.q_proj"),
+            ("attention.attention.key", "attention.k_proj"),
+            ("attention.attention.value", "attention.v_proj"),
+            ("attention.output.dense", "attention.o_proj"),
+            ("mlp.weights_out", "mlp.down_proj"),
+        ];
+        let rule = |from: &str, to: &str| {
+            let pattern = format!(r"(^|\.){}$", from.replace('.', r"\."));
+            let regex = Regex::new(&pattern).expect("names make valid patterns");
+            (regex, format!("${{1}}{to}"))
+        };
+        let new_names = version == Transformers::V5;
+        let aliases: Vec<_> = NAMES.iter().map(|(old, new)| rule(old, new)).collect();
+        Self {
+            to_model: NAMES.iter().map(|(old, new)| rule(new, old)).collect(),
+            to_file: match new_names {
+                true => aliases.clone(),
+                false => Vec::new(),
+            },
+            aliases,
+            fused: vec![Fused {
+                whole: "mlp.weights_in".into(),
+                parts: vec!["gate_proj".into(), "up_proj".into()],
+                written: new_names,
+            }],
+        }
+    }
+
+    /// Adds a pattern for paths of the file, applied when one is read.
+    ///
+    /// # Errors
+    ///
+    /// [`KeyMapError::Pattern`] where the pattern does not compile.
+    pub fn with_to_model(
+        mut self,
+        pattern: &str,
+        replacement: impl Into<String>,
+    ) -> Result<Self, KeyMapError> {
+        self.to_model.push((compile(pattern)?, replacement.into()));
+        Ok(self)
+    }
+
+    /// Adds a pattern for paths of the model, applied when a file is written.
+    ///
+    /// # Errors
+    ///
+    /// [`KeyMapError::Pattern`] where the pattern does not compile.
+    pub fn with_to_file(
+        mut self,
+        pattern: &str,
+        replacement: impl Into<String>,
+    ) -> Result<Self, KeyMapError> {
+        self.to_file.push((compile(pattern)?, replacement.into()));
+        Ok(self)
+    }
+
+    /// Adds a layer that the file has in parts.
+    ///
+    /// `whole` is how the path of the layer ends, as the file would name it, and `parts` are the names that its
+    /// last component has there, in the order of their shares of the output.
+    pub fn with_fused(
+        mut self,
+        whole: impl Into<String>,
+        parts: impl IntoIterator<Item = impl Into<String>>,
+    ) -> Self {
+        self.fused.push(Fused {
+            whole: whole.into(),
+            parts: parts.into_iter().map(Into::into).collect(),
+            written: true,
+        });
+        self
+    }
+
+    /// The path in the model of a module of the file, or of the whole that it is a part of.
+    pub(crate) fn model_path(&self, file: &str) -> Result<String, KeyMapError> {
+        apply(&self.to_model, file)
+    }
+
+    /// The module that a module of the file is a part of.
+    pub(crate) fn part(&self, file: &str) -> Option<Part> {
+        self.fused.iter().find_map(|fused| {
+            let holder = holder(&fused.whole);
+            let (front, name) = split(file);
+            let index = fused.parts.iter().position(|part| part == name)?;
+            let fits = match holder {
+                "" => true,
+                holder => ends_with(front, holder),
+            };
+            fits.then(|| Part {
+                index,
+                parts: fused.parts.iter().map(|part| join(front, part)).collect(),
+                whole: join(front, split(&fused.whole).1),
+            })
+        })
+    }
+
+    /// The paths in the file of a module of the model: one, or those of its parts.
+    pub(crate) fn file_paths(&self, model: &str) -> Result<Vec<String>, KeyMapError> {
+        let path = apply(&self.to_file, model)?;
+        let parts = self
+            .fused
+            .iter()
+            .find(|fused| fused.written && ends_with(&path, &fused.whole))
+            .map(|fused| {
+                let (front, _) = split(&path);
+                fused.parts.iter().map(|part| join(front, part)).collect()
+            });
+        let paths = parts.unwrap_or_else(|| vec![path]);
+        for written in &paths {
+            let whole = self.part(written).map(|part| part.whole);
+            let read = self.model_path(whole.as_deref().unwrap_or(written))?;
+            if read != model {
+                return Err(KeyMapError::OneWay {
+                    path: model.to_string(),
+                    written: written.clone(),
+                    read,
+                });
+            }
+        }
+        Ok(paths)
+    }
+
+    /// Every name that a module of the model may have in a file: what its targets may mean.
+    pub(crate) fn file_names(&self, model: &str) -> Result<Vec<String>, KeyMapError> {
+        let path = apply(&self.to_file, model)?;
+        let parts = self
+            .fused
+            .iter()
+            .filter(|fused| ends_with(&path, &fused.whole))
+            .flat_map(|fused| fused.parts.iter().map(|part| join(split(&path).0, part)));
+        let mut names: Vec<_> = parts.collect();
+        names.extend([apply(&self.aliases, model)?, path]);
+        Ok(names)
+    }
+
+    /// Whether it leaves every name as it is.
+    pub(crate) fn is_identity(&self) -> bool {
+        self.to_model.is_empty() && self.to_file.is_empty() && self.fused.is_empty()
+    }
+}
+
+fn compile(pattern: &str) -> Result<Regex, KeyMapError> {
+    Regex::new(pattern).map_err(|error| KeyMapError::Pattern {
+        pattern: pattern.to_string(),
+        reason: crate::target::describe(&error),
+    })
+}
+
+fn apply(rules: &[(Regex, String)], path: &str) -> Result<String, KeyMapError> {
+    let mut result = path.to_string();
+    for (regex, replacement) in rules {
+        let replaced = regex
+            .try_replacen(&result, 0, replacement.as_str())
+            .map_err(|error| KeyMapError::Undecided {
+                pattern: regex.as_str().to_string(),
+                path: path.to_string(),
+                reason: error.to_string(),
+            })?;
+        result = replaced.into_owned();
+    }
+    Ok(result)
+}
+
+/// The path of what holds a module, and the module's name.
+pub(crate) fn split(path: &str) -> (&str, &str) {
+    path.rsplit_once('.').unwrap_or(("", path))
+}
+
+fn holder(path: &str) -> &str {
+    split(path).0
+}
+
+/// The path of a module by the path of what holds it.
+pub(crate) fn join(front: &str, name: &str) -> String {
+    match (front, name) {
+        ("", name) => name.to_string(),
+        (front, "") => front.to_string(),
+        (front, name) => format!("{front}.{name}"),
+    }
+}
+
+/// Whether a path ends with an ending, at a dot.
+fn ends_with(path: &str, ending: &str) -> bool {
+    path.strip_suffix(ending)
+        .is_some_and(|front| front.is_empty() || front.ends_with('.'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LAYER: &str = "dinov2.encoder.layer.3";
+
+    fn path(ending: &str) -> String {
+        format!("{LAYER}.{ending}")
+    }
+
+    #[test]
+    fn dinov2_reads_the_names_of_both_generations() {
+        for version in [Transformers::V4, Transformers::V5] {
+            let names = KeyMap::dinov2(version);
+            for (new, old) in [
+                ("attention.q_proj", "attention.attention.query"),
+                ("attention.k_proj", "attention.attention.key"),
+                ("attention.v_proj", "attention.attention.value"),
+                ("attention.o_proj", "attention.output.dense"),
+                ("mlp.down_proj", "mlp.weights_out"),
+                ("mlp.fc1", "mlp.fc1"),
+            ] {
+                assert_eq!(names.model_path(&path(new)).unwrap(), path(old));
+                assert_eq!(names.model_path(&path(old)).unwrap(), path(old));
+                let written = match version {
+                    Transformers::V4 => old,
+                    Transformers::V5 => new,
+                };
+                assert_eq!(names.file_paths(&path(old)).unwrap(), [path(written)]);
+            }
+            assert_eq!(names.model_path("classifier").unwrap(), "classifier");
+        }
+    }
+
+    #[test]
+    fn dinov2_has_the_fused_layer_in_two_parts_since_transformers_5() {
+        let whole = path("mlp.weights_in");
+        let parts = [path("mlp.gate_proj"), path("mlp.up_proj")];
+        let (v4, v5) = (
+            KeyMap::dinov2(Transformers::V4),
+            KeyMap::dinov2(Transformers::V5),
+        );
+        assert_eq!(v4.file_paths(&whole).unwrap(), std::slice::from_ref(&whole));
+        assert_eq!(v5.file_paths(&whole).unwrap(), parts);
+        for names in [v4, v5] {
+            for (index, file) in parts.iter().enumerate() {
+                let part = names.part(file).unwrap();
+                assert_eq!((part.index, &part.whole), (index, &whole));
+                assert_eq!(part.parts, parts);
+            }
+            assert_eq!(names.part("gate_proj"), None, "of no mlp");
+            assert_eq!(names.part(&path("mlp.gate_project")), None);
+            assert_eq!(names.part(&whole), None);
+        }
+    }
+
+    #[test]
+    fn patterns_of_a_direction_apply_one_after_the_other() {
+        let names = KeyMap::new()
+            .with_to_model(r"^h\.(\d+)", "blocks.$1")
+            .unwrap()
+            .with_to_model(r"blocks\.(?=1\b)", "first.")
+            .unwrap();
+        assert_eq!(names.model_path("h.1.up").unwrap(), "first.1.up");
+        assert_eq!(names.model_path("h.12.up").unwrap(), "blocks.12.up");
+        assert!(!names.is_identity() && KeyMap::new().is_identity());
+    }
+
+    #[test]
+    fn what_would_not_be_read_back_is_not_written() {
+        let names = KeyMap::new().with_to_file("^fc1$", "up").unwrap();
+        let error = names.file_paths("fc1").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the key map writes `fc1` as `up`, and reads that as `up`"
+        );
+        assert_eq!(names.file_paths("fc2").unwrap(), ["fc2"]);
+    }
+
+    #[test]
+    fn a_bad_pattern_is_refused_in_one_line() {
+        let error = KeyMap::new().with_to_model("(a", "b").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the key pattern `(a` cannot be used: Parsing error at position 2: Opening parenthesis \
+             without closing parenthesis"
+        );
+    }
+
+    #[test]
+    fn a_pattern_that_searches_without_end_has_no_answer() {
+        let names = KeyMap::new().with_to_model(r"(a+)+\1b", "c").unwrap();
+        let path = format!("{}c", "a".repeat(40));
+        let error = names.model_path(&path).unwrap_err().to_string();
+        assert!(
+            error.contains(&path) && error.contains("backtrack"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,185 @@
+//! [`AdapterLayer`] and [`SavedTensor`]: the numbers of an adapter, on the host.
+
+use burn::tensor::{DType, TensorData};
+
+use crate::ops::upper_triangle;
+use crate::plan::{ButterflyPlan, LayerKind, fits};
+
+/// One adapted layer of an [`Adapter`](crate::Adapter).
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdapterLayer {
+    pub(crate) path: String,
+    pub(crate) kind: Option<LayerKind>,
+    pub(crate) block_size: usize,
+    pub(crate) block_share: bool,
+    pub(crate) d_output: Option<usize>,
+    pub(crate) skew: TensorData,
+    pub(crate) scale: Option<TensorData>,
+}
+
+impl AdapterLayer {
+    /// The layer's dotted path in the model.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// Linear or convolution, where the file tells: OFT's does not.
+    pub fn kind(&self) -> Option<LayerKind> {
+        self.kind
+    }
+
+    /// Channels per block, `b`. Blocks of one channel do not rotate.
+    pub fn block_size(&self) -> usize {
+        self.block_size
+    }
+
+    /// Factors, `m`.
+    pub fn n_butterfly_factor(&self) -> usize {
+        self.skew.shape()[0]
+    }
+
+    /// Whether one stored block serves all.
+    pub fn block_share(&self) -> bool {
+        self.block_share
+    }
+
+    /// Length of the rotated axis, `d`, unless a shared block leaves it open.
+    pub fn d_input(&self) -> Option<usize> {
+        let blocks = self.skew.shape()[1];
+        (!self.block_share).then(|| blocks.saturating_mul(self.block_size))
+    }
+
+    /// Output channels, `o`, where the adapter tells: one with a scale does.
+    pub fn d_output(&self) -> Option<usize> {
+        self.d_output
+    }
+
+    /// The strict upper triangles of `Q` row by row, `[m, n, b(b−1)/2]` (`n = 1` where one block is shared), in
+    /// f32 or f64.
+    pub fn skew(&self) -> &TensorData {
+        &self.skew
+    }
+
+    /// The scale per output channel, `[o]`, in the precision of the skew.
+    pub fn scale(&self) -> Option<&TensorData> {
+        self.scale.as_ref()
+    }
+
+    /// Whether it is an adapter at all: blocks of one channel, which PEFT's OFT makes where no other size
+    /// fits, are the identity.
+    pub fn is_identity(&self) -> bool {
+        self.block_size < 2
+    }
+
+    /// The sizes of the rotation in a layer of these widths, or why there are none.
+    pub(crate) fn butterfly(
+        &self,
+        d_input: usize,
+        d_output: usize,
+    ) -> Result<ButterflyPlan, String> {
+        let (b, m) = (self.block_size, self.n_butterfly_factor());
+        match self.d_input() {
+            Some(d) if d != d_input => {
+                return Err(format!(
+                    "it rotates {d} input features, the layer has {d_input}"
+                ));
+            }
+            _ => {}
+        }
+        if !fits(d_input, b, m) {
+            let factors = factors(m);
+            return Err(format!(
+                "{factors} of block size {b} and {d_input} input features do not fit"
+            ));
+        }
+        match self.d_output {
+            Some(o) if o != d_output => {
+                return Err(format!("it scales {o} outputs, the layer has {d_output}"));
+            }
+            _ => {}
+        }
+        Ok(ButterflyPlan {
+            d_input,
+            d_output,
+            block_size: b,
+            n_butterfly_factor: m,
+            block_share: self.block_share,
+        })
+    }
+}
+
+/// A tensor that travels with an adapter: a trained bias, or a part of a module to save.
+///
+/// It has PyTorch's name and orientation: the weight of a linear layer is `[d_output, d_input]`, and a norm has
+/// `weight` and `bias` where Burn's has `gamma` and `beta`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SavedTensor {
+    pub(crate) module: String,
+    pub(crate) name: String,
+    pub(crate) data: TensorData,
+}
+
+impl SavedTensor {
+    /// The dotted path in the model of the module that owns it.
+    pub fn module(&self) -> &str {
+        &self.module
+    }
+
+    /// Its name in the module, as PyTorch says it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its numbers.
+    pub fn data(&self) -> &TensorData {
+        &self.data
+    }
+}
+
+/// A number of factors in words.
+pub(crate) fn factors(m: usize) -> String {
+    match m {
+        1 => "1 factor".to_string(),
+        m => format!("{m} factors"),
+    }
+}
+
+/// The packed numbers of square matrices, `½(A − Aᵀ)` above the diagonal.
+pub(crate) fn pack(squares: &[f64], b: usize) -> Vec<f64> {
+    squares
+        .chunks_exact((b * b).max(1))
+        .flat_map(|a| upper_triangle(b).map(move |(i, j)| 0.5 * (a[i * b + j] - a[j * b + i])))
+        .collect()
+}
+
+/// Square matrices of packed numbers, skew-symmetric so that [`pack`] gives the numbers back.
+pub(crate) fn unpack(packed: &[f64], b: usize) -> Vec<f64> {
+    let mut squares = Vec::with_capacity(packed.len() * 3);
+    for block in packed.chunks_exact((b * (b - 1) / 2).max(1)) {
+        let start = squares.len();
+        squares.resize(start + b * b, 0.0);
+        for (value, (i, j)) in block.iter().zip(upper_triangle(b)) {
+            squares[start + i * b + j] = *value;
+            squares[start + j * b + i] = -value;
+        }
+    }
+    squares
+}
+
+/// The numbers of float data, widened.
+pub(crate) fn values(data: &TensorData) -> Vec<f64> {
+    data.iter::<f64>().collect()
+}
+
+/// Data of a float precision.
+pub(crate) fn data(values: Vec<f64>, shape: Vec<usize>, dtype: DType) -> TensorData {
+    TensorData::new(values, shape).convert_dtype(dtype)
+}
+
+/// The precision that adapters compute in: f32 or f64.
+pub(crate) fn wide(dtype: DType) -> DType {
+    match dtype {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
+    }
+}

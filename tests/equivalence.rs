@@ -7,7 +7,7 @@ use burn::tensor::{DType, Device, Tensor};
 use burn_boft::ops::{Blocks, Route, Side};
 use common::{Matrix, Sizes, assert_close, host, kernel_devices, noise, rotation_with, tensor};
 
-/// Drifts measured on 2 cores of x86-64, worst case over this file, with the tolerance used:
+/// Drifts measured on 2 cores of x86-64 and on a software Vulkan adapter, worst case over this file, with the tolerance used:
 ///
 /// | quantity | f64 | f32 |
 /// |---|---|---|
@@ -231,7 +231,9 @@ fn check(case: &Case, dtype: DType, gradients: bool) {
         ]
     });
     for (backend, device) in kernel_devices() {
-        if dtype == DType::F64 && !device.supports_dtype(dtype) {
+        // A GPU compiles every size anew: there, the kernels' precision and a few sizes.
+        let is_gpu = !matches!(backend, "flex" | "ndarray");
+        if is_gpu && (dtype == DType::F64 || ![15, 24, 32].contains(&sizes.d)) {
             continue;
         }
         for device in [

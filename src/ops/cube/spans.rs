@@ -160,8 +160,7 @@ pub(super) fn rotate_columns_kernel<F: Float>(
                 for inner in 0..s {
                     sum += lines[local * width + span + inner] * rotation[inner];
                 }
-                let factor: ComptimeOption<f32> =
-                    scale.clone().map(|scale| away_from_zero(scale[row]));
+                let factor: ComptimeOption<f32> = scale.map(|scale| away_from_zero(scale[row]));
                 let factor = factor.unwrap_or(1.0f32);
                 let place = row * output.stride(0) + column * output.stride(1);
                 output[place] = F::cast_from(sum * factor);

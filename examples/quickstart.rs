@@ -2,11 +2,11 @@
 //!
 //! `cargo run --release --example quickstart`
 
-use burn::module::{Module, ParamGroup};
+use burn::module::Module;
 use burn::nn::{Linear, LinearConfig, Relu, loss::MseLoss, loss::Reduction};
 use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::{Device, Distribution, Tensor, s};
-use burn_boft::{BoftConfig, inject, merge, summary};
+use burn_boft::{Adapter, BoftConfig, inject, merge, summary};
 
 /// A plain Burn model.
 #[derive(Module, Debug)]
@@ -57,10 +57,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         model = optimizer.step(1e-2, model, gradients);
     }
 
-    let adapter = std::env::temp_dir().join("quickstart-adapter");
-    let group = ParamGroup::from_predicate(".boft.");
-    model.clone().into_record_group(group).save(&adapter)?;
-    println!("adapter saved to {}.bpk", adapter.display());
+    let folder = std::env::temp_dir().join("quickstart-adapter");
+    Adapter::extract(&model, &config)?.save(&folder)?;
+    println!("adapter saved to {}", folder.display());
 
     let adapted = model.valid();
     let merged = merge(adapted.clone())?;

@@ -5,7 +5,7 @@ use std::fmt::{self, Display, Formatter};
 use burn::module::{
     Flag, Module, ModuleMapper, ModuleVisitor, Param, Reparameterization, Reparameterizer,
 };
-use burn::tensor::{DType, Device, Distribution, FloatDType, Shape, Tensor, TensorData};
+use burn::tensor::{DType, Device, Distribution, FloatDType, Tensor, TensorData};
 use rand::{SeedableRng, rngs::StdRng};
 use rand_distr::{Distribution as _, Normal};
 use serde::{Deserialize, Serialize};
@@ -35,33 +35,23 @@ pub struct BoftAdapter {
 }
 
 impl BoftAdapter {
-    /// An adapter for a layer of these sizes.
+    /// An adapter of these numbers, in f32 or wider.
     pub(crate) fn new(
         settings: AdapterSettings,
-        with_scale: bool,
-        init: Init,
-        path: &str,
+        values: Values,
         (device, dtype): (&Device, DType),
     ) -> Self {
-        let dtype = if dtype == DType::F64 {
-            DType::F64
-        } else {
-            DType::F32
-        };
-        let plan = settings.butterfly();
-        let shape = plan.skew_shape();
-        let (skew, scale) = initial_values(init, path, shape.iter().product(), plan.d_output);
-        let parameter = |values: Vec<f64>, shape: Shape| TensorData::new(values, shape);
+        let dtype = ops_dtype(dtype);
         // The numbers live as long as the model: keep them out of the memory pools for activations.
-        let (skew, scale) = device.memory_persistent_allocations((skew, scale), |(skew, scale)| {
-            let skew = parameter(skew, shape.into());
-            let scale = parameter(scale, [plan.d_output].into());
-            (
-                Param::from_tensor(Tensor::<3>::from_data(skew, (device, dtype))),
-                with_scale
-                    .then(|| Param::from_tensor(Tensor::<1>::from_data(scale, (device, dtype)))),
-            )
-        });
+        let (skew, scale) =
+            device.memory_persistent_allocations(values, |Values { skew, scale }| {
+                (
+                    Param::from_tensor(Tensor::<3>::from_data(skew, (device, dtype))),
+                    scale.map(|scale| {
+                        Param::from_tensor(Tensor::<1>::from_data(scale, (device, dtype)))
+                    }),
+                )
+            });
         Self {
             settings,
             skew,
@@ -200,23 +190,36 @@ fn ops_dtype(dtype: DType) -> DType {
     }
 }
 
-fn initial_values(init: Init, path: &str, skew: usize, scale: usize) -> (Vec<f64>, Vec<f64>) {
-    match init {
-        Init::Identity => (vec![0.0; skew], vec![1.0; scale]),
-        Init::Random { seed } => {
-            // FNV-1a, so that layers differ and no hasher of the platform takes part.
-            let path = path.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
-                (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-            });
-            let mut random = StdRng::seed_from_u64(seed ^ path);
-            let noise = Normal::new(0.0, 0.1).expect("0.1 is a standard deviation");
-            let skew = (0..skew).map(|_| noise.sample(&mut random)).collect();
-            (
-                skew,
-                (0..scale)
-                    .map(|_| 1.0 + noise.sample(&mut random))
-                    .collect(),
-            )
+/// The numbers of an adapter on the host.
+pub(crate) struct Values {
+    /// `[m, n, b(b−1)/2]`.
+    pub(crate) skew: TensorData,
+    /// `[d_output]`.
+    pub(crate) scale: Option<TensorData>,
+}
+
+impl Values {
+    /// What the adapter of the layer at `path` starts from.
+    pub(crate) fn initial(init: Init, path: &str, plan: ButterflyPlan, with_scale: bool) -> Self {
+        let shape = plan.skew_shape();
+        let (skew, scale) = (shape.iter().product(), plan.d_output);
+        let (skew, scale) = match init {
+            Init::Identity => (vec![0.0; skew], vec![1.0; scale]),
+            Init::Random { seed } => {
+                // FNV-1a, so that layers differ and no hasher of the platform takes part.
+                let path = path.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
+                    (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+                });
+                let mut random = StdRng::seed_from_u64(seed ^ path);
+                let noise = Normal::new(0.0, 0.1).expect("0.1 is a standard deviation");
+                let skew: Vec<f64> = (0..skew).map(|_| noise.sample(&mut random)).collect();
+                let scale = (0..scale).map(|_| 1.0 + noise.sample(&mut random));
+                (skew, scale.collect())
+            }
+        };
+        Self {
+            skew: TensorData::new(skew, shape),
+            scale: with_scale.then(|| TensorData::new(scale, [plan.d_output])),
         }
     }
 }
@@ -266,6 +269,15 @@ impl AdapterSettings {
 
     pub(crate) fn butterfly(&self) -> ButterflyPlan {
         self.butterfly
+    }
+
+    pub(crate) fn kind(&self) -> LayerKind {
+        self.kind
+    }
+
+    /// How numbers become blocks: the map, and COFT's radius.
+    pub(crate) fn numerics(&self) -> (Cayley, Option<f64>) {
+        (self.cayley, self.coft_radius)
     }
 
     /// The blocks that these numbers mean.

@@ -513,6 +513,16 @@ pub enum ExtractError {
         /// What the configuration says.
         expected: String,
     },
+    /// Parameters that are trained and are not part of the adapter.
+    #[error(
+        "{} would be left behind, being trained while the configuration keeps neither their biases nor their modules; \
+         name those in modules_to_save, or freeze them",
+        quoted(paths)
+    )]
+    LeftBehind {
+        /// The parameters.
+        paths: Vec<String>,
+    },
     /// A tensor that cannot be kept.
     #[error("`{path}` is {dtype:?}, and an adapter keeps float numbers only")]
     DType {

@@ -4,14 +4,14 @@ use std::any::Any;
 use std::collections::{HashMap, HashSet};
 
 use burn::module::{Flag, Module, ModuleMapper, ModuleVisitor, Param, Reparameterization};
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Tensor, TensorData};
 
-use crate::adapter::{AdapterSettings, Attach, BoftAdapter};
+use crate::adapter::{AdapterSettings, Attach, BoftAdapter, Values};
 use crate::config::{AdapterConfig, Bias, Block, Cayley, OftConfig, Selection};
 use crate::error::{InjectError, MergeError, Misfit};
 use crate::plan::{ButterflyPlan, InjectPlan, LayerKind, LayerPlan};
-use crate::survey::{Layer, Path, REPARAMETERIZATION, Survey};
-use crate::target::{Decision, TargetMatcher};
+use crate::survey::{Layer, Parameter, Path, REPARAMETERIZATION, Survey};
+use crate::target::{Decision, TargetMatcher, is_saved};
 
 /// Shows what [`inject`] would do, without doing it.
 ///
@@ -82,14 +82,30 @@ pub fn inject<M: Module>(model: M, config: impl Into<AdapterConfig>) -> Result<M
     let layers = plan
         .layers
         .into_iter()
-        .map(|layer| (layer.path.clone(), layer))
+        .map(|layer| {
+            let values = Values::initial(config.init(), &layer.path, layer.butterfly, layer.scale);
+            let settings = AdapterSettings::new(layer.kind, layer.butterfly, &config);
+            (layer.path, (settings, values))
+        })
         .collect();
-    Ok(model.map(&mut Injector {
+    Ok(place(model, layers, trained, HashMap::new()))
+}
+
+/// Attaches these adapters by the path of their layer, freezes what is not `trained`, and sets `tensors` by path.
+///
+/// Everything fits: this is checked before.
+pub(crate) fn place<M: Module>(
+    model: M,
+    layers: HashMap<String, (AdapterSettings, Values)>,
+    trained: HashSet<String>,
+    tensors: HashMap<String, TensorData>,
+) -> M {
+    model.map(&mut Injector {
         path: Path::default(),
         layers,
         trained,
-        config,
-    }))
+        tensors,
+    })
 }
 
 /// Folds every adapter into its base weight: `W ← R·W·diag(s)`.
@@ -175,7 +191,10 @@ impl Preparation {
         if !misfits.is_empty() {
             return Err(InjectError::new(misfits));
         }
-        let trained = trained_parameters(selection.bias, &matcher, &survey, &layers);
+        let adapted = layers.iter().map(|layer| layer.path.as_str()).collect();
+        let trained: Vec<_> = trained_parameters(selection, &survey, &adapted)
+            .map(|parameter| parameter.path.clone())
+            .collect();
         let plan = InjectPlan {
             layers,
             trained: trained.clone(),
@@ -188,7 +207,7 @@ impl Preparation {
 }
 
 /// The misfits that no model could mend.
-fn check_settings(config: &AdapterConfig) -> Vec<Misfit> {
+pub(crate) fn check_settings(config: &AdapterConfig) -> Vec<Misfit> {
     let mut misfits = Vec::new();
     match config {
         AdapterConfig::Boft(config) => {
@@ -322,29 +341,25 @@ fn plan_layer(config: &AdapterConfig, layer: &Layer) -> Result<LayerPlan, Misfit
     })
 }
 
-/// The paths of the biases and modules that stay trainable, in the model's order.
-fn trained_parameters(
-    bias: Bias,
-    matcher: &TargetMatcher,
-    survey: &Survey,
-    layers: &[LayerPlan],
-) -> Vec<String> {
-    let adapted: HashSet<_> = layers.iter().map(|layer| layer.path.as_str()).collect();
-    let is_trained = |owner: &str, is_bias: bool| match bias {
-        Bias::None => false,
-        Bias::All => is_bias,
-        Bias::AdapterOnly => is_bias && adapted.contains(owner),
-    };
-    survey
-        .parameters
-        .iter()
-        .filter(|(_, owner, is_bias)| matcher.is_saved(owner) || is_trained(owner, *is_bias))
-        .map(|(path, _, _)| path.clone())
-        .collect()
+/// The biases and parts of modules that stay trainable, in the model's order.
+pub(crate) fn trained_parameters<'a>(
+    selection: &Selection,
+    survey: &'a Survey,
+    adapted: &HashSet<&str>,
+) -> impl Iterator<Item = &'a Parameter> {
+    survey.parameters.iter().filter(|parameter| {
+        let bias = parameter.is_bias
+            && match selection.bias {
+                Bias::None => false,
+                Bias::All => true,
+                Bias::AdapterOnly => adapted.contains(parameter.owner.as_str()),
+            };
+        bias || is_saved(&selection.modules_to_save, &parameter.owner)
+    })
 }
 
 /// Up to three candidates that share the most letters' pairs with a name.
-fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Vec<String> {
+pub(crate) fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Vec<String> {
     let pairs = |text: &str| -> HashSet<(char, char)> {
         text.chars()
             .zip(text.chars().skip(1))
@@ -365,12 +380,12 @@ fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Vec<Str
         .collect()
 }
 
-/// Attaches the planned adapters and sets what is trainable.
+/// Attaches adapters, and sets what is trainable.
 struct Injector {
     path: Path,
-    layers: HashMap<String, LayerPlan>,
+    layers: HashMap<String, (AdapterSettings, Values)>,
     trained: HashSet<String>,
-    config: AdapterConfig,
+    tensors: HashMap<String, TensorData>,
 }
 
 impl ModuleMapper for Injector {
@@ -383,18 +398,25 @@ impl ModuleMapper for Injector {
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let path = self.path.full();
+        let param = match self.tensors.remove(&path) {
+            Some(data) => param.map(|old| {
+                let (device, dtype) = (old.device(), old.dtype());
+                device.memory_persistent_allocations(data, |data| {
+                    Tensor::from_data(data.convert_dtype(dtype), (&device, dtype))
+                })
+            }),
+            None => param,
+        };
         let layer = self
             .path
             .layer_kind::<D>()
-            .and_then(|kind| Some((kind, self.layers.get(&self.path.owner())?)));
-        let Some((kind, layer)) = layer else {
-            return param.set_require_grad(self.trained.contains(&self.path.full()));
+            .and_then(|_| self.layers.remove(&self.path.owner()));
+        let Some((settings, values)) = layer else {
+            return param.set_require_grad(self.trained.contains(&path));
         };
         let base = param.base();
-        let settings = AdapterSettings::new(kind, layer.butterfly, &self.config);
-        let place = (&base.device(), base.dtype());
-        let init = self.config.init();
-        let adapter = BoftAdapter::new(settings, layer.scale, init, &layer.path, place);
+        let adapter = BoftAdapter::new(settings, values, (&base.device(), base.dtype()));
         param
             .set_require_grad(false)
             .apply_reparameterization(Attach(Some(adapter)))

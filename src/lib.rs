@@ -7,7 +7,7 @@
 //! ```
 //! use burn::module::Module;
 //! use burn::nn::{Linear, LinearConfig};
-//! use burn_boft::{Bias, BoftConfig, inject, merge};
+//! use burn_boft::{Adapter, Bias, BoftConfig, inject, merge};
 //!
 //! #[derive(Module, Debug)]
 //! struct Model {
@@ -28,6 +28,9 @@
 //!     .with_modules_to_save(["classifier"]);
 //! let model = inject(model, &config)?; // same type as before
 //! // ... any Burn training loop or Learner ...
+//! # let folder = tempfile::tempdir()?;
+//! # let folder = folder.path();
+//! Adapter::extract(&model, &config)?.save(folder)?; // PEFT's files, a few kilobytes
 //! let merged = merge(model.valid())?; // plain weights, no adapter
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -47,6 +50,11 @@
 //! Factor `i` couples half-blocks at distance `2^i`; factor 0 is contiguous. Stored per layer: the strict
 //! upper triangles of `Q`, `[m, n, b(b−1)/2]`, and the scale `s`, `[o]`. OFT is BOFT with one factor and
 //! no scale. [`ops`] states the backward pass.
+//!
+//! # Files
+//!
+//! An [`Adapter`] is a trained adapter as a value: out of a model with [`Adapter::extract`], into one with
+//! [`Adapter::attach`], and in PEFT's format with [`Adapter::save`] and [`Adapter::load`].
 //!
 //! # Backends
 //!
@@ -76,6 +84,8 @@ pub use error::{
     AttachError, ConfigError, ExtractError, InjectError, KeyMapError, LoadError, MergeError,
     Misfit, Mismatch, NameError, PatternError, SaveError,
 };
+#[cfg(feature = "train")]
+pub use exchange::AdapterCheckpointer;
 pub use exchange::{
     Adapter, AdapterLayer, KeyMap, LoadOptions, LoadReport, SaveOptions, SavedTensor, Transformers,
 };

@@ -8,7 +8,7 @@ use burn::tensor::{DType, FloatDType, Tensor};
 use crate::adapter::AdapterSettings;
 use crate::ops::{Side, upper_triangle, widen};
 use crate::plan::{ButterflyPlan, LayerKind};
-use crate::survey::Path;
+use crate::survey::{Path, is_trainable};
 
 /// Parameter counts of a model, made by [`summary`]. `Display` is PEFT's line.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -133,14 +133,6 @@ impl ModuleVisitor for Counter {
                 _ => layer.stored_by_peft += count,
             }
         }
-    }
-}
-
-/// Whether training changes the parameter, also where it lives on a device without autodiff.
-fn is_trainable<const D: usize>(param: &Param<Tensor<D>>) -> bool {
-    match param.lazy_device().is_autodiff() {
-        true => param.base().is_require_grad(),
-        false => param.clone().train().base().is_require_grad(),
     }
 }
 

@@ -1,6 +1,6 @@
 //! What a model has: its layers, parameters and modules, with their paths.
 
-use burn::module::{ModuleVisitor, Param};
+use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Tensor};
 
 use crate::plan::LayerKind;
@@ -95,13 +95,63 @@ pub(crate) struct Layer {
     pub(crate) dtype: DType,
 }
 
+/// A float parameter, or a buffer that the model visits like one.
+pub(crate) struct Parameter {
+    pub(crate) path: String,
+    /// The path of the module that owns it.
+    pub(crate) owner: String,
+    /// The type of that module.
+    pub(crate) container: String,
+    pub(crate) is_bias: bool,
+    /// Whether training changes it.
+    pub(crate) is_trainable: bool,
+}
+
+impl Parameter {
+    /// Its name in the module.
+    pub(crate) fn name(&self) -> &str {
+        self.path
+            .rsplit_once('.')
+            .map_or(&self.path, |(_, name)| name)
+    }
+
+    /// Its name in PyTorch's module.
+    pub(crate) fn torch_name(&self) -> &str {
+        let container = self.container.as_str();
+        match self.name() {
+            "gamma" if NORMS.contains(&container) => "weight",
+            "beta" if NORMS.contains(&container) => "bias",
+            "alpha" if container == "Struct:PRelu" => "weight",
+            name => name,
+        }
+    }
+
+    /// Whether PyTorch's tensor is the transpose.
+    pub(crate) fn is_transposed(&self) -> bool {
+        self.container == "Struct:Linear" && self.name() == "weight"
+    }
+
+    /// Whether it is the running mean of a norm that PyTorch counts the batches of.
+    pub(crate) fn counts_batches(&self) -> bool {
+        self.container == "Struct:BatchNorm" && self.name() == "running_mean"
+    }
+}
+
+/// Whether training changes a parameter, also where it lives on a device without autodiff.
+pub(crate) fn is_trainable<const D: usize>(param: &Param<Tensor<D>>) -> bool {
+    match param.lazy_device().is_autodiff() {
+        true => param.base().is_require_grad(),
+        false => param.clone().train().base().is_require_grad(),
+    }
+}
+
 /// What the model has.
 #[derive(Default)]
 pub(crate) struct Survey {
     path: Path,
     pub(crate) layers: Vec<Layer>,
-    /// Every float parameter: path, owner's path, whether it is a bias.
-    pub(crate) parameters: Vec<(String, String, bool)>,
+    /// Every float parameter outside of reparameterizations.
+    pub(crate) parameters: Vec<Parameter>,
     /// Every module path, parents before children.
     pub(crate) modules: Vec<String>,
     /// Parameters with a reparameterization, and its name.
@@ -140,8 +190,13 @@ impl ModuleVisitor for Survey {
                 self.modules.push(owner[..end].to_string());
             }
         }
-        self.parameters
-            .push((self.path.full(), owner.clone(), self.path.is_bias()));
+        self.parameters.push(Parameter {
+            path: self.path.full(),
+            owner: owner.clone(),
+            container: self.path.last().1.to_string(),
+            is_bias: self.path.is_bias(),
+            is_trainable: is_trainable(param),
+        });
         if let Some(kind) = self.path.layer_kind::<D>() {
             let base = param.base();
             let (shape, dtype) = (base.dims().to_vec(), base.dtype());

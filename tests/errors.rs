@@ -127,11 +127,9 @@ fn settings_out_of_their_range_are_refused() {
         let message = format!(
             "{terms} Neumann terms leave every block at the identity; use 2 or more, PEFT's default is 5"
         );
-        assert_refused(
-            &model(),
-            oft().with_cayley(Cayley::Neumann { terms }),
-            &message,
-        );
+        for cayley in [Cayley::Neumann { terms }, Cayley::Neumann016 { terms }] {
+            assert_refused(&model(), oft().with_cayley(cayley), &message);
+        }
     }
 }
 

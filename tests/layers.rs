@@ -34,15 +34,23 @@ fn oft() -> OftConfig {
     OftConfig::new().with_init(INIT).with_target_modules(".*")
 }
 
-/// A block of PEFT's polynomial, from the table of `Cayley::Neumann`.
-fn neumann(packed: &[f64], b: usize, terms: usize) -> Matrix {
-    let coefficients: &[f64] = match terms {
+/// The coefficients of PEFT's polynomial, from the table of `Cayley::Neumann`.
+fn neumann(terms: usize) -> &'static [f64] {
+    match terms {
         2 => &[1.0, 2.0],
         3 | 4 => &[1.0, 2.0, 2.0, 1.0],
         5 => &[1.0, 2.0, 2.0, 2.0, 1.0],
         6 => &[1.0, 2.0, 2.0, 2.0, 2.0, 1.0],
         _ => panic!("{terms}"),
-    };
+    }
+}
+
+/// The coefficients of the polynomial of PEFT 0.16 and 0.17.
+fn neumann_016(terms: usize) -> &'static [f64] {
+    &[1.0, 2.0, 2.0, 2.0, 2.0, 2.0][..terms]
+}
+
+fn polynomial(packed: &[f64], b: usize, coefficients: &[f64]) -> Matrix {
     let q = skew_matrix(packed, b);
     let (mut block, mut power) = (Matrix::zeros(b, b), Matrix::identity(b));
     for &coefficient in coefficients {
@@ -87,7 +95,8 @@ fn rotation(layer: &LayerPlan, config: &AdapterConfig, skew: &[f64]) -> Matrix {
     for (k, packed) in skew.chunks(sizes.packed()).enumerate() {
         let block = match *map {
             Cayley::Exact => cayley(packed, sizes.b),
-            Cayley::Neumann { terms } => neumann(packed, sizes.b, terms),
+            Cayley::Neumann { terms } => polynomial(packed, sizes.b, neumann(terms)),
+            Cayley::Neumann016 { terms } => polynomial(packed, sizes.b, neumann_016(terms)),
         };
         for row in 0..sizes.b {
             for column in 0..sizes.b {
@@ -338,12 +347,11 @@ fn oft_blocks_are_adjusted_shared_and_approximated_as_asked() {
         (oft().with_block_num(7), 4, Some(3)),
         (oft().with_block_size(4).with_block_share(true), 4, None),
     ];
-    let neumann = [2, 3, 4, 5, 6].map(|terms| {
-        let config = oft()
-            .with_block_size(4)
-            .with_cayley(Cayley::Neumann { terms });
-        (config, 4, None)
+    let neumann = [2, 3, 4, 5, 6].into_iter().flat_map(|terms| {
+        [Cayley::Neumann { terms }, Cayley::Neumann016 { terms }]
+            .map(|cayley| (oft().with_block_size(4).with_cayley(cayley), 4, None))
     });
+    let neumann: Vec<_> = neumann.collect();
     for (backend, device) in devices() {
         for (config, block_size, adjusted_from) in cases.iter().chain(&neumann) {
             let base = linear([24, 10], 3, DType::F32, &device);
@@ -403,26 +411,29 @@ fn boft_gives_the_numbers_of_peft() {
 
 #[test]
 fn oft_gives_the_numbers_of_peft() {
+    let new = |terms| Cayley::Neumann { terms };
     let golden = [
-        (None, [2.2631579, 2.8421053, 0.8947368]),
-        (Some(2), [-0.6, 0.4, 4.6]),
-        (Some(3), [-0.648, -0.128, 3.688]),
-        (Some(4), [-0.648, -0.128, 3.688]),
-        (Some(5), [-0.5248, 0.0288, 3.632]),
-        (Some(6), [-0.52928, 0.05792, 3.70368]),
+        (Cayley::Exact, [2.2631579, 2.8421053, 0.8947368]),
+        (new(2), [-0.6, 0.4, 4.6]),
+        (new(3), [-0.648, -0.128, 3.688]),
+        (new(4), [-0.648, -0.128, 3.688]),
+        (new(5), [-0.5248, 0.0288, 3.632]),
+        (new(6), [-0.52928, 0.05792, 3.70368]),
+        (Cayley::Neumann016 { terms: 5 }, [-0.5136, 0.0736, 3.688]),
     ];
     for (backend, device) in devices() {
         for (dtype, tolerance) in [(DType::F64, 1e-7), (DType::F32, 1e-6)] {
-            for (terms, golden) in &golden {
+            for (cayley, golden) in &golden {
                 let skew = tensor(&[0.1, 0.2, 0.3], [1, 1, 3], dtype, &device);
-                let blocks = match terms {
-                    Some(terms) => Blocks::neumann(skew, 3, *terms),
-                    None => Blocks::cayley(skew, 3),
+                let blocks = match *cayley {
+                    Cayley::Exact => Blocks::cayley(skew, 3),
+                    Cayley::Neumann { terms } => Blocks::neumann(skew, 3, terms),
+                    Cayley::Neumann016 { terms } => Blocks::polynomial(skew, 3, neumann_016(terms)),
                 };
                 let input = tensor(&[1.0, 2.0, 3.0], [1, 3], dtype, &device);
                 let output = blocks.rotate(input, Side::Right, false);
                 assert_close(
-                    &format!("{terms:?}, {backend}"),
+                    &format!("{cayley:?}, {backend}"),
                     &host(output),
                     golden,
                     tolerance,

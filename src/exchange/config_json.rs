@@ -129,7 +129,17 @@ fn read_oft(fields: &Fields) -> Result<OftConfig, ConfigError> {
     let count = fields.count("r", 0)?;
     let mut config = OftConfig::new();
     config.block = block(("oft_block_size", size), ("r", count))?;
-    let terms = fields.count("num_cayley_neumann_terms", TERMS)?;
+    let terms = fields.read(
+        "num_cayley_neumann_terms",
+        TERMS,
+        "a whole number from 0 to 100",
+        |value| {
+            value
+                .as_u64()
+                .filter(|terms| *terms <= 100)
+                .map(|terms| terms as usize)
+        },
+    )?;
     config.cayley = match fields.flag("use_cayley_neumann", true)? {
         false => Cayley::Exact,
         // PEFT names its version since 0.18, which changed the series.
@@ -443,3 +453,288 @@ macro_rules! by_adapter_config {
 
 by_adapter_config!(BoftConfig, Boft, "BOFT");
 by_adapter_config!(OftConfig, Oft, "OFT");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(json: Value) -> Result<Read, ConfigError> {
+        read(json.as_object().unwrap())
+    }
+
+    fn boft(fields: Value) -> Result<BoftConfig, ConfigError> {
+        let mut json = json!({"peft_type": "BOFT"});
+        let object = json.as_object_mut().unwrap();
+        object.extend(fields.as_object().unwrap().clone());
+        match parse(json)?.config {
+            AdapterConfig::Boft(config) => Ok(config),
+            AdapterConfig::Oft(_) => panic!("BOFT was asked for"),
+        }
+    }
+
+    fn oft(fields: Value) -> Result<Read, ConfigError> {
+        let mut json = json!({"peft_type": "OFT", "oft_block_size": 32});
+        let object = json.as_object_mut().unwrap();
+        object.extend(fields.as_object().unwrap().clone());
+        parse(json)
+    }
+
+    fn configs() -> Vec<AdapterConfig> {
+        let boft = BoftConfig::new().with_target_modules(["query", "output.dense"]);
+        let oft = OftConfig::new().with_target_modules(r".*\.(?!lm_head)\w+_proj");
+        vec![
+            boft.clone().into(),
+            boft.clone()
+                .with_block_num(6)
+                .with_n_butterfly_factor(3)
+                .with_dropout(0.125)
+                .with_bias(Bias::AdapterOnly)
+                .with_modules_to_save(["classifier", "norm"])
+                .with_exclude_modules("layers\\.[01]\\..*")
+                .with_layers_to_transform([0, 4])
+                .with_layers_pattern(["layers", "blocks"])
+                .into(),
+            boft.with_target_modules("all-linear")
+                .with_init(Init::Random { seed: 0 })
+                .into(),
+            oft.clone().into(),
+            oft.clone()
+                .with_block_num(3)
+                .with_cayley(Cayley::Neumann { terms: 6 })
+                .with_coft_radius(0.25)
+                .with_block_share(true)
+                .with_bias(Bias::All)
+                .into(),
+            oft.with_cayley(Cayley::Neumann016 { terms: 4 }).into(),
+        ]
+    }
+
+    #[test]
+    fn settings_survive_their_json() {
+        for config in configs() {
+            let json = serde_json::to_string(&config).unwrap();
+            assert_eq!(
+                serde_json::from_str::<AdapterConfig>(&json).unwrap(),
+                config,
+                "{json}"
+            );
+            match &config {
+                AdapterConfig::Boft(boft) => {
+                    assert_eq!(serde_json::to_string(boft).unwrap(), json);
+                    assert_eq!(&serde_json::from_str::<BoftConfig>(&json).unwrap(), boft);
+                    let error = serde_json::from_str::<OftConfig>(&json).unwrap_err();
+                    assert!(
+                        error.to_string().contains("peft_type is not OFT"),
+                        "{error}"
+                    );
+                }
+                AdapterConfig::Oft(oft) => {
+                    assert_eq!(&serde_json::from_str::<OftConfig>(&json).unwrap(), oft);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_json_is_the_one_that_peft_writes() {
+        let config = BoftConfig::new()
+            .with_target_modules(["q_proj"])
+            .with_bias(Bias::AdapterOnly);
+        let about = json!({"task_type": "SEQ_CLS", "base_model_name_or_path": "facebook/dinov2"});
+        let json = write(&config.into(), about.as_object().unwrap());
+        assert_eq!(
+            serde_json::to_string_pretty(&json).unwrap(),
+            r#"{
+  "auto_mapping": null,
+  "base_model_name_or_path": "facebook/dinov2",
+  "bias": "boft_only",
+  "boft_block_num": 0,
+  "boft_block_size": 4,
+  "boft_dropout": 0.0,
+  "boft_n_butterfly_factor": 1,
+  "exclude_modules": null,
+  "fan_in_fan_out": false,
+  "inference_mode": true,
+  "init_weights": true,
+  "layers_pattern": null,
+  "layers_to_transform": null,
+  "modules_to_save": null,
+  "peft_type": "BOFT",
+  "peft_version": "0.21.2",
+  "revision": null,
+  "target_modules": [
+    "q_proj"
+  ],
+  "task_type": "SEQ_CLS"
+}"#
+        );
+    }
+
+    #[test]
+    fn the_neumann_series_goes_by_the_version() {
+        let cayley = |fields: Value| match oft(fields).unwrap().config {
+            AdapterConfig::Oft(config) => config.cayley,
+            AdapterConfig::Boft(_) => panic!("OFT was asked for"),
+        };
+        let (new, old) = (
+            Cayley::Neumann { terms: 5 },
+            Cayley::Neumann016 { terms: 5 },
+        );
+        assert_eq!(cayley(json!({})), old, "PEFT names its version since 0.18");
+        for (version, expected) in [
+            ("0.16.0", old),
+            ("0.17.1", old),
+            ("0.18.0", new),
+            ("0.18.2.dev0@UNKNOWN", new),
+            ("0.21.2", new),
+            ("1.0rc1", new),
+            ("nonsense", old),
+        ] {
+            assert_eq!(
+                cayley(json!({"peft_version": version})),
+                expected,
+                "{version}"
+            );
+        }
+        let exact = json!({"use_cayley_neumann": false, "num_cayley_neumann_terms": 7});
+        assert_eq!(cayley(exact), Cayley::Exact);
+        let version = |config: &AdapterConfig| write(config, &Map::new())["peft_version"].clone();
+        assert_eq!(version(&configs()[4]), "0.21.2");
+        assert_eq!(version(&configs()[5]), "0.17.1");
+    }
+
+    #[test]
+    fn values_are_read_as_peft_reads_them() {
+        let selection = |fields| boft(fields).unwrap().selection;
+        let names = |modules: &[&str]| Some(TargetModules::from(modules.to_vec()));
+        assert_eq!(
+            selection(json!({"target_modules": ["a", "b"]})).target_modules,
+            names(&["a", "b"])
+        );
+        assert_eq!(
+            selection(json!({"target_modules": "All-Linear"})).target_modules,
+            Some(TargetModules::AllLinear)
+        );
+        assert_eq!(
+            selection(json!({"exclude_modules": "all-linear"})).exclude_modules,
+            Some(TargetModules::Regex("all-linear".into())),
+            "a pattern like any other"
+        );
+        assert_eq!(
+            selection(json!({"target_modules": null})).target_modules,
+            None
+        );
+        assert_eq!(
+            selection(json!({"layers_to_transform": 0})).layers_to_transform,
+            [0]
+        );
+        assert_eq!(
+            selection(json!({"layers_pattern": "h"})).layers_pattern,
+            ["h"]
+        );
+        assert_eq!(
+            selection(json!({"modules_to_save": ["classifier", "score", "classifier"]}))
+                .modules_to_save,
+            ["classifier", "score"]
+        );
+        for (bias, expected) in [
+            ("none", Bias::None),
+            ("all", Bias::All),
+            ("boft_only", Bias::AdapterOnly),
+            ("lora_only", Bias::AdapterOnly),
+        ] {
+            assert_eq!(selection(json!({"bias": bias})).bias, expected);
+        }
+        let defaults = boft(json!({})).unwrap();
+        assert_eq!(defaults, BoftConfig::new());
+    }
+
+    #[test]
+    fn what_is_ignored_is_told() {
+        let warnings = |json| parse(json).unwrap().warnings;
+        assert_eq!(
+            warnings(json!({"peft_type": "BOFT", "runtime_config": {}, "r": 8})),
+            ["settings that are not known are ignored: `r`, `runtime_config`"]
+        );
+        let told = oft(json!({"module_dropout": 0.1, "peft_version": "0.19.0"})).unwrap();
+        assert_eq!(
+            told.warnings,
+            ["`module_dropout` has no effect in PEFT 0.16 and later, nor here"]
+        );
+        assert_eq!(
+            oft(json!({})).unwrap().warnings,
+            [
+                "the Neumann series of PEFT 0.16 and 0.17 is used with 5 terms (peft_version: none); PEFT \
+                 0.18 and later would compute another from the same numbers"
+            ]
+        );
+    }
+
+    #[test]
+    fn every_bad_setting_is_an_error_that_names_it() {
+        let refused = |fields| boft(fields).unwrap_err().to_string();
+        for (fields, expected) in [
+            (
+                json!({"boft_block_size": -1}),
+                "`boft_block_size` is -1, not a whole number, 0 or more",
+            ),
+            (
+                json!({"boft_block_size": 4.5}),
+                "`boft_block_size` is 4.5, not a whole number, 0 or more",
+            ),
+            (
+                json!({"boft_block_size": 0}),
+                "`boft_block_size` and `boft_block_num` are both 0; one of them must say how blocks are cut",
+            ),
+            (
+                json!({"boft_block_num": 2}),
+                "`boft_block_size` is 4 and `boft_block_num` is 2; one of them must be 0",
+            ),
+            (
+                json!({"boft_dropout": "0.1"}),
+                "`boft_dropout` is \"0.1\", not a number",
+            ),
+            (
+                json!({"bias": "some"}),
+                "`bias` is \"some\", not \"none\", \"all\" or \"…_only\"",
+            ),
+            (
+                json!({"target_modules": [1]}),
+                "`target_modules` is [1], not null, a string or a list of strings",
+            ),
+            (
+                json!({"layers_to_transform": "0"}),
+                "`layers_to_transform` is \"0\", not null, a layer index or a list of them",
+            ),
+            (
+                json!({"init_weights": "gaussian"}),
+                "`init_weights` is \"gaussian\", not true or false",
+            ),
+        ] {
+            assert_eq!(refused(fields), expected);
+        }
+        let long = refused(json!({"target_modules": vec![0; 100]}));
+        assert!(long.len() < 160 && long.contains('…'), "{long}");
+
+        let refused = |json| parse(json).err().unwrap().to_string();
+        assert_eq!(
+            refused(json!({})),
+            "`peft_type` is missing; PEFT writes \"BOFT\" or \"OFT\" there"
+        );
+        assert_eq!(
+            refused(json!({"peft_type": "LORA"})),
+            "`peft_type` is LORA, and only BOFT and OFT are supported"
+        );
+        assert_eq!(
+            refused(json!({"peft_type": "OFT", "r": 8})),
+            "`oft_block_size` is missing, so PEFT 0.13 or older wrote this OFT adapter, whose rotation is another; \
+             merge it with that version, or train it anew"
+        );
+        assert_eq!(
+            refused(
+                json!({"peft_type": "OFT", "oft_block_size": 4, "num_cayley_neumann_terms": 1e12 as u64})
+            ),
+            "`num_cayley_neumann_terms` is 1000000000000, not a whole number from 0 to 100"
+        );
+    }
+}

@@ -80,13 +80,16 @@ fn read_pair(folder: &Path) -> Result<(Vec<u8>, Vec<u8>), LoadError> {
     for _ in 0..ATTEMPTS {
         let config = read(folder.join(CONFIG));
         let tensors = match read(folder.join(TENSORS)) {
-            Err(LoadError::Io { source, .. })
-                if source.kind() == io::ErrorKind::NotFound && folder.join(PICKLE).exists() =>
-            {
+            Ok(tensors) => tensors,
+            Err(error) => {
+                // A folder that is no adapter at all lacks its settings first.
+                config?;
                 let folder = folder.to_path_buf();
-                return Err(LoadError::Pickle { folder });
+                return Err(match folder.join(PICKLE).exists() {
+                    true => LoadError::Pickle { folder },
+                    false => error,
+                });
             }
-            result => result?,
         };
         // A save that replaced the tensors and not yet the settings left them under the tensors' name.
         if let Ok(pending) = fs::read(pending(folder, &tensors)) {
@@ -178,8 +181,11 @@ pub(crate) fn write(folder: &Path, config: &[u8], tensors: &[u8]) -> Result<(), 
     finish(folder).map_err(failed(folder))?;
     let pending = pending(folder, tensors);
     let (config_path, tensors_path) = (folder.join(CONFIG), folder.join(TENSORS));
-    let tensors = staged(folder, tensors).map_err(failed(&tensors_path))?;
-    replace(&pending, config).map_err(failed(&config_path))?;
+    let tensors = staged(&tensors_path, tensors).map_err(failed(&tensors_path))?;
+    staged(&config_path, config)
+        .and_then(|file| file.persist(&pending).map_err(|error| error.error))
+        .and_then(|_| sync(folder))
+        .map_err(failed(&config_path))?;
     let placed = tensors
         .persist(&tensors_path)
         .map_err(|error| error.error)
@@ -225,27 +231,19 @@ fn pending(folder: &Path, tensors: &[u8]) -> PathBuf {
     folder.join(format!("{PENDING}{hash:016x}{JSON}"))
 }
 
-/// Replaces one file: the new content is on the disk before it has the name.
-pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    staged(folder, content)?
-        .persist(path)
-        .map_err(|error| error.error)?;
-    sync(folder)
-}
-
-/// A file without a name yet, on the disk.
-fn staged(folder: &Path, content: &[u8]) -> io::Result<tempfile::NamedTempFile> {
+/// What a file is going to be, on the disk under another name.
+fn staged(path: &Path, content: &[u8]) -> io::Result<tempfile::NamedTempFile> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(".adapter-");
-    // Readable like any other file, not for the owner alone as temporary files are.
+    // As open as any other file, not for the owner alone as temporary files are.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut file = builder.tempfile_in(folder)?;
+    let mut file = builder.tempfile_in(path.parent().unwrap_or(Path::new(".")))?;
     file.write_all(content)?;
+    // A file that somebody closed stays closed.
+    if let Ok(metadata) = fs::metadata(path) {
+        file.as_file().set_permissions(metadata.permissions())?;
+    }
     file.as_file().sync_all()?;
     Ok(file)
 }
@@ -257,4 +255,137 @@ fn sync(folder: &Path) -> io::Result<()> {
     #[cfg(not(unix))]
     let _ = (folder, File::open);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state(folder: &Path) -> (String, String) {
+        let (config, tensors) = read_pair(folder).unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (text(config), text(tensors))
+    }
+
+    fn pair(config: &str, tensors: &str) -> (String, String) {
+        (config.to_string(), tensors.to_string())
+    }
+
+    fn save(folder: &Path, config: &str, tensors: &str) {
+        write(folder, config.as_bytes(), tensors.as_bytes()).unwrap();
+    }
+
+    fn names(folder: &Path) -> Vec<String> {
+        let mut names: Vec<_> = fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn wherever_a_save_stops_a_reader_finds_one_pair() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path();
+        save(folder, "old settings", "old tensors");
+
+        // Before the first rename: files under other names.
+        fs::write(folder.join(".adapter-x7Yz"), "new ten").unwrap();
+        assert_eq!(state(folder), pair("old settings", "old tensors"));
+        fs::remove_file(folder.join(".adapter-x7Yz")).unwrap();
+
+        // The new settings wait for tensors that are not there yet.
+        let waiting = pending(folder, b"new tensors");
+        fs::write(&waiting, "new settings").unwrap();
+        assert_eq!(state(folder), pair("old settings", "old tensors"));
+
+        // The tensors are in place, the settings are not.
+        fs::write(folder.join(TENSORS), "new tensors").unwrap();
+        assert_eq!(state(folder), pair("new settings", "new tensors"));
+
+        // The next save finishes that one first, and leaves nothing else.
+        fs::write(pending(folder, b"lost tensors"), "lost settings").unwrap();
+        finish(folder).unwrap();
+        assert_eq!(state(folder), pair("new settings", "new tensors"));
+        assert_eq!(names(folder), [CONFIG, TENSORS]);
+        save(folder, "third settings", "third tensors");
+        assert_eq!(state(folder), pair("third settings", "third tensors"));
+        assert_eq!(names(folder), [CONFIG, TENSORS]);
+    }
+
+    #[test]
+    fn new_settings_for_the_same_tensors_are_the_new_ones() {
+        let folder = tempfile::tempdir().unwrap();
+        save(folder.path(), "old", "tensors");
+        save(folder.path(), "new", "tensors");
+        assert_eq!(state(folder.path()), pair("new", "tensors"));
+    }
+
+    #[test]
+    fn a_save_that_cannot_place_its_tensors_changes_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path();
+        // A folder of that name cannot be replaced.
+        fs::create_dir_all(folder.join(TENSORS).join("full")).unwrap();
+        fs::write(folder.join(CONFIG), "old").unwrap();
+        assert!(write(folder, b"new", b"tensors").is_err());
+        assert_eq!(fs::read(folder.join(CONFIG)).unwrap(), b"old");
+        assert_eq!(names(folder), [CONFIG, TENSORS]);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_new_file_is_as_open_as_others_and_a_closed_one_stays_closed() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(TENSORS);
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        fs::write(folder.path().join("other"), "").unwrap();
+        save(folder.path(), "settings", "tensors");
+        assert_eq!(mode(&path), mode(&folder.path().join("other")));
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        save(folder.path(), "settings", "more tensors");
+        assert_eq!(mode(&path), 0o600);
+    }
+
+    #[test]
+    fn a_name_stays_in_its_folder() {
+        let dir = Path::new("adapters");
+        assert_eq!(folder(dir, None).unwrap(), dir);
+        assert_eq!(folder(dir, Some("default")).unwrap(), dir);
+        assert_eq!(folder(dir, Some("digits")).unwrap(), dir.join("digits"));
+        for name in ["", ".", "..", "a/b", "/etc", r"a\b", "c:", "v1.2"] {
+            let error = folder(dir, Some(name)).unwrap_err();
+            assert!(error.to_string().contains(&format!("`{name}`")), "{error}");
+        }
+    }
+
+    #[test]
+    fn every_precision_is_read_as_it_was_written() {
+        let f32s = [0.1f32, -7.25, f32::MIN_POSITIVE, 3.0e38, 1.0, 0.0];
+        let data = TensorData::new(f32s.to_vec(), [2, 3]);
+        let tensors: BTreeMap<_, _> = [DType::F64, DType::F32, DType::F16, DType::BF16]
+            .into_iter()
+            .map(|dtype| (format!("{dtype:?}"), data.clone().convert_dtype(dtype)))
+            .chain([
+                (
+                    "I64".into(),
+                    TensorData::new(vec![-3i64], Vec::<usize>::new()),
+                ),
+                ("empty".into(), TensorData::new(Vec::<f32>::new(), [7, 0])),
+            ])
+            .collect();
+        let bytes = to_safetensors(&tensors).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        for (key, data) in &tensors {
+            assert_eq!(
+                decode(&file.tensor(key).unwrap()).as_ref(),
+                Some(data),
+                "{key}"
+            );
+        }
+        assert_eq!(file.len(), tensors.len());
+        assert_eq!(bytes, to_safetensors(&tensors).unwrap());
+    }
 }

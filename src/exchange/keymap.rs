@@ -259,3 +259,104 @@ fn ends_with(path: &str, ending: &str) -> bool {
     path.strip_suffix(ending)
         .is_some_and(|front| front.is_empty() || front.ends_with('.'))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LAYER: &str = "dinov2.encoder.layer.3";
+
+    fn path(ending: &str) -> String {
+        format!("{LAYER}.{ending}")
+    }
+
+    #[test]
+    fn dinov2_reads_the_names_of_both_generations() {
+        for version in [Transformers::V4, Transformers::V5] {
+            let names = KeyMap::dinov2(version);
+            for (new, old) in [
+                ("attention.q_proj", "attention.attention.query"),
+                ("attention.k_proj", "attention.attention.key"),
+                ("attention.v_proj", "attention.attention.value"),
+                ("attention.o_proj", "attention.output.dense"),
+                ("mlp.down_proj", "mlp.weights_out"),
+                ("mlp.fc1", "mlp.fc1"),
+            ] {
+                assert_eq!(names.model_path(&path(new)).unwrap(), path(old));
+                assert_eq!(names.model_path(&path(old)).unwrap(), path(old));
+                let written = match version {
+                    Transformers::V4 => old,
+                    Transformers::V5 => new,
+                };
+                assert_eq!(names.file_paths(&path(old)).unwrap(), [path(written)]);
+            }
+            assert_eq!(names.model_path("classifier").unwrap(), "classifier");
+        }
+    }
+
+    #[test]
+    fn dinov2_has_the_fused_layer_in_two_parts_since_transformers_5() {
+        let whole = path("mlp.weights_in");
+        let parts = [path("mlp.gate_proj"), path("mlp.up_proj")];
+        let (v4, v5) = (
+            KeyMap::dinov2(Transformers::V4),
+            KeyMap::dinov2(Transformers::V5),
+        );
+        assert_eq!(v4.file_paths(&whole).unwrap(), [whole.clone()]);
+        assert_eq!(v5.file_paths(&whole).unwrap(), parts);
+        for names in [v4, v5] {
+            for (index, file) in parts.iter().enumerate() {
+                let part = names.part(file).unwrap();
+                assert_eq!((part.index, &part.whole), (index, &whole));
+                assert_eq!(part.parts, parts);
+            }
+            assert_eq!(names.part("gate_proj"), None, "of no mlp");
+            assert_eq!(names.part(&path("mlp.gate_project")), None);
+            assert_eq!(names.part(&whole), None);
+        }
+    }
+
+    #[test]
+    fn patterns_of_a_direction_apply_one_after_the_other() {
+        let names = KeyMap::new()
+            .with_to_model(r"^h\.(\d+)", "blocks.$1")
+            .unwrap()
+            .with_to_model(r"blocks\.(?=1\b)", "first.")
+            .unwrap();
+        assert_eq!(names.model_path("h.1.up").unwrap(), "first.1.up");
+        assert_eq!(names.model_path("h.12.up").unwrap(), "blocks.12.up");
+        assert!(!names.is_identity() && KeyMap::new().is_identity());
+    }
+
+    #[test]
+    fn what_would_not_be_read_back_is_not_written() {
+        let names = KeyMap::new().with_to_file("^fc1$", "up").unwrap();
+        let error = names.file_paths("fc1").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the key map writes `fc1` as `up`, and reads that as `up`"
+        );
+        assert_eq!(names.file_paths("fc2").unwrap(), ["fc2"]);
+    }
+
+    #[test]
+    fn a_bad_pattern_is_refused_in_one_line() {
+        let error = KeyMap::new().with_to_model("(a", "b").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the key pattern `(a` cannot be used: Parsing error at position 2: Opening parenthesis \
+             without closing parenthesis"
+        );
+    }
+
+    #[test]
+    fn a_pattern_that_searches_without_end_has_no_answer() {
+        let names = KeyMap::new().with_to_model(r"(a+)+\1b", "c").unwrap();
+        let path = format!("{}c", "a".repeat(40));
+        let error = names.model_path(&path).unwrap_err().to_string();
+        assert!(
+            error.contains(&path) && error.contains("backtrack"),
+            "{error}"
+        );
+    }
+}

@@ -639,8 +639,6 @@ fn to_model_names(
             Err(why) => mismatch.wrong.push(why),
         }
     }
-    layers.sort_by(|a, b| a.path.cmp(&b.path));
-    tensors.sort_by(|a, b| (&a.module, &a.name).cmp(&(&b.module, &b.name)));
     Ok(())
 }
 

@@ -1,6 +1,10 @@
 //! [`Adapter`]: a trained adapter as a value, in and out of PEFT's files.
 
+mod attach;
+#[cfg(feature = "train")]
+mod checkpoint;
 mod config_json;
+mod extract;
 mod files;
 mod keymap;
 mod layer;
@@ -12,6 +16,8 @@ use std::path::Path;
 use burn::tensor::{Device, FloatDType, Tensor};
 use serde_json::{Map, Value};
 
+#[cfg(feature = "train")]
+pub use checkpoint::AdapterCheckpointer;
 pub use keymap::{KeyMap, Transformers};
 pub use layer::{AdapterLayer, SavedTensor};
 pub use report::LoadReport;
@@ -187,7 +193,7 @@ impl Adapter {
             .iter()
             .filter_map(|key| Some((key.to_string(), json.get(*key)?.clone())))
             .collect();
-        let adapter = Self {
+        let mut adapter = Self {
             config: parsed.config,
             layers: parsed.layers,
             tensors: parsed.tensors,
@@ -197,6 +203,7 @@ impl Adapter {
                 names: options.names.clone(),
             }),
         };
+        adapter.sort();
         Ok((adapter, report))
     }
 
@@ -272,6 +279,13 @@ impl Adapter {
             selection.modules_to_save = modules;
         }
         Ok(())
+    }
+
+    /// Orders layers and tensors by path.
+    fn sort(&mut self) {
+        self.layers.sort_by(|a, b| a.path.cmp(&b.path));
+        self.tensors
+            .sort_by(|a, b| (&a.module, &a.name).cmp(&(&b.module, &b.name)));
     }
 
     /// The settings, with the model's names.

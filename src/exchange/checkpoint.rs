@@ -1,0 +1,195 @@
+//! [`AdapterCheckpointer`]: checkpoints of a training run that leave the base out.
+//!
+//! What knows Burn's records is in this file.
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::io;
+use std::path::{Path as FilePath, PathBuf};
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::store::{ModuleRecord, RecordError};
+use burn::tensor::Tensor;
+use burn::train::checkpoint::{Checkpointer, CheckpointerError};
+use burn_pack::{Reader, Writer};
+
+use crate::survey::{Path, is_trainable};
+
+/// Where a checkpoint says which base it belongs to.
+const BASE: &str = "base";
+
+/// Keeps what a training run changes, and not the base it starts from.
+///
+/// For [`SupervisedTraining::with_custom_checkpointers`](burn::train::SupervisedTraining::with_custom_checkpointers).
+/// A checkpoint holds the adapters, the trained biases and modules, and whatever else is not what it was when
+/// the checkpointer was made, such as running statistics. With the optimizer's and the scheduler's
+/// checkpoints beside it a run resumes bit for bit; random numbers of dropout and shuffling are Burn's, and no
+/// part of a checkpoint.
+///
+/// A save reads the whole model, as Burn's own checkpoints do, and writes the part.
+///
+/// # Examples
+///
+/// ```no_run
+/// use burn::train::checkpoint::FileCheckpointer;
+/// use burn_boft::AdapterCheckpointer;
+/// # use burn::train::{LearnerModel, SupervisedTraining};
+///
+/// # fn resume<M: LearnerModel>(training: SupervisedTraining<M>, model: &M)
+/// # -> Result<SupervisedTraining<M>, Box<dyn std::error::Error>> {
+/// let training = training.with_custom_checkpointers(
+///     AdapterCheckpointer::new("run/checkpoint", model)?,
+///     FileCheckpointer::new("run/checkpoint", "optim"),
+///     FileCheckpointer::new("run/checkpoint", "scheduler"),
+/// );
+/// # Ok(training)
+/// # }
+/// ```
+pub struct AdapterCheckpointer {
+    folder: PathBuf,
+    /// Parameters that are kept in any case.
+    trained: HashSet<String>,
+    /// The fingerprints of all others at the start.
+    base: HashMap<String, u64>,
+    /// The fingerprint of the base as a whole.
+    identity: String,
+}
+
+impl AdapterCheckpointer {
+    /// A checkpointer of files `adapter-<epoch>.bpk` in a folder, for runs that start from this adapted model.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointerError`] where the folder cannot be made.
+    pub fn new<M: Module>(
+        folder: impl AsRef<FilePath>,
+        model: &M,
+    ) -> Result<Self, CheckpointerError> {
+        let folder = folder.as_ref().to_path_buf();
+        fs::create_dir_all(&folder).map_err(CheckpointerError::IOError)?;
+        let mut trained = Trained::default();
+        model.visit(&mut trained);
+        let trained = trained.paths;
+        let mut base = HashMap::new();
+        for tensor in tensors(model.clone().into_record())? {
+            if !trained.contains(&tensor.name) {
+                base.insert(tensor.name.clone(), fingerprint(&tensor)?);
+            }
+        }
+        let mut parts: Vec<_> = base.iter().collect();
+        parts.sort();
+        let identity = parts.into_iter().fold(SEED, |hash, (name, part)| {
+            mix(hash_bytes(hash, name.as_bytes()), *part)
+        });
+        Ok(Self {
+            folder,
+            trained,
+            base,
+            identity: format!("{identity:016x}"),
+        })
+    }
+
+    fn path(&self, epoch: usize) -> PathBuf {
+        self.folder.join(format!("adapter-{epoch}.bpk"))
+    }
+}
+
+impl Checkpointer<ModuleRecord> for AdapterCheckpointer {
+    fn save(&self, epoch: usize, record: ModuleRecord) -> Result<(), CheckpointerError> {
+        let mut kept = Vec::new();
+        for tensor in tensors(record)? {
+            let unchanged = match self.base.get(&tensor.name) {
+                Some(base) => *base == fingerprint(&tensor)?,
+                None => false,
+            };
+            if self.trained.contains(&tensor.name) || !unchanged {
+                kept.push(tensor);
+            }
+        }
+        // Burn's writer replaces a file when it is complete.
+        Writer::new(kept)
+            .with_metadata(BASE, &self.identity)
+            .write_to_file(self.path(epoch))
+            .map_err(pack_error)
+    }
+
+    fn delete(&self, epoch: usize) -> Result<(), CheckpointerError> {
+        match fs::remove_file(self.path(epoch)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(CheckpointerError::IOError(error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn restore(&self, epoch: usize) -> Result<ModuleRecord, CheckpointerError> {
+        let path = self.path(epoch);
+        let reader = Reader::from_file(&path).map_err(pack_error)?;
+        if reader.metadata().get(BASE) != Some(&self.identity) {
+            return Err(CheckpointerError::Unknown(format!(
+                "{} was saved over another base model; load the base that the run started from",
+                path.display()
+            )));
+        }
+        let record = ModuleRecord::load(&path).map_err(CheckpointerError::Record)?;
+        Ok(record.allow_partial(true))
+    }
+}
+
+/// The tensors of a record.
+fn tensors(record: ModuleRecord) -> Result<Vec<burn_pack::Tensor>, CheckpointerError> {
+    let bytes = record.into_bytes().map_err(CheckpointerError::Record)?;
+    let reader = Reader::from_bytes(bytes).map_err(pack_error)?;
+    reader.into_tensors().map_err(pack_error)
+}
+
+fn pack_error(error: burn_pack::Error) -> CheckpointerError {
+    CheckpointerError::Record(RecordError::from(error))
+}
+
+const SEED: u64 = 0xcbf2_9ce4_8422_2325;
+
+/// A number that changes with the tensor. It tells a changed base from an unchanged one, and keeps no secret.
+fn fingerprint(tensor: &burn_pack::Tensor) -> Result<u64, CheckpointerError> {
+    let kind = format!("{:?} {:?}", tensor.dtype, tensor.shape);
+    let bytes = tensor.to_bytes().map_err(pack_error)?;
+    Ok(hash_bytes(hash_bytes(SEED, kind.as_bytes()), &bytes))
+}
+
+/// FNV-1a on words of eight bytes, so that a base takes no longer than reading it.
+fn hash_bytes(hash: u64, bytes: &[u8]) -> u64 {
+    let (words, rest) = bytes.as_chunks::<8>();
+    let hash = words
+        .iter()
+        .fold(hash, |hash, word| mix(hash, u64::from_le_bytes(*word)));
+    rest.iter()
+        .fold(hash, |hash, byte| mix(hash, u64::from(*byte)))
+}
+
+fn mix(hash: u64, word: u64) -> u64 {
+    // The rotation brings high bits down, which a product alone never does.
+    (hash ^ word).wrapping_mul(0x0100_0000_01b3).rotate_left(23)
+}
+
+/// The paths of the adapters and of all that is trained.
+#[derive(Default)]
+struct Trained {
+    path: Path,
+    paths: HashSet<String>,
+}
+
+impl ModuleVisitor for Trained {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.path.enter(name, container);
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.exit();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if self.path.in_reparameterization() || is_trainable(param) {
+            self.paths.insert(self.path.full());
+        }
+    }
+}

@@ -9,6 +9,7 @@ mod files;
 mod keymap;
 mod layer;
 mod layout;
+mod measure;
 mod report;
 
 use std::path::Path;
@@ -20,6 +21,7 @@ use serde_json::{Map, Value};
 pub use checkpoint::AdapterCheckpointer;
 pub use keymap::{KeyMap, Transformers};
 pub use layer::{AdapterLayer, SavedTensor};
+pub use measure::LayerMeasure;
 pub use report::LoadReport;
 
 use crate::adapter::AdapterSettings;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::error::Error;
-use crate::merge;
+use crate::{inspect, merge, unmerge};
 
 /// OFT and BOFT adapters on disk: looks into them, merges them into safetensors models, takes them out again,
 /// converts them.
@@ -23,6 +23,44 @@ pub struct Cli {
 enum Command {
     /// Writes a model with an adapter folded into its weights
     Merge(Merge),
+    /// Takes a merged adapter out of a model again, and says how exact that is
+    Unmerge(Unmerge),
+    /// Shows what an adapter is and how far it turns each layer
+    Inspect(Inspect),
+}
+
+/// The options of `inspect`.
+#[derive(Debug, Args)]
+pub struct Inspect {
+    /// The adapter: PEFT's folder
+    pub adapter: PathBuf,
+
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+
+    /// Draw the rotation angle of each layer into an SVG file, which must not be there yet
+    #[arg(long, value_name = "FILE")]
+    pub plot: Option<PathBuf>,
+}
+
+/// The options of `unmerge`.
+#[derive(Debug, Args)]
+pub struct Unmerge {
+    /// The merged model: a safetensors file, or a folder with one or with shards
+    #[arg(long, value_name = "PATH")]
+    pub merged: PathBuf,
+
+    #[command(flatten)]
+    pub adapter: AdapterArgs,
+
+    /// The file or folder to write, which must not be there yet
+    #[arg(long, value_name = "PATH")]
+    pub output: PathBuf,
+
+    /// Leave trained biases and saved modules as the merge put them: what they replaced is in no file any more
+    #[arg(long)]
+    pub keep_saved: bool,
 }
 
 /// The options of `merge`.
@@ -66,6 +104,8 @@ impl Cli {
     pub fn run(self) -> Result<(), Error> {
         match self.command {
             Command::Merge(options) => merge::run(&options),
+            Command::Unmerge(options) => unmerge::run(&options),
+            Command::Inspect(options) => inspect::run(&options),
         }
     }
 }

@@ -5,12 +5,16 @@ mod changes;
 mod cli;
 mod error;
 mod header;
+mod inspect;
 mod merge;
 mod names;
 mod numbers;
 mod output;
+mod plot;
 mod rewrite;
+mod settings;
 mod turn;
+mod unmerge;
 
 use std::process::ExitCode;
 

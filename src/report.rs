@@ -6,7 +6,7 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, FloatDType, Tensor};
 
 use crate::adapter::AdapterSettings;
-use crate::ops::{Side, upper_triangle, widen};
+use crate::ops::{Blocks, Side, upper_triangle, widen};
 use crate::plan::{ButterflyPlan, LayerKind};
 use crate::survey::{Path, is_trainable};
 
@@ -268,22 +268,32 @@ fn diagnose_layer(
     base: Tensor<2>,
 ) -> LayerDiagnosis {
     let blocks = settings.blocks(skew.clone());
+    let (defect, q) = (defect(&blocks), norm(settings, skew));
+    let rotated = blocks.rotate(base.clone(), Side::Left, false);
+    LayerDiagnosis {
+        path,
+        orthogonality_defect: defect,
+        skew_norm: q,
+        largest_angle: settings.angle(q),
+        energy_before: energy(base),
+        energy_after: energy(rotated),
+    }
+}
+
+/// `max|RᵀR − I|`.
+pub(crate) fn defect(blocks: &Blocks) -> f64 {
     let rotation = blocks.spans();
     let [_, span, _] = rotation.dims();
     let identity =
         Tensor::<2>::eye(span, &rotation.device()).cast(FloatDType::from(rotation.dtype()));
     let product = rotation.clone().swap_dims(1, 2).matmul(rotation);
     let defect = (product - identity.unsqueeze::<3>()).abs().max();
-    let q = skew_norm(&settings.project(skew), settings.butterfly().block_size);
-    let rotated = blocks.rotate(base.clone(), Side::Left, false);
-    LayerDiagnosis {
-        path,
-        orthogonality_defect: defect.into_scalar::<f64>(),
-        skew_norm: q,
-        largest_angle: settings.angle(q),
-        energy_before: energy(base),
-        energy_after: energy(rotated),
-    }
+    defect.into_scalar::<f64>()
+}
+
+/// The largest `‖Q‖₂` of the blocks that a layer computes with.
+pub(crate) fn norm(settings: &AdapterSettings, skew: Tensor<3>) -> f64 {
+    skew_norm(&settings.project(skew), settings.butterfly().block_size)
 }
 
 /// The largest `‖Q‖₂` of packed blocks, by power iteration on `QᵀQ`.

@@ -10,6 +10,7 @@ mod fused;
 mod keymap;
 mod layer;
 mod layout;
+mod measure;
 mod report;
 mod write;
 
@@ -22,6 +23,7 @@ use serde_json::{Map, Value};
 pub use checkpoint::AdapterCheckpointer;
 pub use keymap::{KeyMap, Transformers};
 pub use layer::{AdapterLayer, SavedTensor};
+pub use measure::LayerMeasure;
 pub use report::LoadReport;
 
 use crate::adapter::AdapterSettings;

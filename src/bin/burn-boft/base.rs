@@ -1,0 +1,275 @@
+//! A model on disk: one safetensors file, or a folder with one or with shards and their index.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Component, Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use crate::error::Error;
+use crate::header::{self, Entry, Header};
+
+const EXTENSION: &str = ".safetensors";
+const INDEX: &str = ".safetensors.index.json";
+/// Adapters lie beside models in training folders.
+const ADAPTER: [&str; 2] = ["adapter_model.safetensors", "adapter_config.json"];
+
+/// A model on disk, open for reading.
+pub struct Base {
+    /// The file or the folder, as given.
+    pub path: PathBuf,
+    pub shards: Vec<Shard>,
+    /// The index of the shards, with its file's name.
+    pub index: Option<(String, Map<String, Value>)>,
+    is_folder: bool,
+    places: HashMap<String, (usize, usize)>,
+}
+
+/// One file of a model.
+pub struct Shard {
+    pub path: PathBuf,
+    /// Its name in the folder.
+    pub name: String,
+    pub header: Header,
+    file: File,
+}
+
+impl Base {
+    /// Opens a model and checks every header.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let is_folder = fs::metadata(path).map_err(Error::read(path))?.is_dir();
+        let (folder, names, index) = match is_folder {
+            true => weights(path)?,
+            false => {
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                let folder = path.parent().unwrap_or(Path::new(""));
+                (folder.to_path_buf(), vec![name.into_owned()], None)
+            }
+        };
+        let mut base = Self {
+            path: path.to_path_buf(),
+            shards: Vec::new(),
+            index,
+            is_folder,
+            places: HashMap::new(),
+        };
+        for name in names {
+            let path = match is_folder {
+                true => folder.join(&name),
+                false => path.to_path_buf(),
+            };
+            base.add(path, name)?;
+        }
+        base.check_index()?;
+        Ok(base)
+    }
+
+    fn add(&mut self, path: PathBuf, name: String) -> Result<(), Error> {
+        let mut file = File::open(&path).map_err(Error::read(&path))?;
+        if !file.metadata().map_err(Error::read(&path))?.is_file() {
+            return Err(Error::malformed(&path, "not a file"));
+        }
+        let header = header::read(&path, &mut file)?;
+        for (place, entry) in header.entries.iter().enumerate() {
+            let place = (self.shards.len(), place);
+            if let Some((first, _)) = self.places.insert(entry.key.clone(), place) {
+                let first = &self.shards[first].name;
+                return Err(Error::tensor(
+                    &path,
+                    &entry.key,
+                    format!("is in `{first}` too"),
+                ));
+            }
+        }
+        self.shards.push(Shard {
+            path,
+            name,
+            header,
+            file,
+        });
+        Ok(())
+    }
+
+    /// Refuses an index that names tensors which its shards do not have.
+    fn check_index(&self) -> Result<(), Error> {
+        let Some((name, index)) = &self.index else {
+            return Ok(());
+        };
+        for (key, shard) in weight_map(&self.path.join(name), index)? {
+            let place = self
+                .places
+                .get(&key)
+                .map(|(shard, _)| &self.shards[*shard].name);
+            if place != Some(&shard) {
+                let path = self.path.join(&shard);
+                return Err(Error::tensor(
+                    &path,
+                    &key,
+                    format!("is not there, and `{name}` says it is"),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    pub fn is_folder(&self) -> bool {
+        self.is_folder
+    }
+
+    /// The tensor of this name.
+    pub fn entry(&self, key: &str) -> Option<(&Shard, &Entry)> {
+        let (shard, place) = self.places.get(key)?;
+        let shard = &self.shards[*shard];
+        Some((shard, &shard.header.entries[*place]))
+    }
+
+    /// The names of all tensors.
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        self.places.keys().map(String::as_str)
+    }
+
+    /// The files of the folder that belong to a copy of it, with their paths in it: all but the weights, those of
+    /// other formats included, an adapter, and what version control or a download keeps.
+    pub fn other_files(&self) -> Result<Vec<PathBuf>, Error> {
+        let mut files = Vec::new();
+        if self.is_folder {
+            self.walk(Path::new(""), &mut files)?;
+        }
+        files.sort();
+        Ok(files)
+    }
+
+    fn walk(&self, folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), Error> {
+        let path = self.path.join(folder);
+        for entry in fs::read_dir(&path).map_err(Error::read(&path))? {
+            let name = entry.map_err(Error::read(&path))?.file_name();
+            let relative = folder.join(&name);
+            let name = name.to_string_lossy();
+            let top = folder.as_os_str().is_empty();
+            let is_ours = top
+                && (self.shards.iter().any(|shard| shard.name == name)
+                    || self.index.as_ref().is_some_and(|(index, _)| *index == name));
+            if is_ours || is_left_out(&name) {
+                continue;
+            }
+            let path = self.path.join(&relative);
+            // Links are followed: a download keeps its files behind links.
+            let kind = fs::metadata(&path).map_err(Error::read(&path))?;
+            match kind.is_dir() {
+                true => self.walk(&relative, files)?,
+                false if kind.is_file() => files.push(relative),
+                false => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a merged model must not carry this file along: weights from before the merge in another format, the
+/// adapter, which transformers would apply once more, and the books of Git and of downloads.
+fn is_left_out(name: &str) -> bool {
+    let weights = ["pytorch_model", "tf_model", "flax_model"];
+    let is_weights = weights.iter().any(|start| name.starts_with(start));
+    is_weights || ADAPTER.contains(&name) || name == ".git" || name == ".cache"
+}
+
+impl Shard {
+    /// Reads bytes of a tensor.
+    pub fn read(&self, entry: &Entry, offset: u64, bytes: &mut [u8]) -> Result<(), Error> {
+        let mut file = &self.file;
+        file.seek(SeekFrom::Start(entry.start + offset))
+            .and_then(|_| file.read_exact(bytes))
+            .map_err(Error::read(&self.path))
+    }
+}
+
+type Weights = (PathBuf, Vec<String>, Option<(String, Map<String, Value>)>);
+
+/// The files of a folder that hold its weights.
+fn weights(folder: &Path) -> Result<Weights, Error> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(folder).map_err(Error::read(folder))? {
+        let name = entry.map_err(Error::read(folder))?.file_name();
+        names.push(name.to_string_lossy().into_owned());
+    }
+    names.sort();
+    let index: Vec<_> = names.iter().filter(|name| name.ends_with(INDEX)).collect();
+    let files: Vec<_> = names
+        .iter()
+        .filter(|name| name.ends_with(EXTENSION) && !ADAPTER.contains(&name.as_str()))
+        .collect();
+    let (names, index) = match (&index[..], &files[..]) {
+        ([], [file]) => (vec![file.to_string()], None),
+        ([], []) => {
+            let reason = "no safetensors file in this folder; pickles run code, so save the model as safetensors first";
+            return Err(Error::malformed(folder, reason));
+        }
+        ([index], _) => {
+            let path = folder.join(index);
+            let map = read_index(&path)?;
+            let mut shards: Vec<_> = weight_map(&path, &map)?.into_values().collect();
+            shards.sort();
+            shards.dedup();
+            if let Some(other) = files.iter().find(|file| !shards.contains(file)) {
+                return Err(Error::malformed(
+                    folder,
+                    format!(
+                        "`{other}` is not in `{index}`, and may be the same model; keep one of them"
+                    ),
+                ));
+            }
+            (shards, Some((index.to_string(), map)))
+        }
+        _ => {
+            let found: Vec<_> = files
+                .iter()
+                .chain(&index)
+                .map(|name| format!("`{name}`"))
+                .collect();
+            let found = found.join(", ");
+            return Err(Error::malformed(
+                folder,
+                format!("{found} are there and no single index; name the file to use"),
+            ));
+        }
+    };
+    Ok((folder.to_path_buf(), names, index))
+}
+
+fn read_index(path: &Path) -> Result<Map<String, Value>, Error> {
+    let bytes = fs::read(path).map_err(Error::read(path))?;
+    serde_json::from_slice(&bytes)
+        .map_err(|error| Error::malformed(path, format!("not a JSON object: {error}")))
+}
+
+/// Which file of the folder holds which tensor.
+fn weight_map(path: &Path, index: &Map<String, Value>) -> Result<BTreeMap<String, String>, Error> {
+    let Some(Value::Object(map)) = index.get("weight_map") else {
+        return Err(Error::malformed(path, "no object `weight_map`"));
+    };
+    map.iter()
+        .map(|(key, name)| {
+            let name = name
+                .as_str()
+                .filter(|name| is_file_name(name))
+                .ok_or_else(|| {
+                    Error::tensor(
+                        path,
+                        key,
+                        format!("is in {name}, which is not the name of a file beside it"),
+                    )
+                })?;
+            Ok((key.clone(), name.to_string()))
+        })
+        .collect()
+}
+
+/// Whether this names a file in a folder, and nothing outside.
+fn is_file_name(name: &str) -> bool {
+    let mut components = Path::new(name).components();
+    matches!(
+        (components.next(), components.next()),
+        (Some(Component::Normal(_)), None)
+    )
+}

@@ -1,0 +1,111 @@
+//! The command line: what can be asked for.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::error::Error;
+use crate::{inspect, merge, unmerge};
+
+/// OFT and BOFT adapters on disk: looks into them, merges them into safetensors models, takes them out again,
+/// converts them.
+///
+/// Models are safetensors files of any architecture, or folders with one or with shards and their index.
+/// Adapters are PEFT's folders.
+#[derive(Debug, Parser)]
+#[command(name = "burn-boft", version)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Writes a model with an adapter folded into its weights
+    Merge(Merge),
+    /// Takes a merged adapter out of a model again, and says how exact that is
+    Unmerge(Unmerge),
+    /// Shows what an adapter is and how far it turns each layer
+    Inspect(Inspect),
+}
+
+/// The options of `inspect`.
+#[derive(Debug, Args)]
+pub struct Inspect {
+    /// The adapter: PEFT's folder
+    pub adapter: PathBuf,
+
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+
+    /// Draw the rotation angle of each layer into an SVG file, which must not be there yet
+    #[arg(long, value_name = "FILE")]
+    pub plot: Option<PathBuf>,
+}
+
+/// The options of `unmerge`.
+#[derive(Debug, Args)]
+pub struct Unmerge {
+    /// The merged model: a safetensors file, or a folder with one or with shards
+    #[arg(long, value_name = "PATH")]
+    pub merged: PathBuf,
+
+    #[command(flatten)]
+    pub adapter: AdapterArgs,
+
+    /// The file or folder to write, which must not be there yet
+    #[arg(long, value_name = "PATH")]
+    pub output: PathBuf,
+
+    /// Leave trained biases and saved modules as the merge put them: what they replaced is in no file any more
+    #[arg(long)]
+    pub keep_saved: bool,
+}
+
+/// The options of `merge`.
+#[derive(Debug, Args)]
+pub struct Merge {
+    /// The model: a safetensors file, or a folder with one or with shards
+    #[arg(long, value_name = "PATH")]
+    pub base: PathBuf,
+
+    #[command(flatten)]
+    pub adapter: AdapterArgs,
+
+    /// The file or folder to write, which must not be there yet
+    #[arg(long, value_name = "PATH", required_unless_present = "dry_run")]
+    pub output: Option<PathBuf>,
+
+    /// Print what would change, and write nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// An adapter, and how its names become those of a model.
+#[derive(Debug, Args)]
+pub struct AdapterArgs {
+    /// The adapter: PEFT's folder
+    #[arg(long, value_name = "FOLDER")]
+    pub adapter: PathBuf,
+
+    /// Rename the adapter's modules to the model's: <regex>=<replacement> with $1 for groups, split at the
+    /// last `=`, or `dinov2` for the names of transformers 4 and 5. Can be repeated; rules apply in order
+    #[arg(long = "map", value_name = "RULE")]
+    pub maps: Vec<String>,
+}
+
+impl Cli {
+    /// Does what was asked for.
+    ///
+    /// # Errors
+    ///
+    /// Everything that is wrong with the input or the output.
+    pub fn run(self) -> Result<(), Error> {
+        match self.command {
+            Command::Merge(options) => merge::run(&options),
+            Command::Unmerge(options) => unmerge::run(&options),
+            Command::Inspect(options) => inspect::run(&options),
+        }
+    }
+}

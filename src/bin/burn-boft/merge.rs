@@ -1,0 +1,165 @@
+//! `merge`: an adapter folded into a model's weights.
+
+use std::path::Path;
+
+use burn_boft::{Adapter, AdapterLayer, SavedTensor};
+
+use crate::base::Base;
+use crate::changes::{Change, Changes};
+use crate::cli::Merge;
+use crate::error::Error;
+use crate::names::Names;
+use crate::output::{check_free, check_outside};
+use crate::rewrite::rewrite;
+use crate::turn::Forward;
+
+pub fn run(options: &Merge) -> Result<(), Error> {
+    let names = Names::parse(&options.adapter.maps)?;
+    let adapter = load(&options.adapter.adapter)?;
+    let base = Base::open(&options.base)?;
+    let changes = Changes::find(&adapter, &base, &names)?;
+    match &options.output {
+        Some(output) if !options.dry_run => {
+            check_output(output, &base, &options.adapter.adapter)?;
+            rewrite(&base, &changes, output, &mut Forward::new(&adapter))?;
+            println!("{}: {}", output.display(), counts("rotated", &changes));
+        }
+        _ => print!("{}", table(&base, &changes)),
+    }
+    Ok(())
+}
+
+/// Loads an adapter, and says what is worth knowing.
+pub fn load(folder: &Path) -> Result<Adapter, Error> {
+    let (adapter, report) = Adapter::load(folder).map_err(|source| Error::Adapter {
+        folder: folder.to_path_buf(),
+        source,
+    })?;
+    for warning in &report.warnings {
+        eprintln!("warning: {warning}");
+    }
+    Ok(adapter)
+}
+
+/// Refuses an output that is there, is of another form than the model, or inside one of the inputs.
+pub fn check_output(output: &Path, base: &Base, adapter: &Path) -> Result<(), Error> {
+    check_free(output)?;
+    let extension = output
+        .extension()
+        .is_some_and(|extension| extension == "safetensors");
+    if base.is_folder() && extension {
+        return Err(Error::Output {
+            path: output.to_path_buf(),
+            reason: format!(
+                "is the name of a file, and {} is a folder; name a folder",
+                base.path.display()
+            ),
+        });
+    }
+    if base.is_folder() {
+        check_outside(output, &base.path)?;
+    }
+    check_outside(output, adapter)
+}
+
+/// What was done, in numbers.
+pub fn counts(verb: &str, changes: &Changes) -> String {
+    let mut parts = vec![format!("{} layers {verb}", changes.rotations())];
+    let others = [
+        ("replaced", changes.replacements()),
+        ("added", changes.added.len()),
+    ];
+    for (verb, count) in others.into_iter().filter(|(_, count)| *count > 0) {
+        parts.push(format!("{count} tensors {verb}"));
+    }
+    if !changes.idle.is_empty() {
+        parts.push(format!(
+            "{} layers with blocks of one channel left as they are",
+            changes.idle.len()
+        ));
+    }
+    parts.join(", ")
+}
+
+/// What would change, a tensor a line.
+fn table(base: &Base, changes: &Changes) -> String {
+    let mut rows = Vec::new();
+    for (key, change) in &changes.of {
+        let Some((shard, entry)) = base.entry(key) else {
+            continue;
+        };
+        let shape = format!("{:?} {}", entry.shape, entry.dtype);
+        let mut row =
+            |what: String| rows.push([key.clone(), shape.clone(), shard.name.clone(), what]);
+        match change {
+            Change::Rotate(parts) => {
+                for (range, layer) in parts {
+                    row(format!(
+                        "rotate {}{}",
+                        rows_of(range.len(), range.start, entry.shape[0]),
+                        settings(layer)
+                    ));
+                }
+            }
+            Change::Replace(parts) => {
+                for (range, _) in parts {
+                    let all = entry.shape.first().copied().unwrap_or(1);
+                    row(
+                        format!("replace {}", rows_of(range.len(), range.start, all))
+                            .trim_end()
+                            .to_string(),
+                    );
+                }
+            }
+            Change::New(tensor) => row(format!("replace by {}", shape_of(tensor))),
+        }
+    }
+    let last = base
+        .shards
+        .last()
+        .map_or(String::new(), |shard| shard.name.clone());
+    for (key, tensor) in &changes.added {
+        rows.push([key.clone(), shape_of(tensor), last.clone(), "add".into()]);
+    }
+    let width = |column: usize| {
+        rows.iter()
+            .map(|row| row[column].chars().count())
+            .max()
+            .unwrap_or(0)
+    };
+    let [key, shape, file] = [width(0), width(1), width(2)];
+    let lines = rows
+        .iter()
+        .map(|[a, b, c, what]| format!("{a:key$}  {b:shape$}  {c:file$}  {what}\n"));
+    let lines: String = lines.collect();
+    format!(
+        "{lines}{}\n",
+        counts("to rotate", changes)
+            .replace("replaced", "to replace")
+            .replace("added", "to add")
+    )
+}
+
+fn shape_of(tensor: &SavedTensor) -> String {
+    format!("{:?} {:?}", &**tensor.data().shape(), tensor.data().dtype())
+}
+
+/// Which rows, where they are not all.
+fn rows_of(count: usize, start: usize, all: usize) -> String {
+    match count == all {
+        true => String::new(),
+        false => format!("rows {start} to {} ", start + count - 1),
+    }
+}
+
+fn settings(layer: &AdapterLayer) -> String {
+    let scale = match layer.scale() {
+        Some(_) => ", scale",
+        None => "",
+    };
+    format!(
+        "block size {}, {} factors{scale}",
+        layer.block_size(),
+        layer.n_butterfly_factor()
+    )
+}

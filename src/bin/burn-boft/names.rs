@@ -1,0 +1,193 @@
+//! The names of an adapter's modules in a model's file.
+
+use fancy_regex::Regex;
+
+use crate::base::Base;
+use crate::error::Error;
+
+/// The name that stands for the rules of DINOv2.
+const DINOV2: &str = "dinov2";
+/// What transformers 4, and the files of every version, call the layers of DINOv2; and what transformers 5 does.
+const DINOV2_NAMES: [(&str, &str); 5] = [
+    ("attention.attention.query", "attention.q_proj"),
+    ("attention.attention.key", "attention.k_proj"),
+    ("attention.attention.value", "attention.v_proj"),
+    ("attention.output.dense", "attention.o_proj"),
+    ("mlp.weights_out", "mlp.down_proj"),
+];
+/// The layer of DINOv2's files that transformers 5 has in halves of its output, and those.
+const DINOV2_FUSED: (&str, [&str; 2]) = ("mlp.weights_in", ["mlp.gate_proj", "mlp.up_proj"]);
+/// How transformers starts the names of a DINOv2 that has a head.
+const DINOV2_PREFIX: &str = "dinov2.";
+
+/// Where a module of an adapter is in a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    pub module: String,
+    /// Which of how many equal shares of the output it is.
+    pub part: (usize, usize),
+}
+
+/// The rules of `--map`.
+#[derive(Debug, Default)]
+pub struct Names {
+    rules: Vec<(Regex, String)>,
+    dinov2: bool,
+}
+
+impl Names {
+    /// Reads the rules: `dinov2`, or `<regex>=<replacement>`, split at the last `=`.
+    pub fn parse(rules: &[String]) -> Result<Self, Error> {
+        let mut names = Self::default();
+        for rule in rules {
+            if rule == DINOV2 {
+                names.dinov2 = true;
+                continue;
+            }
+            let refuse = |reason: String| Error::Settings(format!("--map {rule}: {reason}"));
+            let (pattern, replacement) = rule
+                .rsplit_once('=')
+                .ok_or_else(|| refuse("neither `dinov2` nor <regex>=<replacement>".into()))?;
+            let regex = Regex::new(pattern).map_err(|error| refuse(error.to_string()))?;
+            names.rules.push((regex, replacement.to_string()));
+        }
+        Ok(names)
+    }
+
+    /// Where a module of the adapter is in the file: the first of its names that the file has a tensor for, else
+    /// the name that the rules give it.
+    pub fn place(&self, module: &str, tensor: &str, base: &Base) -> Result<Place, Error> {
+        let mapped = self.apply(module)?;
+        let candidates = self.candidates(&mapped);
+        let found = candidates
+            .iter()
+            .find(|place| base.entry(&join(&place.module, tensor)).is_some());
+        Ok(found.unwrap_or(&candidates[0]).clone())
+    }
+
+    fn apply(&self, module: &str) -> Result<String, Error> {
+        let mut name = module.to_string();
+        for (regex, replacement) in &self.rules {
+            let replaced = regex.try_replacen(&name, 0, replacement.as_str());
+            name = replaced
+                .map_err(|error| {
+                    let pattern = regex.as_str();
+                    Error::Settings(format!(
+                        "--map {pattern} has no answer for `{module}`: {error}"
+                    ))
+                })?
+                .into_owned();
+        }
+        Ok(name)
+    }
+
+    fn candidates(&self, module: &str) -> Vec<Place> {
+        let place = |module: String, part| Place { module, part };
+        let mut places = vec![place(module.to_string(), (0, 1))];
+        if !self.dinov2 {
+            return places;
+        }
+        for (file, new) in DINOV2_NAMES {
+            for (from, to) in [(new, file), (file, new)] {
+                places.extend(replace_end(module, from, to).map(|module| place(module, (0, 1))));
+            }
+        }
+        let (whole, parts) = DINOV2_FUSED;
+        for (index, part) in parts.iter().enumerate() {
+            let module = replace_end(module, part, whole);
+            places.extend(module.map(|module| place(module, (index, parts.len()))));
+        }
+        let others: Vec<_> = places
+            .iter()
+            .map(|Place { module, part }| {
+                let module = match module.strip_prefix(DINOV2_PREFIX) {
+                    Some(rest) => rest.to_string(),
+                    None => format!("{DINOV2_PREFIX}{module}"),
+                };
+                place(module, *part)
+            })
+            .collect();
+        places.extend(others);
+        places
+    }
+}
+
+/// The name with another ending, where it has this one at a dot.
+fn replace_end(name: &str, from: &str, to: &str) -> Option<String> {
+    let front = name.strip_suffix(from)?;
+    (front.is_empty() || front.ends_with('.')).then(|| format!("{front}{to}"))
+}
+
+/// The key of a tensor of a module.
+pub fn join(module: &str, tensor: &str) -> String {
+    match module {
+        "" => tensor.to_string(),
+        module => format!("{module}.{tensor}"),
+    }
+}
+
+/// Up to three keys that are written most like this one, for a message.
+pub fn nearest(key: &str, base: &Base) -> String {
+    const SHOWN: usize = 3;
+    let (_, tensor) = key.rsplit_once('.').unwrap_or(("", key));
+    let mut scored: Vec<_> = base
+        .keys()
+        .filter(|other| other.rsplit('.').next() == Some(tensor))
+        .map(|other| (strsim::sorensen_dice(key, other), other))
+        .filter(|(score, _)| *score > 0.0)
+        .collect();
+    scored.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| a.1.cmp(b.1)));
+    let names: Vec<_> = scored
+        .iter()
+        .take(SHOWN)
+        .map(|(_, key)| format!("`{key}`"))
+        .collect();
+    match names.is_empty() {
+        true => String::new(),
+        false => format!("; it has {}", names.join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rules_apply_one_after_the_other() {
+        let names =
+            Names::parse(&["^model\\.(?=h)=".into(), "h\\.(\\d+)=layers.$1.mlp".into()]).unwrap();
+        assert_eq!(names.apply("model.h.3.fc").unwrap(), "layers.3.mlp.fc");
+        assert_eq!(names.apply("model.x").unwrap(), "model.x");
+    }
+
+    #[test]
+    fn rules_that_are_none_are_refused() {
+        let refused = |rule: &str| Names::parse(&[rule.to_string()]).unwrap_err().line();
+        assert_eq!(
+            refused("dino"),
+            "--map dino: neither `dinov2` nor <regex>=<replacement>"
+        );
+        assert!(
+            refused("(=x").starts_with("--map (=x: "),
+            "{}",
+            refused("(=x")
+        );
+    }
+
+    #[test]
+    fn dinov2_is_found_under_both_names_with_and_without_its_prefix() {
+        let names = Names::parse(&["dinov2".into()]).unwrap();
+        let candidates = names.candidates("dinov2.encoder.layer.0.mlp.up_proj");
+        let expected = [
+            ("dinov2.encoder.layer.0.mlp.up_proj", (0, 1)),
+            ("dinov2.encoder.layer.0.mlp.weights_in", (1, 2)),
+            ("encoder.layer.0.mlp.up_proj", (0, 1)),
+            ("encoder.layer.0.mlp.weights_in", (1, 2)),
+        ];
+        let found: Vec<_> = candidates
+            .iter()
+            .map(|place| (place.module.as_str(), place.part))
+            .collect();
+        assert_eq!(found, expected);
+    }
+}

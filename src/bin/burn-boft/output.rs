@@ -1,0 +1,196 @@
+//! What is written appears when it is complete: under a temporary name first, then renamed.
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use tempfile::{Builder, NamedTempFile, TempDir};
+
+use crate::error::Error;
+
+const PREFIX: &str = ".burn-boft-";
+
+/// Refuses a result that would take the place of something.
+pub fn check_free(path: &Path) -> Result<(), Error> {
+    let refuse = |reason: &str| {
+        let (path, reason) = (path.to_path_buf(), reason.to_string());
+        Err(Error::Output { path, reason })
+    };
+    match fs::symlink_metadata(path) {
+        Ok(kind) if kind.is_dir() => {
+            refuse("is there already; name a folder that is not there yet")
+        }
+        Ok(kind) if kind.is_file() || kind.is_symlink() => {
+            refuse("is there already; name a file that is not there yet")
+        }
+        // A device or a pipe.
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let parent = parent(path);
+            match parent.is_dir() {
+                true => Ok(()),
+                false => refuse(&format!("has no folder: {} is not there", parent.display())),
+            }
+        }
+        Err(source) => Err(Error::write(path)(source)),
+    }
+}
+
+/// Refuses a result inside of what it is made of.
+pub fn check_outside(path: &Path, input: &Path) -> Result<(), Error> {
+    let (Ok(folder), Ok(input)) = (fs::canonicalize(parent(path)), fs::canonicalize(input)) else {
+        return Ok(());
+    };
+    match folder.starts_with(&input) {
+        true => Err(Error::Output {
+            path: path.to_path_buf(),
+            reason: format!("is inside {}, which it is made of", input.display()),
+        }),
+        false => Ok(()),
+    }
+}
+
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// One file that appears with [`OutputFile::finish`].
+pub struct OutputFile {
+    path: PathBuf,
+    file: Kind,
+}
+
+enum Kind {
+    Temporary(BufWriter<NamedTempFile>),
+    /// A device or a pipe, which cannot be renamed to.
+    Device(BufWriter<File>),
+}
+
+impl OutputFile {
+    pub fn create(path: &Path) -> Result<Self, Error> {
+        check_free(path)?;
+        let file = match path.exists() {
+            true => {
+                let file = File::options().write(true).open(path);
+                Kind::Device(BufWriter::new(file.map_err(Error::write(path))?))
+            }
+            false => {
+                let file = temporary(0o666).tempfile_in(parent(path));
+                Kind::Temporary(BufWriter::new(file.map_err(Error::write(path))?))
+            }
+        };
+        let path = path.to_path_buf();
+        Ok(Self { path, file })
+    }
+
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        match &mut self.file {
+            Kind::Temporary(file) => file.write_all(bytes),
+            Kind::Device(file) => file.write_all(bytes),
+        }
+        .map_err(Error::write(&self.path))
+    }
+
+    /// Gives the file its name, once all of it is on the disk.
+    pub fn finish(self) -> Result<(), Error> {
+        let path = &self.path;
+        let finish = || match self.file {
+            Kind::Temporary(file) => {
+                let file = file.into_inner().map_err(|error| error.into_error())?;
+                file.as_file().sync_all()?;
+                file.persist_noclobber(path).map_err(|error| error.error)?;
+                sync(parent(path))
+            }
+            Kind::Device(mut file) => file.flush(),
+        };
+        finish().map_err(Error::write(path))
+    }
+}
+
+/// A folder that appears with [`OutputFolder::finish`].
+pub struct OutputFolder {
+    path: PathBuf,
+    folder: TempDir,
+}
+
+impl OutputFolder {
+    pub fn create(path: &Path) -> Result<Self, Error> {
+        check_free(path)?;
+        let folder = temporary(0o777)
+            .tempdir_in(parent(path))
+            .map_err(Error::write(path))?;
+        let path = path.to_path_buf();
+        Ok(Self { path, folder })
+    }
+
+    /// Where files for it are written until then.
+    pub fn temporary(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// What failed, about the place that the folder will have rather than the one it has.
+    pub fn named(&self, error: Error) -> Error {
+        let rename = |path: PathBuf| match path.strip_prefix(self.folder.path()) {
+            Ok(rest) => self.path.join(rest),
+            Err(_) => path,
+        };
+        match error {
+            Error::Write { path, source } => Error::Write {
+                path: rename(path),
+                source,
+            },
+            error => error,
+        }
+    }
+
+    /// Copies a file into it.
+    pub fn copy(&self, from: &Path, name: &Path) -> Result<(), Error> {
+        let to = self.folder.path().join(name);
+        let shown = self.path.join(name);
+        fs::create_dir_all(parent(&to)).map_err(Error::write(&shown))?;
+        let mut source = File::open(from).map_err(Error::read(from))?;
+        let mut copy = || {
+            let mut file = File::create_new(&to)?;
+            io::copy(&mut source, &mut file)?;
+            file.sync_all()
+        };
+        copy().map_err(Error::write(&shown))
+    }
+
+    /// Gives the folder its name.
+    pub fn finish(self) -> Result<(), Error> {
+        let Self { path, folder } = self;
+        let finish = || {
+            sync(folder.path())?;
+            // An empty folder that appeared meanwhile would be replaced; a full one is not.
+            fs::rename(folder.path(), &path)?;
+            // What was temporary has a name now.
+            _ = folder.keep();
+            sync(parent(&path))
+        };
+        finish().map_err(Error::write(&path))
+    }
+}
+
+/// As open as other files, not for the owner alone as temporary files are.
+fn temporary(mode: u32) -> Builder<'static, 'static> {
+    let mut builder = Builder::new();
+    builder.prefix(PREFIX);
+    #[cfg(not(unix))]
+    let _ = mode;
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
+    builder
+}
+
+/// Makes a rename last, where the system can say so.
+fn sync(folder: &Path) -> io::Result<()> {
+    #[cfg(unix)]
+    File::open(folder)?.sync_all()?;
+    #[cfg(not(unix))]
+    let _ = folder;
+    Ok(())
+}

@@ -1,0 +1,224 @@
+//! The two turns of a weight: with the rotation of an adapter, and back.
+
+use std::ops::Range;
+
+use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
+use burn_boft::ops::{Blocks, Side};
+use burn_boft::{Adapter, AdapterConfig, AdapterLayer, Cayley};
+use faer::Mat;
+use faer::linalg::solvers::DenseSolveCore;
+
+use crate::rewrite::Turn;
+
+/// Beyond this an inverse is rounding.
+const SINGULAR: f64 = 1e6;
+
+/// `W' = diag(s)·W·Rᵀ` in PyTorch's orientation, row by row.
+pub struct Forward<'a> {
+    adapter: &'a Adapter,
+    device: Device,
+    rotation: Option<Rotation>,
+}
+
+/// The rotation and the scale of one layer, ready to use.
+struct Rotation {
+    blocks: Blocks,
+    scale: Option<Tensor<1>>,
+}
+
+impl Rotation {
+    fn new(
+        adapter: &Adapter,
+        layer: &AdapterLayer,
+        widths: [usize; 2],
+        device: &Device,
+    ) -> Result<Self, String> {
+        let blocks = adapter
+            .rotation(layer, widths, device)
+            .map_err(|mismatch| mismatch.to_string())?
+            .ok_or("has an adapter that does not rotate")?;
+        let scale = layer.scale();
+        let scale = scale.map(|scale| Tensor::from_data(scale.clone(), (device, scale.dtype())));
+        Ok(Self { blocks, scale })
+    }
+
+    fn dtype(&self) -> DType {
+        self.blocks.values().dtype()
+    }
+
+    /// The scale of these rows.
+    fn scale(&self, rows: Range<usize>) -> Option<Tensor<1>> {
+        self.scale.clone().map(|scale| scale.slice([rows]))
+    }
+
+    fn apply(&self, weight: Tensor<2>, rows: Range<usize>) -> Tensor<2> {
+        self.blocks.weight(weight, self.scale(rows), Side::Right)
+    }
+}
+
+impl<'a> Forward<'a> {
+    pub fn new(adapter: &'a Adapter) -> Self {
+        Self {
+            adapter,
+            device: Device::flex(),
+            rotation: None,
+        }
+    }
+}
+
+impl Turn for Forward<'_> {
+    fn start(&mut self, layer: &AdapterLayer, widths: [usize; 2]) -> Result<(), String> {
+        self.rotation = Some(Rotation::new(self.adapter, layer, widths, &self.device)?);
+        Ok(())
+    }
+
+    fn turn(&mut self, numbers: TensorData, rows: Range<usize>) -> Result<TensorData, String> {
+        let rotation = self.rotation.as_ref().ok_or("has no rotation")?;
+        let dtype = numbers.dtype();
+        let weight = tensor(numbers, &self.device, rotation.dtype());
+        Ok(rounded(rotation.apply(weight, rows), dtype))
+    }
+}
+
+/// Rows of a weight, in the precision of the rotation.
+fn tensor(numbers: TensorData, device: &Device, dtype: DType) -> Tensor<2> {
+    let own = numbers.dtype();
+    Tensor::<2>::from_data(numbers, (device, own)).cast(FloatDType::from(dtype))
+}
+
+fn rounded(weight: Tensor<2>, dtype: DType) -> TensorData {
+    weight.cast(FloatDType::from(dtype)).into_data()
+}
+
+/// `W = diag(1/s)·W'·(Rᵀ)⁻¹`: the way back, and how far the way there leads from it.
+pub struct Backward<'a> {
+    adapter: &'a Adapter,
+    device: Device,
+    rotation: Option<(Rotation, Inverse)>,
+    pub difference: Difference,
+}
+
+/// How far merging what was restored is from what was merged.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Difference {
+    /// The largest difference of two numbers.
+    pub absolute: f64,
+    /// `‖W'' − W'‖ / ‖W'‖` of the worst tensor's rows that are computed with at a time, Frobenius.
+    pub relative: f64,
+}
+
+enum Inverse {
+    /// An orthogonal rotation is undone by its transpose.
+    Transpose,
+    /// The inverses of blocks that are not orthogonal, transposed, a `[n, b, b]` tensor.
+    Blocks(Tensor<3>),
+}
+
+impl<'a> Backward<'a> {
+    pub fn new(adapter: &'a Adapter) -> Self {
+        Self {
+            adapter,
+            device: Device::flex(),
+            rotation: None,
+            difference: Difference::default(),
+        }
+    }
+
+    fn restore(
+        rotation: &Rotation,
+        inverse: &Inverse,
+        weight: Tensor<2>,
+        rows: Range<usize>,
+    ) -> Tensor<2> {
+        let [count, d_input] = weight.dims();
+        let weight = match rotation.scale(rows) {
+            Some(scale) => weight / scale.reshape([count, 1]),
+            None => weight,
+        };
+        match inverse {
+            Inverse::Transpose => rotation.blocks.rotate(weight, Side::Right, false),
+            Inverse::Blocks(blocks) => {
+                let [n, b, _] = blocks.dims();
+                let parts = weight.reshape([count, n, b]).swap_dims(0, 1);
+                let turned = parts.matmul(blocks.clone());
+                turned.swap_dims(0, 1).reshape([count, d_input])
+            }
+        }
+    }
+}
+
+impl Turn for Backward<'_> {
+    fn start(&mut self, layer: &AdapterLayer, widths: [usize; 2]) -> Result<(), String> {
+        if let Some(scale) = layer.scale()
+            && let Some(row) = scale.iter::<f64>().position(|scale| scale == 0.0)
+        {
+            return Err(format!(
+                "was scaled by zero in row {row}: nothing of that row is left to restore"
+            ));
+        }
+        let rotation = Rotation::new(self.adapter, layer, widths, &self.device)?;
+        let is_orthogonal = match self.adapter.config() {
+            AdapterConfig::Oft(config) => config.cayley == Cayley::Exact,
+            _ => true,
+        };
+        let inverse = match is_orthogonal {
+            true => Inverse::Transpose,
+            false => Inverse::Blocks(invert(&rotation.blocks, &self.device)?),
+        };
+        self.rotation = Some((rotation, inverse));
+        Ok(())
+    }
+
+    fn turn(&mut self, numbers: TensorData, rows: Range<usize>) -> Result<TensorData, String> {
+        let (rotation, inverse) = self.rotation.as_ref().ok_or("has no rotation")?;
+        let dtype = numbers.dtype();
+        let merged = tensor(numbers, &self.device, rotation.dtype());
+        let restored = rounded(
+            Self::restore(rotation, inverse, merged.clone(), rows.clone()),
+            dtype,
+        );
+        let again = tensor(restored.clone(), &self.device, rotation.dtype());
+        let again = rounded(rotation.apply(again, rows), dtype);
+        let again = tensor(again, &self.device, rotation.dtype());
+        self.difference.widen(again, merged);
+        Ok(restored)
+    }
+}
+
+impl Difference {
+    fn widen(&mut self, found: Tensor<2>, expected: Tensor<2>) {
+        let difference = found - expected.clone();
+        let norm = |tensor: Tensor<2>| tensor.square().sum().into_scalar::<f64>().sqrt();
+        let absolute = difference.clone().abs().max().into_scalar::<f64>();
+        let expected = norm(expected);
+        self.absolute = self.absolute.max(absolute);
+        if expected > 0.0 {
+            self.relative = self.relative.max(norm(difference) / expected);
+        }
+    }
+}
+
+/// The transposed inverses of the blocks of one factor.
+fn invert(blocks: &Blocks, device: &Device) -> Result<Tensor<3>, String> {
+    let values = blocks.values();
+    let ([m, n, b, _], dtype) = (values.dims(), values.dtype());
+    if m != 1 {
+        return Err(format!("has {m} factors of blocks that are not orthogonal"));
+    }
+    let numbers: Vec<f64> = values.into_data().iter::<f64>().collect();
+    let mut inverses = Vec::with_capacity(numbers.len());
+    for (index, block) in numbers.chunks_exact(b * b).enumerate() {
+        let block = Mat::from_fn(b, b, |row, column| block[row * b + column]);
+        let inverse = block.partial_piv_lu().inverse();
+        // A block that flattens a direction cannot be undone; rounding leaves a huge inverse instead of none.
+        let condition = inverse.norm_max() * block.norm_max();
+        if !(condition < SINGULAR) {
+            return Err(format!(
+                "has no inverse: block {index} of the Neumann polynomial flattens a direction"
+            ));
+        }
+        inverses.extend((0..b * b).map(|at| inverse[(at % b, at / b)]));
+    }
+    let data = TensorData::new(inverses, [n, b, b]).convert_dtype(dtype);
+    Ok(Tensor::from_data(data, (device, dtype)))
+}

@@ -1,0 +1,59 @@
+//! `unmerge`: an adapter taken out of a model that it was merged into.
+
+use burn::tensor::DType;
+use burn_boft::{Adapter, SavedTensor};
+
+use crate::base::Base;
+use crate::changes::{Change, Changes};
+use crate::cli::Unmerge;
+use crate::error::Error;
+use crate::merge::{check_output, load};
+use crate::names::Names;
+use crate::rewrite::rewrite;
+use crate::turn::Backward;
+
+pub fn run(options: &Unmerge) -> Result<(), Error> {
+    let names = Names::parse(&options.adapter.maps)?;
+    let adapter = load(&options.adapter.adapter)?;
+    let base = Base::open(&options.merged)?;
+    let mut changes = Changes::find(&adapter, &base, &names)?;
+    if !options.keep_saved {
+        refuse_saved(&adapter)?;
+    }
+    changes
+        .of
+        .retain(|_, change| matches!(change, Change::Rotate(_)));
+    changes.added.clear();
+    check_output(&options.output, &base, &options.adapter.adapter)?;
+    let mut turn = Backward::new(&adapter);
+    rewrite(&base, &changes, &options.output, &mut turn)?;
+    let difference = turn.difference;
+    println!(
+        "{}: {} layers restored; merging them again is off by at most {:.1e}, {:.1e} of a weight's norm",
+        options.output.display(),
+        changes.rotations(),
+        difference.absolute,
+        difference.relative
+    );
+    Ok(())
+}
+
+/// What the merge replaced is not in the adapter.
+fn refuse_saved(adapter: &Adapter) -> Result<(), Error> {
+    // Counts of batches are no loss.
+    let is_lost = |tensor: &&SavedTensor| tensor.data().dtype() != DType::I64;
+    let lost: Vec<_> = adapter
+        .tensors()
+        .iter()
+        .filter(is_lost)
+        .map(|tensor| format!("`{}.{}`", tensor.module(), tensor.name()))
+        .collect();
+    match lost.first() {
+        None => Ok(()),
+        Some(first) => Err(Error::Settings(format!(
+            "{first} and what else the adapter saves ({} tensors) took the place of numbers that no file has any \
+             more; --keep-saved leaves them as they are",
+            lost.len()
+        ))),
+    }
+}

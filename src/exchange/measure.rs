@@ -1,0 +1,78 @@
+//! [`Adapter::measure`]: the rotations of an adapter without its model.
+
+use burn::tensor::{Device, Tensor};
+
+use super::Adapter;
+use super::layer::{AdapterLayer, values};
+use crate::adapter::AdapterSettings;
+use crate::plan::LayerKind;
+use crate::report;
+
+/// One rotation of an adapter, made by [`Adapter::measure`].
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct LayerMeasure {
+    /// The layer's dotted path.
+    pub path: String,
+    /// `max|RᵀR − I|`.
+    pub orthogonality_defect: f64,
+    /// `‖Q‖₂`, the largest over all blocks.
+    pub skew_norm: f64,
+    /// The largest angle by which one block turns a plane, in radians: `2·atan ‖Q‖₂` for an exact block.
+    pub largest_angle: f64,
+    /// The smallest and the largest scale, where there is one.
+    pub scale_range: Option<(f64, f64)>,
+}
+
+impl Adapter {
+    /// Measures every rotation: what [`diagnose`](crate::diagnose()) finds in a model, as far as the adapter alone
+    /// says it.
+    ///
+    /// # Numerics
+    ///
+    /// Numbers that are not finite make measurements that are NaN.
+    pub fn measure(&self, device: &Device) -> Vec<LayerMeasure> {
+        let measure = |layer| self.measure_layer(layer, device);
+        self.layers.iter().map(measure).collect()
+    }
+
+    fn measure_layer(&self, layer: &AdapterLayer, device: &Device) -> LayerMeasure {
+        let [orthogonality_defect, skew_norm, largest_angle] =
+            self.measure_rotation(layer, device).unwrap_or([0.0; 3]);
+        let scale = layer.scale.as_ref().map(values);
+        LayerMeasure {
+            path: layer.path.clone(),
+            orthogonality_defect,
+            skew_norm,
+            largest_angle,
+            scale_range: scale.as_deref().and_then(range),
+        }
+    }
+
+    /// Defect, norm and angle; none of a layer that does not rotate.
+    fn measure_rotation(&self, layer: &AdapterLayer, device: &Device) -> Option<[f64; 3]> {
+        // One block stands for all that share it.
+        let d_input = layer.d_input().unwrap_or(layer.block_size);
+        let butterfly = layer
+            .butterfly(d_input, layer.d_output.unwrap_or(1))
+            .ok()
+            .filter(|_| !layer.is_identity())?;
+        if !values(&layer.skew).iter().all(|value| value.is_finite()) {
+            return Some([f64::NAN; 3]);
+        }
+        let settings = AdapterSettings::new(LayerKind::Linear, butterfly, &self.config);
+        let skew = Tensor::<3>::from_data(layer.skew.clone(), (device, layer.skew.dtype()));
+        let defect = report::defect(&settings.blocks(skew.clone()));
+        let norm = report::norm(&settings, skew);
+        Some([defect, norm, settings.angle(norm)])
+    }
+}
+
+/// The smallest and the largest number; NaN where one is.
+fn range(numbers: &[f64]) -> Option<(f64, f64)> {
+    if numbers.iter().any(|number| number.is_nan()) {
+        return Some((f64::NAN, f64::NAN));
+    }
+    let low = numbers.iter().copied().reduce(f64::min)?;
+    Some((low, numbers.iter().copied().fold(low, f64::max)))
+}

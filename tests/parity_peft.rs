@@ -8,270 +8,18 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use burn::module::{Flag, Module, ModuleMapper, Param};
-use burn::nn::conv::{Conv2d, Conv2dConfig};
-use burn::nn::{
-    BatchNorm, BatchNormConfig, LayerNorm, LayerNormConfig, LinearConfig, PaddingConfig2d,
-};
-use burn::tensor::activation::{gelu, relu};
+use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_boft::{
     Adapter, BoftLinear, KeyMap, LoadOptions, LoadReport, SaveOptions, Transformers, merge,
 };
 use common::host;
 use common::models::{Layer, gradients, numbers};
-use safetensors::SafeTensors;
-use safetensors::tensor::Dtype;
+use common::peft::{Eval, Model, SetBase, Tensors, UseModel, linear, read, with_model};
 
 /// Of the largest number in a tensor.
 const FORWARD: f64 = 1e-5;
 const GRADIENT: f64 = 1e-4;
-
-/// Tensors of a file, widened: shape and numbers.
-type Tensors = BTreeMap<String, (Vec<usize>, Vec<f64>)>;
-
-fn read(path: &Path) -> (Tensors, BTreeMap<String, String>) {
-    let bytes = fs::read(path).unwrap();
-    let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
-    let metadata = metadata.metadata().clone().unwrap_or_default();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    let tensors = file.iter().map(|(key, view)| {
-        let bytes = view.data();
-        let numbers = match view.dtype() {
-            Dtype::F32 => {
-                let numbers = bytes.as_chunks::<4>().0.iter();
-                numbers.map(|b| f64::from(f32::from_le_bytes(*b))).collect()
-            }
-            Dtype::I64 => {
-                let numbers = bytes.as_chunks::<8>().0.iter();
-                numbers.map(|b| i64::from_le_bytes(*b) as f64).collect()
-            }
-            other => panic!("{key} is {other:?}"),
-        };
-        (key.to_string(), (view.shape().to_vec(), numbers))
-    });
-    (tensors.collect(), metadata.into_iter().collect())
-}
-
-// The models of the fixtures' README, with linear layers of either kind.
-
-#[derive(Module, Debug)]
-struct One<L: Layer> {
-    layer: L,
-}
-
-#[derive(Module, Debug)]
-struct Mlp<L: Layer, N: Norm> {
-    fc1: L,
-    fc2: L,
-    norm: N,
-    classifier: L,
-}
-
-#[derive(Module, Debug)]
-struct Conv<L: Layer> {
-    conv1: Conv2d,
-    conv2: Conv2d,
-    head: L,
-}
-
-#[derive(Module, Debug)]
-struct Stack<L: Layer> {
-    encoder: Encoder<L>,
-}
-
-#[derive(Module, Debug)]
-struct Encoder<L: Layer> {
-    layers: Vec<Block<L>>,
-}
-
-#[derive(Module, Debug)]
-struct Block<L: Layer> {
-    fc1: L,
-    fc2: L,
-}
-
-/// A norm over 16 features.
-trait Norm: Module + burn::module::ModuleDisplay + 'static {
-    fn new(device: &Device) -> Self;
-    fn apply(&self, input: Tensor<2>) -> Tensor<2>;
-}
-
-impl Norm for BatchNorm {
-    fn new(device: &Device) -> Self {
-        BatchNormConfig::new(16).init(device)
-    }
-
-    fn apply(&self, input: Tensor<2>) -> Tensor<2> {
-        self.forward(input)
-    }
-}
-
-impl Norm for LayerNorm {
-    fn new(device: &Device) -> Self {
-        LayerNormConfig::new(16).init(device)
-    }
-
-    fn apply(&self, input: Tensor<2>) -> Tensor<2> {
-        self.forward(input)
-    }
-}
-
-/// A model of the fixtures.
-trait Model: Module {
-    /// With the sizes of the fixture; the numbers follow.
-    fn new(base: &Tensors, device: &Device) -> Self;
-
-    /// On the flat numbers of an input of any rank: rows of features, or images.
-    fn forward(&self, input: Tensor<1>, shape: &[usize]) -> Tensor<1>;
-}
-
-/// A linear layer of the sizes that a weight of PyTorch has.
-fn linear<L: Layer>(base: &Tensors, name: &str, device: &Device) -> L {
-    let shape = &base[&format!("{name}.weight")].0;
-    let config =
-        LinearConfig::new(shape[1], shape[0]).with_bias(base.contains_key(&format!("{name}.bias")));
-    L::from_linear(config.init(device))
-}
-
-fn tokens(input: Tensor<1>, shape: &[usize]) -> Tensor<2> {
-    let features = *shape.last().unwrap();
-    let rows = shape.iter().product::<usize>() / features;
-    input.reshape([rows, features])
-}
-
-fn flat<const D: usize>(output: Tensor<D>) -> Tensor<1> {
-    let count = output.shape().num_elements();
-    output.reshape([count])
-}
-
-impl<L: Layer> Model for One<L> {
-    fn new(base: &Tensors, device: &Device) -> Self {
-        Self {
-            layer: linear(base, "layer", device),
-        }
-    }
-
-    fn forward(&self, input: Tensor<1>, shape: &[usize]) -> Tensor<1> {
-        flat(self.layer.apply(tokens(input, shape)))
-    }
-}
-
-impl<L: Layer, N: Norm> Model for Mlp<L, N> {
-    fn new(base: &Tensors, device: &Device) -> Self {
-        Self {
-            fc1: linear(base, "fc1", device),
-            fc2: linear(base, "fc2", device),
-            norm: N::new(device),
-            classifier: linear(base, "classifier", device),
-        }
-    }
-
-    fn forward(&self, input: Tensor<1>, shape: &[usize]) -> Tensor<1> {
-        let hidden = gelu(self.fc1.apply(tokens(input, shape)));
-        let hidden = self.norm.apply(self.fc2.apply(hidden));
-        flat(self.classifier.apply(hidden))
-    }
-}
-
-impl<L: Layer> Model for Conv<L> {
-    fn new(base: &Tensors, device: &Device) -> Self {
-        Self {
-            conv1: Conv2dConfig::new([4, 6], [3, 3])
-                .with_stride([2, 2])
-                .with_padding(PaddingConfig2d::Explicit(1, 1, 1, 1))
-                .init(device),
-            conv2: Conv2dConfig::new([6, 8], [3, 2]).init(device),
-            head: linear(base, "head", device),
-        }
-    }
-
-    fn forward(&self, input: Tensor<1>, shape: &[usize]) -> Tensor<1> {
-        let images: Tensor<4> = input.reshape([shape[0], shape[1], shape[2], shape[3]]);
-        let features = self.conv2.forward(relu(self.conv1.forward(images)));
-        let [batch, channels, height, width] = features.dims();
-        let features = features.reshape([batch, channels, height * width]);
-        flat(
-            self.head
-                .apply(features.mean_dim(2).reshape([batch, channels])),
-        )
-    }
-}
-
-impl<L: Layer> Model for Stack<L> {
-    fn new(base: &Tensors, device: &Device) -> Self {
-        let block = |index: usize| Block {
-            fc1: linear(base, &format!("encoder.layers.{index}.fc1"), device),
-            fc2: linear(base, &format!("encoder.layers.{index}.fc2"), device),
-        };
-        Self {
-            encoder: Encoder {
-                layers: (0..3).map(block).collect(),
-            },
-        }
-    }
-
-    fn forward(&self, input: Tensor<1>, shape: &[usize]) -> Tensor<1> {
-        let mut hidden = tokens(input, shape);
-        for block in &self.encoder.layers {
-            hidden = block.fc2.apply(gelu(block.fc1.apply(hidden)));
-        }
-        flat(hidden)
-    }
-}
-
-/// PyTorch's name of a parameter, and whether its tensor there is the transpose.
-fn in_pytorch(path: &[(String, String)]) -> (String, bool) {
-    let mut names: Vec<_> = path.iter().map(|(name, _)| name.as_str()).collect();
-    let (name, container) = path.last().unwrap();
-    *names.last_mut().unwrap() = match name.as_str() {
-        "gamma" => "weight",
-        "beta" => "bias",
-        name => name,
-    };
-    (
-        names.join("."),
-        container == "Struct:Linear" && name == "weight",
-    )
-}
-
-/// Sets every number of a model.
-struct SetBase<'a> {
-    path: Vec<(String, String)>,
-    base: &'a Tensors,
-}
-
-impl ModuleMapper for SetBase<'_> {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.path.push((name.to_string(), container.to_string()));
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
-    }
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let (key, transposed) = in_pytorch(&self.path);
-        let (shape, numbers) = &self.base[&key];
-        param.map(|old| {
-            let data = TensorData::new(numbers.clone(), shape.clone()).convert::<f32>();
-            let tensor = Tensor::<D>::from_data(data, &old.device());
-            match transposed {
-                true => tensor.swap_dims(0, 1),
-                false => tensor,
-            }
-        })
-    }
-}
-
-/// Turns every flag off: norms use their running statistics, dropout does nothing.
-struct Eval;
-
-impl ModuleMapper for Eval {
-    fn map_flag(&mut self, flag: Param<Flag>) -> Param<Flag> {
-        flag.with_value(false)
-    }
-}
 
 /// Where a number of PEFT's file is in the model, and how PEFT's numbers become ours.
 fn place(key: &str, shape: &[usize], numbers: &[f64]) -> (String, Vec<f64>) {
@@ -422,19 +170,19 @@ fn run<M: Model>(folder: &Path) -> (Comparison, LoadReport) {
     (comparison, report)
 }
 
-fn run_any<L: Layer>(folder: &Path) -> (Comparison, LoadReport) {
-    let (_, metadata) = read(&folder.join("reference.safetensors"));
-    match (
-        metadata["model"].as_str(),
-        metadata.get("norm").map(String::as_str),
-    ) {
-        ("linear", _) => run::<One<L>>(folder),
-        ("mlp", Some("batch")) => run::<Mlp<L, BatchNorm>>(folder),
-        ("mlp", Some("layer")) => run::<Mlp<L, LayerNorm>>(folder),
-        ("conv", _) => run::<Conv<L>>(folder),
-        ("stack", _) => run::<Stack<L>>(folder),
-        other => panic!("{other:?}"),
+/// What [`with_model`] runs the comparison by.
+struct Compare<'a>(&'a Path);
+
+impl UseModel for Compare<'_> {
+    type Output = (Comparison, LoadReport);
+
+    fn with<M: Model>(self) -> Self::Output {
+        run::<M>(self.0)
     }
+}
+
+fn run_any<L: Layer>(folder: &Path) -> (Comparison, LoadReport) {
+    with_model::<L, _>(folder, Compare(folder))
 }
 
 fn fixtures() -> PathBuf {

@@ -194,6 +194,12 @@ impl Blocks {
     /// - scale, bias: `[o]`
     /// - result: `[…, o]`
     ///
+    /// # Memory
+    ///
+    /// For its backward pass the weight route keeps the input, the output where a scale is trained, and the
+    /// rotated weight where that is no larger than the two, `d·o ≤ T·(d + o)`; a larger one is computed again.
+    /// It never forms a weight-shaped gradient of a frozen weight.
+    ///
     /// # Panics
     ///
     /// If `d` is not `n·b`.

@@ -2,6 +2,7 @@
 #![allow(dead_code)] // Each test binary uses its part.
 
 pub mod models;
+pub mod peft;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 

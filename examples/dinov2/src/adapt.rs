@@ -4,7 +4,7 @@ use std::path::Path;
 
 use burn::module::{Param, ParamGroup};
 use burn::prelude::*;
-use burn_boft::summary;
+use burn_boft::{Adapter, KeyMap, SaveOptions, Transformers, summary};
 
 use crate::backbone::Backbone;
 use crate::cli::Adapt;
@@ -17,7 +17,8 @@ use crate::model::Dinov2ForImageClassification;
 use crate::progress::Progress;
 use crate::train::{Recipe, logits, predictions, test, train};
 
-/// The file that a run leaves in its output folder.
+/// The file that a run leaves in its output folder: of an adapter of this crate beside its settings.
+const ADAPTER: &str = "adapter_model.safetensors";
 const RECORD: &str = "adapter.bpk";
 
 /// Adapts a model and reports accuracy before and after, on images that took no part in training.
@@ -72,7 +73,7 @@ pub fn adapt(request: &Adapt, recipe: &Recipe, device: &Device) -> Result<(), Er
         "accuracy after:  {:.1} % ({method})",
         100.0 * test(&trained, &task).accuracy,
     );
-    save(&trained, saved, &request.output)?;
+    save(method, &trained, saved, &request.output)?;
     check_merged(method, &trained, &task)
 }
 
@@ -148,21 +149,37 @@ fn check_merged(
     Ok(())
 }
 
-/// Saves what was trained and nothing of the frozen backbone.
+/// Saves what was trained and nothing of the frozen backbone: an adapter of this crate as PEFT does, under the
+/// names of transformers 5, anything else as a record.
 fn save(
+    method: &Method,
     model: &Dinov2ForImageClassification,
     trained: ParamGroup,
     folder: &Path,
 ) -> Result<(), Error> {
-    let path = folder.join(RECORD);
+    let path = match method.adapter() {
+        Some(_) => folder.join(ADAPTER),
+        None => folder.join(RECORD),
+    };
     let failed = |reason: String| Error::Write {
         path: path.clone(),
         reason,
     };
-    let record = model.clone().into_record_group(trained);
-    record
-        .save(&path)
-        .map_err(|error| failed(error.to_string()))?;
+    match method.adapter() {
+        Some(config) => {
+            let names = SaveOptions::new().with_key_map(KeyMap::dinov2(Transformers::V5));
+            Adapter::extract(model, &config)
+                .map_err(|error| failed(error.to_string()))?
+                .save_with(folder, &names)
+                .map_err(|error| failed(error.to_string()))?;
+        }
+        None => {
+            let record = model.clone().into_record_group(trained);
+            record
+                .save(&path)
+                .map_err(|error| failed(error.to_string()))?;
+        }
+    }
     let bytes = std::fs::metadata(&path)
         .map_err(|error| failed(error.to_string()))?
         .len();

@@ -21,6 +21,18 @@ mod train;
 use cli::{Job, Settings};
 pub use error::Error;
 
+/// The backbone that comes with the example, under a new head.
+///
+/// # Errors
+///
+/// The embedded file was written for another model.
+pub fn embedded(
+    num_labels: usize,
+    device: &burn::tensor::Device,
+) -> Result<model::Dinov2ForImageClassification, Error> {
+    backbone::Backbone::Embedded.load(num_labels, device)
+}
+
 /// Does what was asked for.
 ///
 /// # Errors

@@ -5,7 +5,7 @@ use std::fmt;
 
 use burn::module::{Lora, Module, ModuleVisitor, Param, ParamGroup, ParamId};
 use burn::prelude::*;
-use burn_boft::{Bias, BoftConfig, OftConfig, Summary, inject, merge};
+use burn_boft::{AdapterConfig, Bias, BoftConfig, OftConfig, Summary, inject, merge};
 
 use crate::error::Error;
 use crate::model::Dinov2ForImageClassification;
@@ -97,13 +97,24 @@ impl Method {
                     .unfreeze_group(ParamGroup::from_any_predicates(biases.to_vec()))
                     .unfreeze_group(ParamGroup::from_predicate(HEAD))
             }
+            Self::Oft { .. } | Self::Boft { .. } => match self.adapter() {
+                Some(config) => inject(model, config)?,
+                None => model,
+            },
+            Self::Full => model.unfreeze(),
+        })
+    }
+
+    /// The settings of the adapter, where this crate adapts.
+    pub fn adapter(&self) -> Option<AdapterConfig> {
+        match self {
             Self::Oft { block_size } => {
                 let config = OftConfig::new()
                     .with_block_size(*block_size)
                     .with_target_modules(TARGETS)
                     .with_bias(Bias::AdapterOnly)
                     .with_modules_to_save([HEAD]);
-                inject(model, &config)?
+                Some(config.into())
             }
             Self::Boft {
                 block_size,
@@ -117,10 +128,10 @@ impl Method {
                     .with_dropout(*dropout)
                     .with_bias(Bias::AdapterOnly)
                     .with_modules_to_save([HEAD]);
-                inject(model, &config)?
+                Some(config.into())
             }
-            Self::Full => model.unfreeze(),
-        })
+            Self::Linear | Self::Lora { .. } | Self::Full => None,
+        }
     }
 
     /// Says which block sizes OFT took where the one asked for does not divide a layer, as PEFT does.

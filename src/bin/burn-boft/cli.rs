@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 use crate::error::Error;
 use crate::{convert, inspect, merge, unmerge};
@@ -33,7 +33,7 @@ enum Command {
 
 /// The options of `convert`.
 #[derive(Debug, Args)]
-#[group(id = "form", required = true, multiple = false, args = ["to", "to_lora"])]
+#[command(group = ArgGroup::new("form").required(true).args(["to", "to_lora"]))]
 pub struct Convert {
     /// The adapter: PEFT's folder, of any version since 0.14, or a Burn record (.bpk)
     pub input: PathBuf,

@@ -428,6 +428,32 @@ fn convolutions_and_running_statistics_travel() {
 }
 
 #[test]
+fn adapters_served_from_one_base_have_running_statistics_of_their_own() {
+    let config = BoftConfig::new()
+        .with_init(INIT)
+        .with_target_modules(["conv"])
+        .with_modules_to_save(["norm"]);
+    let adapter = |seed| {
+        let model = inject(ConvNet::new(&device()), &config).unwrap();
+        let model = set(model, "norm.running_mean", |values| {
+            noise(values.len(), seed, 0.5)
+        });
+        Adapter::extract(&model, &config).unwrap()
+    };
+    let base = ConvNet::new(&Device::flex());
+    let before = numbers(&base);
+    let served = [61, 62].map(|seed| adapter(seed).attach(base.clone()).unwrap());
+    for (model, seed) in served.iter().zip([61, 62]) {
+        let mean: Vec<f64> = noise(6, seed, 0.5)
+            .iter()
+            .map(|x| f64::from(*x as f32))
+            .collect();
+        assert_eq!(numbers(model)["norm.running_mean"], mean);
+    }
+    assert_eq!(numbers(&base), before);
+}
+
+#[test]
 fn attaching_shares_the_base() {
     let model = base::<BoftLinear>();
     let adapter = Adapter::extract(&adapted::<BoftLinear>(boft()), boft()).unwrap();

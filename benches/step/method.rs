@@ -108,7 +108,7 @@ impl Method {
     /// The model as the method trains or runs it, or the reason why it cannot.
     fn prepare<N: Network>(self, model: N) -> Result<N, String> {
         let adapted =
-            |model| inject(model, &self.config(N::TARGETS)).map_err(|error| error.to_string());
+            |model| inject(model, self.config(N::TARGETS)).map_err(|error| error.to_string());
         let model = match self {
             Self::Frozen => model.no_grad(),
             Self::Full => model.unfreeze(),
@@ -230,7 +230,7 @@ fn skews<N: Module>(model: &N) -> Vec<(Tensor<3>, usize)> {
             if self.path.last().is_some_and(|name| name == "skew") {
                 let shape = param.dims();
                 let packed = shape[D - 1];
-                let b = (1 + (1 + 8 * packed).isqrt()) / 2;
+                let b = (1 + 8 * packed).isqrt().div_ceil(2);
                 let skew = param.val().reshape([shape[0], shape[1], packed]).detach();
                 self.skews.push((skew.require_grad(), b));
             }

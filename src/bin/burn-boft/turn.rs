@@ -111,7 +111,7 @@ enum Inverse {
     /// An orthogonal rotation is undone by its transpose.
     Transpose,
     /// The inverses of blocks that are not orthogonal, transposed, a `[n, b, b]` tensor.
-    Blocks(Tensor<3>),
+    Blocks(Box<Tensor<3>>),
 }
 
 impl<'a> Backward<'a> {
@@ -140,7 +140,7 @@ impl<'a> Backward<'a> {
             Inverse::Blocks(blocks) => {
                 let [n, b, _] = blocks.dims();
                 let parts = weight.reshape([count, n, b]).swap_dims(0, 1);
-                let turned = parts.matmul(blocks.clone());
+                let turned = parts.matmul(blocks.as_ref().clone());
                 turned.swap_dims(0, 1).reshape([count, d_input])
             }
         }
@@ -163,7 +163,7 @@ impl Turn for Backward<'_> {
         };
         let inverse = match is_orthogonal {
             true => Inverse::Transpose,
-            false => Inverse::Blocks(invert(&rotation.blocks, &self.device)?),
+            false => Inverse::Blocks(Box::new(invert(&rotation.blocks, &self.device)?)),
         };
         self.rotation = Some((rotation, inverse));
         Ok(())
@@ -212,7 +212,7 @@ fn invert(blocks: &Blocks, device: &Device) -> Result<Tensor<3>, String> {
         let inverse = block.partial_piv_lu().inverse();
         // A block that flattens a direction cannot be undone; rounding leaves a huge inverse instead of none.
         let condition = inverse.norm_max() * block.norm_max();
-        if !(condition < SINGULAR) {
+        if condition.is_nan() || condition >= SINGULAR {
             return Err(format!(
                 "has no inverse: block {index} of the Neumann polynomial flattens a direction"
             ));

@@ -46,7 +46,7 @@ def main(folder):
         vocab_size=32000,
         hidden_size=2048,
         intermediate_size=5632,
-        num_hidden_layers=18,
+        num_hidden_layers=19,
         num_attention_heads=16,
         tie_word_embeddings=False,
     )

@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::error::Error;
-use crate::{inspect, merge, unmerge};
+use crate::{convert, inspect, merge, unmerge};
 
 /// OFT and BOFT adapters on disk: looks into them, merges them into safetensors models, takes them out again,
 /// converts them.
@@ -27,6 +27,53 @@ enum Command {
     Unmerge(Unmerge),
     /// Shows what an adapter is and how far it turns each layer
     Inspect(Inspect),
+    /// Writes an adapter in another form: PEFT's folder, a Burn record, OFT, BOFT, LoRA
+    Convert(Convert),
+}
+
+/// The options of `convert`.
+#[derive(Debug, Args)]
+#[group(id = "form", required = true, multiple = false, args = ["to", "to_lora"])]
+pub struct Convert {
+    /// The adapter: PEFT's folder, of any version since 0.14, or a Burn record (.bpk)
+    pub input: PathBuf,
+
+    /// The form to write
+    #[arg(long, value_enum)]
+    pub to: Option<Form>,
+
+    /// Write the nearest LoRA of this rank in PEFT's layout, and print what it leaves out
+    #[arg(long, value_name = "RANK", value_parser = clap::value_parser!(u32).range(1..), requires = "base")]
+    pub to_lora: Option<u32>,
+
+    /// The folder or record to write, which must not be there yet
+    #[arg(long, value_name = "PATH")]
+    pub output: PathBuf,
+
+    /// The model that the adapter is for, where the adapter does not tell enough
+    #[arg(long, value_name = "PATH")]
+    pub base: Option<PathBuf>,
+
+    /// Settings for a record that has none: an adapter_config.json
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Rename the adapter's modules as for `merge`; with --to-lora, only to find them in the model
+    #[arg(long = "map", value_name = "RULE")]
+    pub maps: Vec<String>,
+}
+
+/// What an adapter can become.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Form {
+    /// PEFT's folder in today's layout
+    Peft,
+    /// PEFT's folder of BOFT, from OFT with the exact Cayley map
+    Boft,
+    /// PEFT's folder of OFT, from BOFT with one factor and a scale of ones
+    Oft,
+    /// A Burn record of the injected parameters (.bpk)
+    Record,
 }
 
 /// The options of `inspect`.
@@ -106,6 +153,7 @@ impl Cli {
             Command::Merge(options) => merge::run(&options),
             Command::Unmerge(options) => unmerge::run(&options),
             Command::Inspect(options) => inspect::run(&options),
+            Command::Convert(options) => convert::run(&options),
         }
     }
 }

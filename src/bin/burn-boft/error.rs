@@ -52,10 +52,6 @@ pub enum Error {
     /// An adapter that PEFT's format cannot hold, or that cannot be written.
     #[error(transparent)]
     Save(#[from] SaveError),
-
-    /// The user ended it.
-    #[error("interrupted; nothing was written")]
-    Interrupted,
 }
 
 impl Error {
@@ -89,7 +85,7 @@ impl Error {
     /// The exit code: 2 where the input is at fault, 1 otherwise.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Write { .. } | Self::Save(SaveError::Io { .. }) | Self::Interrupted => 1,
+            Self::Write { .. } | Self::Save(SaveError::Io { .. }) => 1,
             _ => 2,
         }
     }

@@ -1,5 +1,6 @@
 //! The names of an adapter's modules in a model's file.
 
+use burn_boft::{KeyMap, Transformers};
 use fancy_regex::Regex;
 
 use crate::base::Base;
@@ -52,6 +53,20 @@ impl Names {
             names.rules.push((regex, replacement.to_string()));
         }
         Ok(names)
+    }
+
+    /// The rules for reading an adapter whose names become the model's.
+    pub fn to_key_map(&self) -> Result<KeyMap, Error> {
+        let mut map = match self.dinov2 {
+            true => KeyMap::dinov2(Transformers::V5),
+            false => KeyMap::new(),
+        };
+        for (regex, replacement) in &self.rules {
+            map = map
+                .with_to_model(regex.as_str(), replacement)
+                .map_err(|error| Error::Settings(error.to_string()))?;
+        }
+        Ok(map)
     }
 
     /// Where a module of the adapter is in the file: the first of its names that the file has a tensor for, else

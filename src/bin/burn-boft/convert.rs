@@ -1,0 +1,210 @@
+//! `convert`: an adapter in another form.
+
+use burn::tensor::TensorData;
+use burn_boft::{Adapter, AdapterConfig, BoftConfig, Cayley, LoadOptions, OftConfig};
+use serde_json::{Map, Value};
+
+use crate::base::Base;
+use crate::cli::{Convert, Form};
+use crate::error::Error;
+use crate::names::{Names, join};
+use crate::output::{check_free, check_outside};
+use crate::peft::{Tensors, ones};
+use crate::{lora, record, settings};
+
+pub fn run(options: &Convert) -> Result<(), Error> {
+    let names = Names::parse(&options.maps)?;
+    let base = options.base.as_deref().map(Base::open).transpose()?;
+    check_free(&options.output)?;
+    check_outside(&options.output, &options.input)?;
+    if let Some(rank) = options.to_lora {
+        let (adapter, settings) = read(options, &Names::default(), base.as_ref())?;
+        let base = base.ok_or_else(|| needs_base("--to-lora"))?;
+        return lora::write(
+            &adapter,
+            &settings,
+            &base,
+            &names,
+            rank as usize,
+            &options.output,
+        );
+    }
+    let (adapter, settings) = read(options, &names, base.as_ref())?;
+    let adapter = match options.to {
+        Some(Form::Oft) => to_oft(&adapter, &settings)?,
+        Some(Form::Boft) => to_boft(&adapter, &settings, base.as_ref())?,
+        _ => adapter,
+    };
+    match options.to {
+        Some(Form::Record) => {
+            let settings = settings_of(adapter.config(), &settings)?;
+            record::write(&adapter, &settings, base.as_ref(), &options.output)?;
+        }
+        _ => adapter.save(&options.output)?,
+    }
+    println!(
+        "{}: {} layers",
+        options.output.display(),
+        adapter.layers().len()
+    );
+    Ok(())
+}
+
+fn needs_base(what: &str) -> Error {
+    Error::Settings(format!(
+        "{what} needs --base, the model that the adapter is for"
+    ))
+}
+
+/// Reads the adapter, which is a folder or a record.
+fn read(
+    options: &Convert,
+    names: &Names,
+    base: Option<&Base>,
+) -> Result<(Adapter, Map<String, Value>), Error> {
+    let input = &options.input;
+    if input.is_file() {
+        let settings = options
+            .config
+            .as_deref()
+            .map(settings::read_file)
+            .transpose()?;
+        return record::read(input, settings, base);
+    }
+    if options.config.is_some() {
+        let refused = "--config is for a record; a folder has its own settings".to_string();
+        return Err(Error::Settings(refused));
+    }
+    let load = LoadOptions::new().with_key_map(names.to_key_map()?);
+    let (adapter, report) = Adapter::load_with(input, &load).map_err(|source| Error::Adapter {
+        folder: input.clone(),
+        source,
+    })?;
+    for line in report.converted.iter().chain(&report.warnings) {
+        eprintln!("note: {line}");
+    }
+    Ok((adapter, settings::read(input)?))
+}
+
+/// The settings as PEFT writes them, with where the adapter comes from.
+fn settings_of(
+    config: &AdapterConfig,
+    from: &Map<String, Value>,
+) -> Result<Map<String, Value>, Error> {
+    let json = serde_json::to_value(config).map_err(|error| Error::Settings(error.to_string()))?;
+    let Value::Object(mut json) = json else {
+        return Err(Error::Settings("the settings are no JSON object".into()));
+    };
+    for key in settings::ABOUT {
+        if let Some(value) = from.get(key) {
+            json.insert(key.to_string(), value.clone());
+        }
+    }
+    Ok(json)
+}
+
+/// BOFT with one factor and a scale of ones is OFT with the exact map.
+fn to_oft(adapter: &Adapter, settings: &Map<String, Value>) -> Result<Adapter, Error> {
+    let AdapterConfig::Boft(config) = adapter.config() else {
+        return Err(Error::Settings("the adapter is OFT already".into()));
+    };
+    let mut tensors = Tensors::default();
+    for layer in adapter.layers() {
+        let refuse = |why: String| Error::Settings(format!("`{}` {why}", layer.path()));
+        if layer.n_butterfly_factor() != 1 {
+            let m = layer.n_butterfly_factor();
+            return Err(refuse(format!(
+                "has {m} factors, and OFT has one; convert it with --to-lora, or merge it"
+            )));
+        }
+        let scales = layer
+            .scale()
+            .into_iter()
+            .flat_map(|scale| scale.iter::<f64>());
+        if let Some(scale) = scales.into_iter().find(|scale| *scale != 1.0) {
+            return Err(refuse(format!(
+                "has a scale of {scale}, and OFT has none; convert it with --to-lora, or merge it"
+            )));
+        }
+        tensors.push_oft(layer.path(), layer.skew());
+    }
+    let mut oft = OftConfig::new();
+    (oft.block, oft.init, oft.selection) = (config.block, config.init, config.selection.clone());
+    assemble(adapter, tensors, &oft.into(), settings)
+}
+
+/// OFT with the exact map is BOFT with one factor and a scale of ones.
+fn to_boft(
+    adapter: &Adapter,
+    settings: &Map<String, Value>,
+    base: Option<&Base>,
+) -> Result<Adapter, Error> {
+    let AdapterConfig::Oft(config) = adapter.config() else {
+        return Err(Error::Settings("the adapter is BOFT already".into()));
+    };
+    let refuse = |why: &str| {
+        Err(Error::Settings(format!(
+            "{why}; convert it with --to-lora, or merge it"
+        )))
+    };
+    if config.cayley != Cayley::Exact {
+        return refuse(
+            "the adapter's Neumann polynomial is not orthogonal, and BOFT's map is exact",
+        );
+    }
+    if config.coft_radius.is_some() {
+        return refuse("the adapter is bound to a COFT radius, and BOFT has none");
+    }
+    let base = base.ok_or_else(|| needs_base("--to boft"))?;
+    let mut tensors = Tensors::default();
+    for layer in adapter.layers() {
+        let path = layer.path();
+        let key = join(path, "weight");
+        let (_, entry) = base.entry(&key).ok_or_else(|| {
+            Error::tensor(
+                &base.path,
+                &key,
+                "is not there, and the adapter has a layer of that name; --map bridges names",
+            )
+        })?;
+        let kind = record::kind_in(base, path).ok_or_else(|| {
+            Error::tensor(&base.path, &key, "is neither a matrix nor a convolution")
+        })?;
+        let d_input: usize = entry.shape[1..].iter().product();
+        let b = layer.block_size();
+        if layer.d_input().is_some_and(|d| d != d_input) || !d_input.is_multiple_of(b) {
+            let why = format!(
+                "is {:?}, and the adapter rotates blocks of {b}",
+                entry.shape
+            );
+            return Err(Error::tensor(&base.path, &key, why));
+        }
+        let mut skew = layer.skew().clone();
+        if layer.block_share() {
+            let numbers: Vec<f64> = skew.iter::<f64>().collect();
+            let shape = [1, d_input / b, numbers.len()];
+            let repeated = numbers.repeat(d_input / b);
+            skew = TensorData::new(repeated, shape).convert_dtype(skew.dtype());
+        }
+        tensors.push_boft(path, &skew, ones(entry.shape[0], skew.dtype()), kind);
+    }
+    let mut boft = BoftConfig::new();
+    (boft.block, boft.init, boft.selection) = (config.block, config.init, config.selection.clone());
+    assemble(adapter, tensors, &boft.into(), settings)
+}
+
+fn assemble(
+    adapter: &Adapter,
+    mut tensors: Tensors,
+    config: &AdapterConfig,
+    settings: &Map<String, Value>,
+) -> Result<Adapter, Error> {
+    for tensor in adapter.tensors() {
+        let is_adapted = adapter
+            .layers()
+            .iter()
+            .any(|layer| layer.path() == tensor.module());
+        tensors.push_saved(tensor, is_adapted);
+    }
+    tensors.into_adapter(&settings_of(config, settings)?)
+}

@@ -1,0 +1,297 @@
+//! Burn's records of adapters: the parameters that `inject` adds to a model, under their paths in it.
+//!
+//! A record says nothing of settings and of the kinds of layers, so those that are written here carry them beside.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+use burn::tensor::{Bytes, DType, TensorData};
+use burn_boft::{Adapter, AdapterConfig, Bias, LayerKind};
+use burn_pack::{Reader, Tensor, Writer};
+use serde_json::{Map, Value, json};
+
+use crate::base::Base;
+use crate::error::Error;
+use crate::names::join;
+use crate::output::OutputFile;
+use crate::peft::Tensors;
+
+/// Where a record keeps PEFT's settings, and which layers are convolutions.
+const CONFIG: &str = "adapter_config";
+const KINDS: &str = "layer_kinds";
+const SKEW: &str = ".weight.boft.skew";
+const SCALE: &str = ".weight.boft.scale";
+/// What Burn's norms call the weight and the bias of PyTorch's.
+const NORM: [(&str, &str); 2] = [("weight", "gamma"), ("bias", "beta")];
+
+/// Writes an adapter as the record of its model.
+pub fn write(
+    adapter: &Adapter,
+    config: &Map<String, Value>,
+    base: Option<&Base>,
+    output: &Path,
+) -> Result<(), Error> {
+    let mut tensors = Vec::new();
+    let mut kinds = Map::new();
+    for layer in adapter.layers().iter().filter(|layer| !layer.is_identity()) {
+        let path = layer.path();
+        tensors.push(tensor(format!("{path}{SKEW}"), layer.skew().clone()));
+        if let Some(scale) = layer.scale() {
+            tensors.push(tensor(format!("{path}{SCALE}"), scale.clone()));
+        }
+        if let Some(kind) = layer.kind().or_else(|| kind_in(base?, path)) {
+            kinds.insert(path.to_string(), json!(kind));
+        }
+    }
+    tensors.extend(saved(adapter, base)?);
+    let config = Value::Object(config.clone()).to_string();
+    let bytes = Writer::new(tensors)
+        .with_metadata(CONFIG, &config)
+        .with_metadata(KINDS, &Value::Object(kinds).to_string())
+        .into_bytes()
+        .map_err(|error| Error::malformed(output, error.to_string()))?;
+    let mut file = OutputFile::create(output)?;
+    file.write(&bytes)?;
+    file.finish()
+}
+
+fn tensor(name: String, data: TensorData) -> Tensor {
+    let (bytes, shape, dtype) = data.into_parts();
+    Tensor::new(name, dtype, shape, None, bytes)
+}
+
+/// The biases and saved modules, with Burn's names and orientation.
+fn saved(adapter: &Adapter, base: Option<&Base>) -> Result<Vec<Tensor>, Error> {
+    let adapted: BTreeSet<_> = adapter.layers().iter().map(|layer| layer.path()).collect();
+    let weights: BTreeMap<_, _> = adapter
+        .tensors()
+        .iter()
+        .filter(|tensor| tensor.name() == "weight")
+        .map(|tensor| (tensor.module(), tensor.data().rank()))
+        .collect();
+    let biases: BTreeSet<_> = adapter
+        .tensors()
+        .iter()
+        .filter(|tensor| tensor.name() == "bias")
+        .map(|tensor| tensor.module())
+        .collect();
+    let mut tensors = Vec::new();
+    for saved in adapter.tensors() {
+        let (module, name) = (saved.module(), saved.name());
+        // Burn's norms do not count batches.
+        if saved.data().dtype() == DType::I64 {
+            continue;
+        }
+        let rank = weights.get(module).copied().or_else(|| {
+            let (_, entry) = base?.entry(&join(module, "weight"))?;
+            Some(entry.shape.len())
+        });
+        let rank = match adapted.contains(module) {
+            true => Some(2),
+            false => rank,
+        };
+        let (name, data) = match (name, rank) {
+            ("weight" | "bias", Some(1)) => {
+                let norm = NORM.iter().find(|(torch, _)| *torch == name);
+                (norm.map_or(name, |(_, burn)| burn), saved.data().clone())
+            }
+            ("weight", Some(2)) if !biases.contains(module) => {
+                return Err(Error::Settings(format!(
+                    "`{module}.weight` is a linear layer's or an embedding's, which Burn stores differently; attach \
+                     the adapter to its model in Rust and save that"
+                )));
+            }
+            ("weight", Some(2)) => (name, transposed(saved.data())),
+            ("bias", None) => {
+                return Err(Error::Settings(format!(
+                    "`{module}.bias` is a linear layer's or a norm's, which Burn names differently; --base tells"
+                )));
+            }
+            (name, _) => (name, saved.data().clone()),
+        };
+        tensors.push(tensor(join(module, name), data));
+    }
+    Ok(tensors)
+}
+
+fn transposed(matrix: &TensorData) -> TensorData {
+    let [rows, columns] = matrix.shape().dims::<2>();
+    let numbers: Vec<f64> = matrix.iter::<f64>().collect();
+    let places = (0..columns).flat_map(|column| (0..rows).map(move |row| row * columns + column));
+    let numbers: Vec<_> = places.map(|place| numbers[place]).collect();
+    TensorData::new(numbers, [columns, rows]).convert_dtype(matrix.dtype())
+}
+
+/// The kind of a layer by its weight's axes.
+pub fn kind_in(base: &Base, path: &str) -> Option<LayerKind> {
+    let (_, entry) = base.entry(&join(path, "weight"))?;
+    match entry.shape.len() {
+        2 => Some(LayerKind::Linear),
+        4 => Some(LayerKind::Conv2d),
+        _ => None,
+    }
+}
+
+/// Reads the adapter out of a record, with the settings of the record or these.
+pub fn read(
+    path: &Path,
+    settings: Option<Map<String, Value>>,
+    base: Option<&Base>,
+) -> Result<(Adapter, Map<String, Value>), Error> {
+    let malformed = |reason: String| Error::malformed(path, format!("not a Burn record: {reason}"));
+    let bytes = fs::read(path).map_err(Error::read(path))?;
+    let reader = Reader::from_bytes(Bytes::from_bytes_vec(bytes))
+        .map_err(|error| malformed(error.to_string()))?;
+    let object = |key: &str| -> Option<Map<String, Value>> {
+        serde_json::from_str(reader.metadata().get(key)?).ok()
+    };
+    let kinds = object(KINDS).unwrap_or_default();
+    let settings = settings.or_else(|| object(CONFIG)).ok_or_else(|| {
+        Error::malformed(path, "it does not say how the adapter was made; --config names an adapter_config.json that does")
+    })?;
+    let config: AdapterConfig = serde_json::from_value(Value::Object(settings.clone()))
+        .map_err(|error| Error::malformed(path, format!("its settings are refused: {error}")))?;
+    let mut tensors = BTreeMap::new();
+    for tensor in reader
+        .into_tensors()
+        .map_err(|error| malformed(error.to_string()))?
+    {
+        let (name, dtype, shape, _, bytes) = tensor
+            .into_parts()
+            .map_err(|error| malformed(error.to_string()))?;
+        let data = TensorData::try_from_bytes(bytes, shape, dtype)
+            .map_err(|error| Error::tensor(path, &name, format!("cannot be read: {error}")))?;
+        tensors.insert(name, data);
+    }
+    let reader = RecordReader {
+        path,
+        config,
+        kinds,
+        base,
+        tensors,
+    };
+    let adapter = reader.read()?.into_adapter(&settings)?;
+    Ok((adapter, settings))
+}
+
+struct RecordReader<'a> {
+    path: &'a Path,
+    config: AdapterConfig,
+    kinds: Map<String, Value>,
+    base: Option<&'a Base>,
+    tensors: BTreeMap<String, TensorData>,
+}
+
+impl RecordReader<'_> {
+    fn read(self) -> Result<Tensors, Error> {
+        let mut result = Tensors::default();
+        let mut adapted = BTreeSet::new();
+        for (name, skew) in &self.tensors {
+            let Some(layer) = name.strip_suffix(SKEW) else {
+                continue;
+            };
+            if skew.rank() != 3 {
+                let why = format!(
+                    "is {:?}, and blocks of factors have three axes",
+                    &**skew.shape()
+                );
+                return Err(Error::tensor(self.path, name, why));
+            }
+            adapted.insert(layer);
+            self.layer(layer, skew, &mut result)?;
+        }
+        if adapted.is_empty() {
+            return Err(Error::malformed(
+                self.path,
+                format!("no adapter: no name ends with `{SKEW}`"),
+            ));
+        }
+        for (name, data) in &self.tensors {
+            self.saved(name, data, &adapted, &mut result)?;
+        }
+        Ok(result)
+    }
+
+    fn layer(&self, layer: &str, skew: &TensorData, result: &mut Tensors) -> Result<(), Error> {
+        let refuse = |why: String| Err(Error::tensor(self.path, layer, why));
+        match (&self.config, self.tensors.get(&format!("{layer}{SCALE}"))) {
+            (AdapterConfig::Oft(_), None) if skew.shape()[0] == 1 => result.push_oft(layer, skew),
+            (AdapterConfig::Oft(_), _) => {
+                return refuse("has a scale or several factors, and the settings say OFT".into());
+            }
+            (_, Some(scale)) => {
+                let told = self
+                    .kinds
+                    .get(layer)
+                    .and_then(|kind| serde_json::from_value(kind.clone()).ok());
+                let kind = told.or_else(|| kind_in(self.base?, layer));
+                let Some(kind) = kind else {
+                    return refuse("is a linear layer or a convolution, which PEFT stores differently; --base tells".into());
+                };
+                result.push_boft(layer, skew, scale.clone(), kind);
+            }
+            (_, None) => return refuse("has no scale, and PEFT's BOFT has one".into()),
+        }
+        Ok(())
+    }
+
+    /// A bias or a part of a saved module, with PyTorch's name and orientation.
+    fn saved(
+        &self,
+        name: &str,
+        data: &TensorData,
+        adapted: &BTreeSet<&str>,
+        result: &mut Tensors,
+    ) -> Result<(), Error> {
+        let (module, own) = name.rsplit_once('.').unwrap_or(("", name));
+        let torch = NORM
+            .iter()
+            .find(|(_, burn)| *burn == own)
+            .map_or(own, |(torch, _)| torch);
+        let selection = self.config.selection();
+        let is_bias = torch == "bias"
+            && match selection.bias {
+                Bias::None => false,
+                Bias::All => true,
+                Bias::AdapterOnly => adapted.contains(module),
+            };
+        if name.contains(".weight.boft.")
+            || !(is_bias || is_saved(&selection.modules_to_save, module))
+        {
+            return Ok(());
+        }
+        let has_bias = self.tensors.contains_key(&join(module, "bias"));
+        let data = match (own, data.rank()) {
+            ("weight", 2) if !has_bias => {
+                return Err(Error::tensor(
+                    self.path,
+                    name,
+                    "is a linear layer's or an embedding's, which Burn stores differently; extract the adapter from its \
+                     model in Rust",
+                ));
+            }
+            ("weight", 2) => transposed(data),
+            _ => data.clone(),
+        };
+        match adapted.contains(module) {
+            true => result.push(module, &format!("base_layer.{torch}"), data),
+            false => result.push(module, torch, data),
+        }
+        Ok(())
+    }
+}
+
+/// Whether a module is one to save, or in one: its path, or how it ends at a dot.
+fn is_saved(modules_to_save: &[String], module: &str) -> bool {
+    let ends = module
+        .match_indices('.')
+        .map(|(dot, _)| dot)
+        .chain([module.len()]);
+    ends.map(|end| &module[..end]).any(|path| {
+        modules_to_save.iter().any(|name| {
+            path.strip_suffix(name.as_str())
+                .is_some_and(|front| front.is_empty() || front.ends_with('.'))
+        })
+    })
+}

@@ -131,9 +131,15 @@ impl Parameter {
         self.container == "Struct:Linear" && self.name() == "weight"
     }
 
+    /// Whether it is a running statistic, which is a buffer.
+    pub(crate) fn is_statistic(&self) -> bool {
+        self.container == "Struct:BatchNorm"
+            && matches!(self.name(), "running_mean" | "running_var")
+    }
+
     /// Whether it is the running mean of a norm that PyTorch counts the batches of.
     pub(crate) fn counts_batches(&self) -> bool {
-        self.container == "Struct:BatchNorm" && self.name() == "running_mean"
+        self.is_statistic() && self.name() == "running_mean"
     }
 }
 

@@ -15,7 +15,9 @@ use burn::nn::{
 };
 use burn::tensor::activation::{gelu, relu};
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_boft::{Adapter, BoftLinear, LoadReport, merge};
+use burn_boft::{
+    Adapter, BoftLinear, KeyMap, LoadOptions, LoadReport, SaveOptions, Transformers, merge,
+};
 use common::host;
 use common::models::{Layer, gradients, numbers};
 use safetensors::SafeTensors;
@@ -508,5 +510,148 @@ fn adapters_of_older_versions_compute_what_those_computed() {
             report.to_string().contains(expected) || expected == "0 ",
             "{name}: {report}"
         );
+    }
+}
+
+/// The layers of DINOv2 with SwiGLU, named as in its files.
+#[derive(Module, Debug)]
+struct Dino {
+    dinov2: Dinov2,
+    classifier: BoftLinear,
+}
+
+#[derive(Module, Debug)]
+struct Dinov2 {
+    encoder: DinoEncoder,
+}
+
+#[derive(Module, Debug)]
+struct DinoEncoder {
+    layer: Vec<DinoLayer>,
+}
+
+#[derive(Module, Debug)]
+struct DinoLayer {
+    attention: DinoAttention,
+    mlp: SwiGlu,
+}
+
+#[derive(Module, Debug)]
+struct DinoAttention {
+    attention: Projections,
+    output: Dense,
+}
+
+#[derive(Module, Debug)]
+struct Projections {
+    query: BoftLinear,
+    key: BoftLinear,
+    value: BoftLinear,
+}
+
+#[derive(Module, Debug)]
+struct Dense {
+    dense: BoftLinear,
+}
+
+#[derive(Module, Debug)]
+struct SwiGlu {
+    weights_in: BoftLinear,
+    weights_out: BoftLinear,
+}
+
+impl Dino {
+    fn new(base: &Tensors, device: &Device) -> Self {
+        let layer = |index: usize| {
+            let linear = |name: &str| {
+                linear(
+                    base,
+                    &format!("dinov2.encoder.layer.{index}.{name}"),
+                    device,
+                )
+            };
+            DinoLayer {
+                attention: DinoAttention {
+                    attention: Projections {
+                        query: linear("attention.attention.query"),
+                        key: linear("attention.attention.key"),
+                        value: linear("attention.attention.value"),
+                    },
+                    output: Dense {
+                        dense: linear("attention.output.dense"),
+                    },
+                },
+                mlp: SwiGlu {
+                    weights_in: linear("mlp.weights_in"),
+                    weights_out: linear("mlp.weights_out"),
+                },
+            }
+        };
+        Self {
+            dinov2: Dinov2 {
+                encoder: DinoEncoder {
+                    layer: (0..2).map(layer).collect(),
+                },
+            },
+            classifier: linear(base, "classifier", device),
+        }
+    }
+}
+
+#[test]
+fn dinov2_of_either_transformers_merges_as_peft_does() {
+    let folder = fixtures().with_file_name("dinov2");
+    let (base, _) = read(&folder.join("base.safetensors"));
+    let (merged, _) = read(&folder.join("merged.safetensors"));
+    let device = Device::flex().autodiff();
+    let model = Dino::new(&base, &device).map(&mut SetBase {
+        path: Vec::new(),
+        base: &base,
+    });
+    let versions = [
+        (Transformers::V4, "transformers-4"),
+        (Transformers::V5, "transformers-5"),
+    ];
+    for (version, name) in versions {
+        let names = KeyMap::dinov2(version);
+        let options = LoadOptions::new().with_key_map(names.clone());
+        let (adapter, report) = Adapter::load_with(folder.join(name), &options).unwrap();
+        assert!(
+            report.converted.is_empty() && report.warnings.is_empty(),
+            "{report}"
+        );
+        let plain = merge(adapter.attach(model.clone()).unwrap().valid()).unwrap();
+        let actual = numbers(&plain);
+        let mut comparison = Comparison::default();
+        assert_eq!(actual.len(), merged.len());
+        for (key, (shape, numbers)) in &merged {
+            let (path, numbers) = place(key, shape, numbers);
+            comparison.compare(&path, &actual[&path], &numbers, FORWARD);
+        }
+        assert!(
+            comparison.failures.is_empty(),
+            "{name}: {}",
+            comparison.failures.join("\n")
+        );
+
+        // Written under the other's names, it has the other's tensors.
+        for (version, name) in versions {
+            let again = tempfile::tempdir().unwrap();
+            let options = SaveOptions::new().with_key_map(KeyMap::dinov2(version));
+            adapter.save_with(again.path(), &options).unwrap();
+            let file = "adapter_model.safetensors";
+            let (written, _) = read(&again.path().join(file));
+            let (expected, _) = read(&folder.join(name).join(file));
+            assert_eq!(
+                written.keys().collect::<Vec<_>>(),
+                expected.keys().collect::<Vec<_>>()
+            );
+            for (key, (shape, numbers)) in &expected {
+                assert_eq!(&written[key].0, shape, "{key}");
+                if !key.ends_with("boft_R") {
+                    assert_eq!(&written[key].1, numbers, "{key}");
+                }
+            }
+        }
     }
 }

@@ -20,12 +20,15 @@ use crate::target::{Decision, TargetMatcher, is_saved};
 impl Adapter {
     /// Attaches the adapter to a model: its rotations to the layers, its biases and saved modules in place.
     ///
-    /// The model keeps its type and its base weights, which are shared, not copied. It may be fresh, or adapted
-    /// by this crate, in which case the new adapter takes the place of the old one. What is trainable
+    /// The model keeps its type and its base weights, which are shared, not copied. What is trainable
     /// afterwards is what [`inject`](crate::inject()) would leave trainable.
     ///
-    /// Burn shares the running statistics of a batch norm between clones of a model. Where an adapter carries
-    /// such statistics, they show in every clone.
+    /// The model may be fresh, or adapted by this crate: then the new adapter takes the place of the old one,
+    /// and what the old one trained beside it stays unless the new one has it too. To switch between adapters,
+    /// attach each to a clone of the base.
+    ///
+    /// On a device with autodiff, Burn's clones of a model share the running statistics of its batch norms, and
+    /// those that an adapter carries show in every clone. On a plain device they do not.
     ///
     /// # Errors
     ///
@@ -330,6 +333,16 @@ impl Fit {
         let model = match survey.adapted.is_empty() {
             true => model,
             false => unload(model),
+        };
+        let statistics = survey.parameters.iter().any(|parameter| {
+            parameter.is_statistic() && self.tensors.contains_key(&parameter.path)
+        });
+        let plain = model.devices().iter().all(|device| !device.is_autodiff());
+        // Clones share running statistics. A model for validation has its own, and on a plain device it is
+        // no other model.
+        let model = match statistics && plain {
+            true => model.valid(),
+            false => model,
         };
         place(model, self.layers, self.trained, self.tensors)
     }

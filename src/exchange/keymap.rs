@@ -35,6 +35,8 @@ pub enum Transformers {
 pub struct KeyMap {
     to_model: Vec<(Regex, String)>,
     to_file: Vec<(Regex, String)>,
+    /// Other names that a file may have for a path of the model.
+    aliases: Vec<(Regex, String)>,
     fused: Vec<Fused>,
 }
 
@@ -87,12 +89,14 @@ impl KeyMap {
             (regex, format!("${{1}}{to}"))
         };
         let new_names = version == Transformers::V5;
+        let aliases: Vec<_> = NAMES.iter().map(|(old, new)| rule(old, new)).collect();
         Self {
             to_model: NAMES.iter().map(|(old, new)| rule(new, old)).collect(),
             to_file: match new_names {
-                true => NAMES.iter().map(|(old, new)| rule(old, new)).collect(),
+                true => aliases.clone(),
                 false => Vec::new(),
             },
+            aliases,
             fused: vec![Fused {
                 whole: "mlp.weights_in".into(),
                 parts: vec!["gate_proj".into(), "up_proj".into()],
@@ -195,16 +199,16 @@ impl KeyMap {
         Ok(paths)
     }
 
-    /// The names of a module of the model in files of any kind that this map reads: what targets may mean.
+    /// Every name that a module of the model may have in a file: what its targets may mean.
     pub(crate) fn file_names(&self, model: &str) -> Result<Vec<String>, KeyMapError> {
         let path = apply(&self.to_file, model)?;
-        let mut names = vec![path.clone()];
-        for fused in &self.fused {
-            if ends_with(&path, &fused.whole) {
-                let (front, _) = split(&path);
-                names.extend(fused.parts.iter().map(|part| join(front, part)));
-            }
-        }
+        let parts = self
+            .fused
+            .iter()
+            .filter(|fused| ends_with(&path, &fused.whole))
+            .flat_map(|fused| fused.parts.iter().map(|part| join(split(&path).0, part)));
+        let mut names: Vec<_> = parts.collect();
+        names.extend([apply(&self.aliases, model)?, path]);
         Ok(names)
     }
 
@@ -302,7 +306,7 @@ mod tests {
             KeyMap::dinov2(Transformers::V4),
             KeyMap::dinov2(Transformers::V5),
         );
-        assert_eq!(v4.file_paths(&whole).unwrap(), [whole.clone()]);
+        assert_eq!(v4.file_paths(&whole).unwrap(), std::slice::from_ref(&whole));
         assert_eq!(v5.file_paths(&whole).unwrap(), parts);
         for names in [v4, v5] {
             for (index, file) in parts.iter().enumerate() {

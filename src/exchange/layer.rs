@@ -87,8 +87,9 @@ impl AdapterLayer {
             _ => {}
         }
         if !fits(d_input, b, m) {
+            let factors = factors(m);
             return Err(format!(
-                "{m} factors of block size {b} do not fit {d_input} input features"
+                "{factors} of block size {b} and {d_input} input features do not fit"
             ));
         }
         match self.d_output {
@@ -132,6 +133,14 @@ impl SavedTensor {
     /// Its numbers.
     pub fn data(&self) -> &TensorData {
         &self.data
+    }
+}
+
+/// A number of factors in words.
+pub(crate) fn factors(m: usize) -> String {
+    match m {
+        1 => "1 factor".to_string(),
+        m => format!("{m} factors"),
     }
 }
 

@@ -1,20 +1,21 @@
-//! PEFT's tensors: their keys, their shapes, and those of older versions.
+//! PEFT's tensors read: their keys, their shapes, and those of older versions.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use burn::tensor::{DType, FloatDType, TensorData};
+use burn::tensor::{DType, TensorData};
 use serde_json::{Map, Value};
 
+use super::fused::to_model_names;
 use super::keymap::{KeyMap, join, split};
-use super::layer::{AdapterLayer, SavedTensor, data, pack, unpack, values, wide};
+use super::layer::{AdapterLayer, SavedTensor, data, factors, pack, values, wide};
 use super::report::LoadReport;
 use crate::config::{AdapterConfig, Bias, Block, BoftConfig, OftConfig, Selection, TargetModules};
-use crate::error::{KeyMapError, Mismatch, SaveError};
+use crate::error::{KeyMapError, Mismatch};
 use crate::plan::{LayerKind, adjust, fits};
 use crate::target::is_saved;
 
 /// What every key starts with.
-const PREFIX: &str = "base_model.model.";
+pub(super) const PREFIX: &str = "base_model.model.";
 
 /// The tensors of a file, understood.
 pub(crate) struct Parsed {
@@ -461,7 +462,8 @@ fn read_boft(path: String, r: TensorData, s: Option<TensorData>) -> Result<Adapt
     }
     if b > 1 && !n.checked_mul(b).is_some_and(|d| fits(d, b, m)) {
         return Err(wrong(format!(
-            "{m} factors of block size {b} do not fit {n} blocks"
+            "{} of block size {b} and {n} blocks do not fit",
+            factors(m)
         )));
     }
     let scale = s.map(|s| read_scale(&path, "boft_s", &s)).transpose()?;
@@ -517,9 +519,9 @@ fn reconcile(config: &mut AdapterConfig, layers: &[AdapterLayer], report: &mut L
         for layer in differ {
             let (path, m) = (&layer.path, layer.n_butterfly_factor());
             report.converted.push(format!(
-                "`{path}` has {m} {}, not the {said} of the configuration: PEFT without its CUDA kernel trains one \
+                "`{path}` has {}, not the {said} of the configuration: PEFT without its CUDA kernel trains one \
                  and does not say so",
-                if m == 1 { "factor" } else { "factors" }
+                factors(m)
             ));
         }
         if let Some(m) = same(layers.iter().map(AdapterLayer::n_butterfly_factor)) {
@@ -548,7 +550,7 @@ fn reconcile(config: &mut AdapterConfig, layers: &[AdapterLayer], report: &mut L
 }
 
 /// The block size that PEFT makes of the configuration for an axis, as far as it is known.
-fn expected_block_size(config: &AdapterConfig, d_input: Option<usize>) -> Option<usize> {
+pub(super) fn expected_block_size(config: &AdapterConfig, d_input: Option<usize>) -> Option<usize> {
     match (config, d_input) {
         (AdapterConfig::Boft(config), d) => match (config.block, d) {
             (Block::Size(b), _) => Some(b),
@@ -566,169 +568,11 @@ fn expected_block_size(config: &AdapterConfig, d_input: Option<usize>) -> Option
 }
 
 /// Wider than any layer; an empty tensor can claim any width.
-const MAX_WIDTH: usize = 1 << 26;
+const MAX_WIDTH: usize = 1 << 20;
 
 fn same<T: PartialEq>(mut values: impl Iterator<Item = T>) -> Option<T> {
     let first = values.next()?;
     values.all(|value| value == first).then_some(first)
-}
-
-/// Renames everything to the model's names, and joins the parts of fused layers.
-fn to_model_names(
-    names: &KeyMap,
-    layers: &mut Vec<AdapterLayer>,
-    tensors: &mut Vec<SavedTensor>,
-    mismatch: &mut Mismatch,
-) -> Result<(), KeyMapError> {
-    let mut seen = BTreeMap::new();
-    let mut claim = |file: &str, model: &str| match seen.insert(model.to_string(), file.to_string())
-    {
-        Some(first) if first != file => Err(KeyMapError::Collision {
-            first,
-            second: file.to_string(),
-            name: model.to_string(),
-        }),
-        _ => Ok(()),
-    };
-    let mut parts: BTreeMap<String, Parts<AdapterLayer>> = BTreeMap::new();
-    for mut layer in std::mem::take(layers) {
-        if let Some(part) = names.part(&layer.path) {
-            parts
-                .entry(part.whole.clone())
-                .or_default()
-                .add(part, layer);
-            continue;
-        }
-        let path = names.model_path(&layer.path)?;
-        claim(&layer.path, &path)?;
-        layer.path = path;
-        layers.push(layer);
-    }
-    for (whole, parts) in parts {
-        let path = names.model_path(&whole)?;
-        claim(&whole, &path)?;
-        match parts.join(&whole, |parts| fuse_layers(parts, path)) {
-            Ok(layer) => layers.push(layer),
-            Err(why) => mismatch.wrong.push(why),
-        }
-    }
-    let mut parts: BTreeMap<(String, String), Parts<SavedTensor>> = BTreeMap::new();
-    for mut tensor in std::mem::take(tensors) {
-        if let Some(part) = names.part(&tensor.module) {
-            let key = (part.whole.clone(), tensor.name.clone());
-            parts.entry(key).or_default().add(part, tensor);
-            continue;
-        }
-        let module = names.model_path(&tensor.module)?;
-        claim(&tensor.module, &module)?;
-        tensor.module = module;
-        tensors.push(tensor);
-    }
-    for ((whole, name), parts) in parts {
-        let module = names.model_path(&whole)?;
-        claim(&whole, &module)?;
-        match parts.join(&whole, |parts| {
-            let data = parts.iter().map(|part| &part.data);
-            Ok(SavedTensor {
-                module,
-                name,
-                data: concatenate(data).ok_or("their shapes differ")?,
-            })
-        }) {
-            Ok(tensor) => tensors.push(tensor),
-            Err(why) => mismatch.wrong.push(why),
-        }
-    }
-    Ok(())
-}
-
-/// Parts of one fused layer.
-struct Parts<T> {
-    names: Vec<String>,
-    found: BTreeMap<usize, T>,
-}
-
-impl<T> Default for Parts<T> {
-    fn default() -> Self {
-        Self {
-            names: Vec::new(),
-            found: BTreeMap::new(),
-        }
-    }
-}
-
-impl<T> Parts<T> {
-    fn add(&mut self, part: super::keymap::Part, value: T) {
-        self.names = part.parts;
-        self.found.insert(part.index, value);
-    }
-
-    fn join<U>(
-        self,
-        whole: &str,
-        join: impl FnOnce(Vec<T>) -> Result<U, &'static str>,
-    ) -> Result<U, String> {
-        let Self { names, found } = self;
-        let absent: Vec<_> = (0..names.len())
-            .filter(|index| !found.contains_key(index))
-            .map(|index| format!("`{}`", names[index]))
-            .collect();
-        if !absent.is_empty() {
-            let absent = absent.join(", ");
-            return Err(format!(
-                "`{whole}` is one layer here and {} in the file, which has nothing for {absent}",
-                names.len()
-            ));
-        }
-        let listed: Vec<_> = names.iter().map(|name| format!("`{name}`")).collect();
-        let listed = listed.join(" and ");
-        join(found.into_values().collect())
-            .map_err(|why| format!("{listed} are one layer here, `{whole}`, and {why}"))
-    }
-}
-
-/// The adapter of a fused layer: one rotation, and the scales one after the other.
-fn fuse_layers(parts: Vec<AdapterLayer>, path: String) -> Result<AdapterLayer, &'static str> {
-    let first = &parts[0];
-    let alike = |part: &AdapterLayer| {
-        (part.block_size, part.block_share, &part.skew)
-            == (first.block_size, first.block_share, &first.skew)
-    };
-    if !parts.iter().all(alike) {
-        return Err(
-            "one layer has one rotation where theirs differ; merge the adapter in PEFT instead",
-        );
-    }
-    let scales: Option<Vec<_>> = parts.iter().map(|part| part.scale.as_ref()).collect();
-    let scale = match scales {
-        Some(scales) => {
-            Some(concatenate(scales.into_iter()).ok_or("their scales differ in precision")?)
-        }
-        None => None,
-    };
-    Ok(AdapterLayer {
-        path,
-        kind: first.kind,
-        d_output: parts.iter().map(|part| part.d_output).sum(),
-        scale,
-        ..first.clone()
-    })
-}
-
-/// Joins tensors along their first axis.
-fn concatenate<'a>(parts: impl Iterator<Item = &'a TensorData>) -> Option<TensorData> {
-    let parts: Vec<_> = parts.collect();
-    let (dtype, shape) = (parts.first()?.dtype(), parts.first()?.shape().to_vec());
-    let alike = |part: &&TensorData| {
-        part.dtype() == dtype && part.rank() > 0 && part.shape()[1..] == shape[1..]
-    };
-    if shape.is_empty() || !parts.iter().all(alike) {
-        return None;
-    }
-    let mut shape = shape;
-    shape[0] = parts.iter().map(|part| part.shape()[0]).sum();
-    let values = parts.iter().flat_map(|part| part.iter::<f64>()).collect();
-    Some(data(values, shape, dtype))
 }
 
 /// Says in the model's names which layers are adapted and which modules are saved.
@@ -749,183 +593,6 @@ fn name_in_model(
         selection.exclude_modules = None;
         selection.layers_to_transform = Vec::new();
         selection.layers_pattern = Vec::new();
-    }
-    Ok(())
-}
-
-/// The tensors of an adapter as PEFT writes them.
-pub(crate) fn write(
-    config: &AdapterConfig,
-    layers: &[AdapterLayer],
-    tensors: &[SavedTensor],
-    names: &KeyMap,
-    dtype: Option<FloatDType>,
-) -> Result<BTreeMap<String, TensorData>, SaveError> {
-    let mut file = BTreeMap::new();
-    for layer in layers {
-        let paths = names.file_paths(&layer.path)?;
-        let unrepresentable = |reason: String| SaveError::Unrepresentable {
-            path: layer.path.clone(),
-            reason,
-        };
-        let entries = match config {
-            AdapterConfig::Boft(_) => write_boft(layer, paths.len()),
-            AdapterConfig::Oft(_) => write_oft(layer),
-        };
-        let (name, rotation, scales) = entries.map_err(unrepresentable)?;
-        let stored = |data: TensorData| match dtype {
-            Some(dtype) => data.convert_dtype(dtype.into()),
-            None => data,
-        };
-        for (index, path) in paths.iter().enumerate() {
-            let key = |name: &str| format!("{PREFIX}{}", join(path, name));
-            let mut entries = vec![(key(name), stored(rotation.clone()))];
-            if let Some(scale) = scales.get(index) {
-                entries.push((key("boft_s"), stored(scale.clone())));
-            }
-            insert(&mut file, entries, &layer.path)?;
-        }
-    }
-    let adapted: BTreeSet<&str> = layers.iter().map(|layer| layer.path.as_str()).collect();
-    for tensor in tensors {
-        let paths = names.file_paths(&tensor.module)?;
-        let parts =
-            split_rows(&tensor.data, paths.len()).ok_or_else(|| SaveError::Unrepresentable {
-                path: join(&tensor.module, &tensor.name),
-                reason: format!(
-                    "its {:?} do not split into {}",
-                    &**tensor.data.shape(),
-                    paths.len()
-                ),
-            })?;
-        let base_layer = match adapted.contains(tensor.module.as_str()) {
-            true => "base_layer",
-            false => "",
-        };
-        for (path, data) in paths.iter().zip(parts) {
-            let name = join(&join(path, base_layer), &tensor.name);
-            insert(
-                &mut file,
-                vec![(format!("{PREFIX}{name}"), data)],
-                &tensor.module,
-            )?;
-        }
-    }
-    Ok(file)
-}
-
-fn insert(
-    file: &mut BTreeMap<String, TensorData>,
-    entries: Vec<(String, TensorData)>,
-    path: &str,
-) -> Result<(), SaveError> {
-    for (key, data) in entries {
-        if file.contains_key(&key) {
-            return Err(SaveError::KeyMap(KeyMapError::Collision {
-                first: path.to_string(),
-                second: "another module".to_string(),
-                name: key,
-            }));
-        }
-        file.insert(key, data);
-    }
-    Ok(())
-}
-
-type Entries = (&'static str, TensorData, Vec<TensorData>);
-
-fn write_boft(layer: &AdapterLayer, parts: usize) -> Result<Entries, String> {
-    if layer.block_share {
-        return Err(
-            "its blocks share their numbers, and BOFT's have their own; attach the adapter to its \
-             model and extract it there"
-                .to_string(),
-        );
-    }
-    let (b, dtype) = (layer.block_size, layer.skew.dtype());
-    let (m, n) = (layer.n_butterfly_factor(), layer.skew.shape()[1]);
-    let squares = match b {
-        1 => vec![0.0; m * n],
-        _ => unpack(&values(&layer.skew), b),
-    };
-    let rotation = data(squares, vec![m, n, b, b], dtype);
-    let scale = match (&layer.scale, layer.d_output) {
-        (Some(scale), _) => values(scale),
-        (None, Some(o)) => vec![1.0; o],
-        (None, None) => return Err("it has no scale, and BOFT has one".to_string()),
-    };
-    if !scale.len().is_multiple_of(parts) {
-        return Err(format!(
-            "its {} outputs do not split into {parts}",
-            scale.len()
-        ));
-    }
-    let each = scale.len() / parts;
-    let scales = scale.chunks(each.max(1)).map(|scale| {
-        let shape = match layer.kind {
-            Some(LayerKind::Conv2d) => vec![1, each],
-            Some(LayerKind::Linear) | None => vec![each, 1],
-        };
-        data(scale.to_vec(), shape, dtype)
-    });
-    Ok(("boft_R", rotation, scales.collect()))
-}
-
-fn write_oft(layer: &AdapterLayer) -> Result<Entries, String> {
-    let [m, rows, packed] = layer.skew.shape().dims::<3>();
-    if m != 1 || layer.scale.is_some() {
-        return Err("OFT has one factor and no scale".to_string());
-    }
-    let numbers = data(values(&layer.skew), vec![rows, packed], layer.skew.dtype());
-    Ok(("oft_R.weight", numbers, Vec::new()))
-}
-
-/// Splits a tensor along its first axis into equal parts.
-fn split_rows(tensor: &TensorData, parts: usize) -> Option<Vec<TensorData>> {
-    if parts == 1 {
-        return Some(vec![tensor.clone()]);
-    }
-    let mut shape = tensor.shape().to_vec();
-    let rows = *shape.first()?;
-    if !rows.is_multiple_of(parts) {
-        return None;
-    }
-    shape[0] = rows / parts;
-    let values = values(tensor);
-    let each = (values.len() / parts).max(1);
-    let split = values.chunks(each);
-    Some(
-        split
-            .map(|part| data(part.to_vec(), shape.clone(), tensor.dtype()))
-            .collect(),
-    )
-}
-
-/// Refuses sizes that PEFT would not make of the configuration: it could not read them back.
-pub(crate) fn check_sizes(
-    config: &AdapterConfig,
-    layers: &[AdapterLayer],
-) -> Result<(), SaveError> {
-    for layer in layers {
-        let unrepresentable = |reason: String| SaveError::Unrepresentable {
-            path: layer.path.clone(),
-            reason,
-        };
-        let (b, m) = (layer.block_size, layer.n_butterfly_factor());
-        if let AdapterConfig::Boft(config) = config
-            && config.n_butterfly_factor != m
-        {
-            let said = config.n_butterfly_factor;
-            return Err(unrepresentable(format!(
-                "it has {m} factors where the configuration says {said}, and PEFT has one number for all layers"
-            )));
-        }
-        let expected = expected_block_size(config, layer.d_input());
-        if let Some(expected) = expected.filter(|expected| *expected != b) {
-            return Err(unrepresentable(format!(
-                "it has blocks of {b}, and PEFT makes blocks of {expected} of the configuration"
-            )));
-        }
     }
     Ok(())
 }

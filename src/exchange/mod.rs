@@ -6,11 +6,13 @@ mod checkpoint;
 mod config_json;
 mod extract;
 mod files;
+mod fused;
 mod keymap;
 mod layer;
 mod layout;
 mod measure;
 mod report;
+mod write;
 
 use std::path::Path;
 
@@ -237,9 +239,9 @@ impl Adapter {
         options: &SaveOptions,
     ) -> Result<(), SaveError> {
         let folder = files::folder(folder.as_ref(), options.name.as_deref())?;
-        layout::check_sizes(&self.config, &self.layers)?;
+        write::check_sizes(&self.config, &self.layers)?;
         let names = &options.names;
-        let tensors = layout::write(
+        let tensors = write::tensors(
             &self.config,
             &self.layers,
             &self.tensors,

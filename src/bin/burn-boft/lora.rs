@@ -203,7 +203,7 @@ impl LowRank {
         };
         let a = (0..rank).flat_map(|k| (0..v.nrows()).map(move |j| (k, j)));
         let b = (0..u.nrows()).flat_map(|i| (0..rank).map(move |k| (i, k)));
-        let norm = |values: &[f64]| values.iter().map(|x| x * x).sum::<f64>().sqrt();
+        let norm = |values: &[f64]| values.iter().fold(0.0, |sum, x| sum + x * x).sqrt();
         let (left, whole) = (norm(&values[kept..]), norm(&values));
         let share = |whole: f64| if whole > 0.0 { left / whole } else { 0.0 };
         Ok(Self {

@@ -211,8 +211,19 @@ fn invert(blocks: &Blocks, device: &Device) -> Result<Tensor<3>, String> {
         let block = Mat::from_fn(b, b, |row, column| block[row * b + column]);
         let inverse = block.partial_piv_lu().inverse();
         // A block that flattens a direction cannot be undone; rounding leaves a huge inverse instead of none.
-        let condition = inverse.norm_max() * block.norm_max();
-        if !(condition < SINGULAR) {
+        let largest = |matrix: &Mat<f64>| {
+            let numbers = (0..b * b).map(|at| matrix[(at / b, at % b)].abs());
+            // `f64::max` would pass over NaN.
+            numbers.fold(0.0, |largest, x| {
+                if x > largest || x.is_nan() {
+                    x
+                } else {
+                    largest
+                }
+            })
+        };
+        let condition = largest(&inverse) * largest(&block);
+        if condition.is_nan() || condition >= SINGULAR {
             return Err(format!(
                 "has no inverse: block {index} of the Neumann polynomial flattens a direction"
             ));

@@ -48,7 +48,8 @@ impl Tensors {
         let b = (8 * packed + 1).isqrt().div_ceil(2);
         let mut squares = Vec::with_capacity(m * n * b * b);
         let numbers: Vec<f64> = skew.iter::<f64>().collect();
-        for block in numbers.chunks(packed.max(1)) {
+        // Blocks of one channel have no numbers, and are there all the same.
+        for block in (0..m * n).map(|block| &numbers[block * packed..][..packed]) {
             let start = squares.len();
             squares.resize(start + b * b, 0.0);
             let pairs = (0..b).flat_map(|i| (i + 1..b).map(move |j| (i, j)));

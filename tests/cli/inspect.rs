@@ -109,8 +109,7 @@ fn a_picture_has_a_bar_for_each_layer_as_long_as_its_angle() {
         refused(
             folder.path(),
             &["inspect", case.adapter(), "--plot", "angles.svg"]
-        )
-        .contains("is there already"),
-        true
+        ),
+        "angles.svg is there already; name a file that is not there yet"
     );
 }

@@ -595,3 +595,37 @@ fn records_that_are_none_are_refused() {
         "--config is for a record; a folder has its own settings"
     );
 }
+
+#[test]
+fn rules_give_a_record_the_names_of_its_model() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/dinov2");
+    let folder = tempfile::tempdir().unwrap();
+    let keys = |version: &str, rules: &[&str]| -> Vec<String> {
+        let (adapter, output) = (fixtures.join(version), format!("{version}.bpk"));
+        let convert = [
+            "convert",
+            adapter.to_str().unwrap(),
+            "--to",
+            "record",
+            "--output",
+            &output,
+        ];
+        succeed(folder.path(), &[&convert[..], rules].concat());
+        let reader = burn_pack::Reader::from_file(folder.path().join(output)).unwrap();
+        let mut names: Vec<_> = reader
+            .tensor_names()
+            .into_iter()
+            .map(str::to_string)
+            .collect();
+        names.sort();
+        names
+    };
+    let old = keys("transformers-4", &["--map", r"^dinov2\.=backbone."]);
+    let new = keys(
+        "transformers-5",
+        &["--map", "dinov2", "--map", r"^dinov2\.=backbone."],
+    );
+    assert_eq!(old, new);
+    let skew = "backbone.encoder.layer.0.mlp.weights_in.weight.boft.skew";
+    assert!(old.contains(&skew.to_string()), "{old:?}");
+}

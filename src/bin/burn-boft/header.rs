@@ -236,7 +236,7 @@ mod tests {
             ),
             (
                 r#"{"dtype":"F32","shape":[7],"data_offsets":[0,28]}"#,
-                "file: `w` ends beyond the file, which has 91 bytes; it is cut off",
+                "file: `w` ends beyond the file, which has 87 bytes; it is cut off",
             ),
             (
                 r#"{"dtype":"F32","shape":[5],"data_offsets":[4,24]}"#,

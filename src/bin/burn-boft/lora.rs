@@ -15,7 +15,7 @@ use crate::names::Names;
 use crate::numbers::decode;
 use crate::output::OutputFolder;
 use crate::peft::Tensors;
-use crate::rewrite::Turn;
+use crate::rewrite::{Turn, row_bytes};
 use crate::settings;
 use crate::turn::Forward;
 
@@ -133,7 +133,7 @@ impl Weight {
             .entry(key)
             .ok_or_else(|| refuse("is not there".into()))?;
         let d_input: usize = entry.shape[1..].iter().product();
-        let row = entry.bytes / entry.shape[0] as u64;
+        let row = row_bytes(entry);
         let mut bytes = vec![0; rows.len() * row as usize];
         shard.read(entry, rows.start as u64 * row, &mut bytes)?;
         let before = decode(entry.dtype, &bytes, vec![rows.len(), d_input])

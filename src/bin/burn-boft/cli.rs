@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::error::Error;
 use crate::{convert, inspect, merge, unmerge};
@@ -33,17 +33,22 @@ enum Command {
 
 /// The options of `convert`.
 #[derive(Debug, Args)]
-#[command(group = ArgGroup::new("form").required(true).args(["to", "to_lora"]))]
 pub struct Convert {
     /// The adapter: PEFT's folder, of any version since 0.14, or a Burn record (.bpk)
     pub input: PathBuf,
 
     /// The form to write
-    #[arg(long, value_enum)]
+    #[arg(long, value_enum, required_unless_present = "to_lora")]
     pub to: Option<Form>,
 
     /// Write the nearest LoRA of this rank in PEFT's layout, and print what it leaves out
-    #[arg(long, value_name = "RANK", value_parser = clap::value_parser!(u32).range(1..), requires = "base")]
+    #[arg(
+        long,
+        value_name = "RANK",
+        value_parser = clap::value_parser!(u32).range(1..=65536),
+        requires = "base",
+        conflicts_with = "to"
+    )]
     pub to_lora: Option<u32>,
 
     /// The folder or record to write, which must not be there yet

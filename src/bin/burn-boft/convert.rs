@@ -1,7 +1,9 @@
 //! `convert`: an adapter in another form.
 
 use burn::tensor::TensorData;
-use burn_boft::{Adapter, AdapterConfig, BoftConfig, Cayley, LoadOptions, OftConfig};
+use burn_boft::{
+    Adapter, AdapterConfig, AdapterLayer, BoftConfig, Cayley, LayerKind, LoadOptions, OftConfig,
+};
 use serde_json::{Map, Value};
 
 use crate::base::Base;
@@ -33,6 +35,7 @@ pub fn run(options: &Convert) -> Result<(), Error> {
     let adapter = match options.to {
         Some(Form::Oft) => to_oft(&adapter, &settings)?,
         Some(Form::Boft) => to_boft(&adapter, &settings, base.as_ref())?,
+        Some(Form::Peft) => with_kinds(adapter, &settings, base.as_ref())?,
         _ => adapter,
     };
     match options.to {
@@ -103,6 +106,75 @@ fn settings_of(
     Ok(json)
 }
 
+/// The adapter with the kind of every layer that has a scale: of old versions the file does not tell.
+fn with_kinds(
+    adapter: Adapter,
+    settings: &Map<String, Value>,
+    base: Option<&Base>,
+) -> Result<Adapter, Error> {
+    let is_unknown = |layer: &AdapterLayer| layer.kind().is_none() && layer.d_output() > Some(1);
+    let Some(unknown) = adapter.layers().iter().find(|layer| is_unknown(layer)) else {
+        return Ok(adapter);
+    };
+    let base = base.ok_or_else(|| record::unknown_kind(unknown.path()))?;
+    let mut tensors = Tensors::default();
+    for layer in adapter.layers() {
+        let place = Place::find(layer, base)?;
+        let scale = layer.scale().cloned();
+        let scale = scale.unwrap_or_else(|| ones(place.d_output, layer.skew().dtype()));
+        tensors.push_boft(layer.path(), &place.skew(layer), scale, place.kind);
+    }
+    assemble(&adapter, tensors, adapter.config(), settings)
+}
+
+/// The layer of the model that an adapter's layer is for.
+struct Place {
+    kind: LayerKind,
+    d_input: usize,
+    d_output: usize,
+}
+
+impl Place {
+    fn find(layer: &AdapterLayer, base: &Base) -> Result<Self, Error> {
+        let key = join(layer.path(), "weight");
+        let refuse = |why: String| Error::tensor(&base.path, &key, why);
+        let (_, entry) = base.entry(&key).ok_or_else(|| {
+            refuse(
+                "is not there, and the adapter has a layer of that name; --map bridges names"
+                    .into(),
+            )
+        })?;
+        let kind = record::kind_in(base, layer.path())
+            .ok_or_else(|| refuse("is neither a matrix nor a convolution".into()))?;
+        let d_input: usize = entry.shape[1..].iter().product();
+        let b = layer.block_size();
+        if layer.d_input().is_some_and(|d| d != d_input) || !d_input.is_multiple_of(b) {
+            let why = format!(
+                "is {:?}, and the adapter rotates blocks of {b}",
+                entry.shape
+            );
+            return Err(refuse(why));
+        }
+        Ok(Self {
+            kind,
+            d_input,
+            d_output: entry.shape[0],
+        })
+    }
+
+    /// The numbers of a layer, those of a shared block as often as there are blocks.
+    fn skew(&self, layer: &AdapterLayer) -> TensorData {
+        let skew = layer.skew();
+        if !layer.block_share() {
+            return skew.clone();
+        }
+        let numbers: Vec<f64> = skew.iter::<f64>().collect();
+        let blocks = self.d_input / layer.block_size();
+        TensorData::new(numbers.repeat(blocks), [1, blocks, numbers.len()])
+            .convert_dtype(skew.dtype())
+    }
+}
+
 /// BOFT with one factor and a scale of ones is OFT with the exact map.
 fn to_oft(adapter: &Adapter, settings: &Map<String, Value>) -> Result<Adapter, Error> {
     let AdapterConfig::Boft(config) = adapter.config() else {
@@ -158,35 +230,9 @@ fn to_boft(
     let base = base.ok_or_else(|| needs_base("--to boft"))?;
     let mut tensors = Tensors::default();
     for layer in adapter.layers() {
-        let path = layer.path();
-        let key = join(path, "weight");
-        let (_, entry) = base.entry(&key).ok_or_else(|| {
-            Error::tensor(
-                &base.path,
-                &key,
-                "is not there, and the adapter has a layer of that name; --map bridges names",
-            )
-        })?;
-        let kind = record::kind_in(base, path).ok_or_else(|| {
-            Error::tensor(&base.path, &key, "is neither a matrix nor a convolution")
-        })?;
-        let d_input: usize = entry.shape[1..].iter().product();
-        let b = layer.block_size();
-        if layer.d_input().is_some_and(|d| d != d_input) || !d_input.is_multiple_of(b) {
-            let why = format!(
-                "is {:?}, and the adapter rotates blocks of {b}",
-                entry.shape
-            );
-            return Err(Error::tensor(&base.path, &key, why));
-        }
-        let mut skew = layer.skew().clone();
-        if layer.block_share() {
-            let numbers: Vec<f64> = skew.iter::<f64>().collect();
-            let shape = [1, d_input / b, numbers.len()];
-            let repeated = numbers.repeat(d_input / b);
-            skew = TensorData::new(repeated, shape).convert_dtype(skew.dtype());
-        }
-        tensors.push_boft(path, &skew, ones(entry.shape[0], skew.dtype()), kind);
+        let place = Place::find(layer, base)?;
+        let scale = ones(place.d_output, layer.skew().dtype());
+        tensors.push_boft(layer.path(), &place.skew(layer), scale, place.kind);
     }
     let mut boft = BoftConfig::new();
     (boft.block, boft.init, boft.selection) = (config.block, config.init, config.selection.clone());

@@ -9,10 +9,14 @@ use serde_json::{Value, json};
 use crate::cli::Inspect;
 use crate::error::Error;
 use crate::merge::load;
+use crate::output::check_free;
 use crate::plot;
 use crate::settings;
 
 pub fn run(options: &Inspect) -> Result<(), Error> {
+    if let Some(path) = &options.plot {
+        check_free(path)?;
+    }
     let adapter = load(&options.adapter)?;
     let json = settings::read(&options.adapter)?;
     let about = About::new(&adapter, &json);

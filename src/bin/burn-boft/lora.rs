@@ -15,7 +15,7 @@ use crate::names::Names;
 use crate::numbers::decode;
 use crate::output::OutputFolder;
 use crate::peft::Tensors;
-use crate::rewrite::Turn;
+use crate::rewrite::{Turn, row_bytes};
 use crate::settings;
 use crate::turn::Forward;
 
@@ -133,7 +133,7 @@ impl Weight {
             .entry(key)
             .ok_or_else(|| refuse("is not there".into()))?;
         let d_input: usize = entry.shape[1..].iter().product();
-        let row = entry.bytes / entry.shape[0] as u64;
+        let row = row_bytes(entry);
         let mut bytes = vec![0; rows.len() * row as usize];
         shard.read(entry, rows.start as u64 * row, &mut bytes)?;
         let before = decode(entry.dtype, &bytes, vec![rows.len(), d_input])
@@ -203,7 +203,7 @@ impl LowRank {
         };
         let a = (0..rank).flat_map(|k| (0..v.nrows()).map(move |j| (k, j)));
         let b = (0..u.nrows()).flat_map(|i| (0..rank).map(move |k| (i, k)));
-        let norm = |values: &[f64]| values.iter().map(|x| x * x).sum::<f64>().sqrt();
+        let norm = |values: &[f64]| values.iter().fold(0.0, |sum, x| sum + x * x).sqrt();
         let (left, whole) = (norm(&values[kept..]), norm(&values));
         let share = |whole: f64| if whole > 0.0 { left / whole } else { 0.0 };
         Ok(Self {

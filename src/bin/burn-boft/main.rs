@@ -7,6 +7,7 @@ mod convert;
 mod error;
 mod header;
 mod inspect;
+mod interrupt;
 mod lora;
 mod merge;
 mod names;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
     };
+    interrupt::handle();
     match cli.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -22,7 +22,11 @@ pub fn run(options: &Merge) -> Result<(), Error> {
         Some(output) if !options.dry_run => {
             check_output(output, &base, &options.adapter.adapter)?;
             rewrite(&base, &changes, output, &mut Forward::new(&adapter))?;
-            println!("{}: {}", output.display(), counts("rotated", &changes));
+            println!(
+                "{}: {}",
+                output.display(),
+                counts(&changes, ["rotated", "replaced", "added"])
+            );
         }
         _ => print!("{}", table(&base, &changes)),
     }
@@ -62,21 +66,26 @@ pub fn check_output(output: &Path, base: &Base, adapter: &Path) -> Result<(), Er
     check_outside(output, adapter)
 }
 
-/// What was done, in numbers.
-pub fn counts(verb: &str, changes: &Changes) -> String {
-    let mut parts = vec![format!("{} layers {verb}", changes.rotations())];
+/// What is done, in numbers.
+pub fn counts(changes: &Changes, [rotated, replaced, added]: [&str; 3]) -> String {
+    let plural = |count: usize, what: &str| match count {
+        1 => format!("1 {what}"),
+        count => format!("{count} {what}s"),
+    };
+    let mut parts = vec![format!(
+        "{} {rotated}",
+        plural(changes.rotations(), "layer")
+    )];
     let others = [
-        ("replaced", changes.replacements()),
-        ("added", changes.added.len()),
+        (changes.replacements(), replaced),
+        (changes.added.len(), added),
     ];
-    for (verb, count) in others.into_iter().filter(|(_, count)| *count > 0) {
-        parts.push(format!("{count} tensors {verb}"));
+    for (count, verb) in others.into_iter().filter(|(count, _)| *count > 0) {
+        parts.push(format!("{} {verb}", plural(count, "tensor")));
     }
     if !changes.idle.is_empty() {
-        parts.push(format!(
-            "{} layers with blocks of one channel left as they are",
-            changes.idle.len()
-        ));
+        let idle = plural(changes.idle.len(), "layer");
+        parts.push(format!("{idle} with blocks of one channel left as is"));
     }
     parts.join(", ")
 }
@@ -132,12 +141,8 @@ fn table(base: &Base, changes: &Changes) -> String {
         .iter()
         .map(|[a, b, c, what]| format!("{a:key$}  {b:shape$}  {c:file$}  {what}\n"));
     let lines: String = lines.collect();
-    format!(
-        "{lines}{}\n",
-        counts("to rotate", changes)
-            .replace("replaced", "to replace")
-            .replace("added", "to add")
-    )
+    let total = counts(changes, ["to rotate", "to replace", "to add"]);
+    format!("{lines}{total}\n")
 }
 
 fn shape_of(tensor: &SavedTensor) -> String {
@@ -153,13 +158,8 @@ fn rows_of(count: usize, start: usize, all: usize) -> String {
 }
 
 fn settings(layer: &AdapterLayer) -> String {
-    let scale = match layer.scale() {
-        Some(_) => ", scale",
-        None => "",
-    };
-    format!(
-        "block size {}, {} factors{scale}",
-        layer.block_size(),
-        layer.n_butterfly_factor()
-    )
+    let (b, m) = (layer.block_size(), layer.n_butterfly_factor());
+    let factors = if m == 1 { "factor" } else { "factors" };
+    let scale = layer.scale().map_or("", |_| ", scale");
+    format!("block size {b}, {m} {factors}{scale}")
 }

@@ -4,9 +4,10 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use tempfile::{Builder, NamedTempFile, TempDir};
+use tempfile::{Builder, TempDir, TempPath};
 
 use crate::error::Error;
+use crate::interrupt;
 
 const PREFIX: &str = ".burn-boft-";
 
@@ -64,7 +65,7 @@ pub struct OutputFile {
 }
 
 enum Kind {
-    Temporary(BufWriter<NamedTempFile>),
+    Temporary(BufWriter<File>, TempPath),
     /// A device or a pipe, which cannot be renamed to.
     Device(BufWriter<File>),
 }
@@ -79,7 +80,12 @@ impl OutputFile {
             }
             false => {
                 let file = temporary(0o666).tempfile_in(parent(path));
-                Kind::Temporary(BufWriter::new(file.map_err(Error::write(path))?))
+                let (file, temporary) = file
+                    .map_err(plain)
+                    .map_err(Error::write(path))?
+                    .into_parts();
+                interrupt::register(&temporary);
+                Kind::Temporary(BufWriter::new(file), temporary)
             }
         };
         let path = path.to_path_buf();
@@ -88,8 +94,7 @@ impl OutputFile {
 
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
         match &mut self.file {
-            Kind::Temporary(file) => file.write_all(bytes),
-            Kind::Device(file) => file.write_all(bytes),
+            Kind::Temporary(file, _) | Kind::Device(file) => file.write_all(bytes),
         }
         .map_err(Error::write(&self.path))
     }
@@ -98,10 +103,12 @@ impl OutputFile {
     pub fn finish(self) -> Result<(), Error> {
         let path = &self.path;
         let finish = || match self.file {
-            Kind::Temporary(file) => {
+            Kind::Temporary(file, temporary) => {
                 let file = file.into_inner().map_err(|error| error.into_error())?;
-                file.as_file().sync_all()?;
-                file.persist_noclobber(path).map_err(|error| error.error)?;
+                file.sync_all()?;
+                temporary
+                    .persist_noclobber(path)
+                    .map_err(|error| error.error)?;
                 sync(parent(path))
             }
             Kind::Device(mut file) => file.flush(),
@@ -121,7 +128,9 @@ impl OutputFolder {
         check_free(path)?;
         let folder = temporary(0o777)
             .tempdir_in(parent(path))
+            .map_err(plain)
             .map_err(Error::write(path))?;
+        interrupt::register(folder.path());
         let path = path.to_path_buf();
         Ok(Self { path, folder })
     }
@@ -184,6 +193,13 @@ fn temporary(mode: u32) -> Builder<'static, 'static> {
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
     builder
+}
+
+/// What the system said, without the temporary path that the error names.
+fn plain(error: io::Error) -> io::Error {
+    let inner = error.get_ref().and_then(|inner| inner.source());
+    let code = inner.and_then(|inner| inner.downcast_ref::<io::Error>()?.raw_os_error());
+    code.map_or(error, io::Error::from_raw_os_error)
 }
 
 /// Makes a rename last, where the system can say so.

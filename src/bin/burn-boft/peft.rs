@@ -39,7 +39,7 @@ impl Tensors {
     /// Adds packed numbers as OFT's.
     pub fn push_oft(&mut self, path: &str, skew: &TensorData) {
         let [_, rows, packed] = skew.shape().dims::<3>();
-        self.push(path, "oft_R.weight", shaped(skew, [rows, packed]));
+        self.push(path, "oft_R.weight", reshaped(skew, vec![rows, packed]));
     }
 
     /// Adds packed numbers as BOFT's squares, with a scale.
@@ -48,7 +48,8 @@ impl Tensors {
         let b = (8 * packed + 1).isqrt().div_ceil(2);
         let mut squares = Vec::with_capacity(m * n * b * b);
         let numbers: Vec<f64> = skew.iter::<f64>().collect();
-        for block in numbers.chunks(packed.max(1)) {
+        // Blocks of one channel have no numbers, and are there all the same.
+        for block in (0..m * n).map(|block| &numbers[block * packed..][..packed]) {
             let start = squares.len();
             squares.resize(start + b * b, 0.0);
             let pairs = (0..b).flat_map(|i| (i + 1..b).map(move |j| (i, j)));
@@ -59,12 +60,15 @@ impl Tensors {
         }
         let squares = TensorData::new(squares, [m, n, b, b]).convert_dtype(skew.dtype());
         let o = scale.num_elements();
-        let scale_shape = match kind {
-            LayerKind::Linear => [o, 1],
-            LayerKind::Conv2d => [1, o],
-        };
+        let scale = reshaped(
+            &scale,
+            match kind {
+                LayerKind::Linear => vec![o, 1],
+                LayerKind::Conv2d => vec![1, o],
+            },
+        );
         self.push(path, "boft_R", squares);
-        self.push(path, "boft_s", shaped(&scale, scale_shape));
+        self.push(path, "boft_s", scale);
     }
 
     /// Writes the two files.
@@ -101,10 +105,8 @@ impl Tensors {
     }
 }
 
-/// The same numbers in another shape.
-fn shaped(data: &TensorData, shape: [usize; 2]) -> TensorData {
-    let numbers: Vec<f64> = data.iter::<f64>().collect();
-    TensorData::new(numbers, shape).convert_dtype(data.dtype())
+fn reshaped(data: &TensorData, shape: Vec<usize>) -> TensorData {
+    TensorData::from_bytes(data.bytes().clone(), shape, data.dtype())
 }
 
 /// Data of ones.

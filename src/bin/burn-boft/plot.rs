@@ -13,6 +13,7 @@ const ROW: u32 = 18;
 const AROUND: u32 = 90;
 /// The width of a letter of a label.
 const LETTER: usize = 7;
+const FONT: u32 = 20;
 
 /// Draws the largest angle of each layer as an SVG.
 pub fn angles(path: &Path, angles: &[(&str, f64)]) -> Result<(), Error> {
@@ -38,7 +39,7 @@ fn draw(svg: &mut String, angles: &[(&str, f64)]) -> Result<(), String> {
         .margin(10)
         .x_label_area_size(35)
         .y_label_area_size((LETTER * longest).clamp(40, WIDTH as usize / 2) as u32)
-        .build_cartesian_2d(0.0..largest, (0..count.max(1)).into_segmented())
+        .build_cartesian_2d(0.0..largest, (0..count.saturating_sub(1)).into_segmented())
         .map_err(|error| failed(&error))?;
     // The first layer is on top.
     let label = |row: &SegmentValue<usize>| match row {
@@ -51,16 +52,17 @@ fn draw(svg: &mut String, angles: &[(&str, f64)]) -> Result<(), String> {
         .y_labels(count.max(1))
         .y_label_formatter(&label)
         .x_desc("radians")
+        .label_style(("sans-serif", FONT))
+        .axis_desc_style(("sans-serif", FONT))
         .draw()
         .map_err(|error| failed(&error))?;
     let bars = angles.iter().rev().enumerate().map(|(row, (_, angle))| {
-        let ends = [
-            (0.0, SegmentValue::Exact(row)),
-            (
-                if angle.is_finite() { *angle } else { 0.0 },
-                SegmentValue::Exact(row + 1),
-            ),
-        ];
+        let length = if angle.is_finite() { *angle } else { 0.0 };
+        let end = match row + 1 < count {
+            true => SegmentValue::Exact(row + 1),
+            false => SegmentValue::Last,
+        };
+        let ends = [(0.0, SegmentValue::Exact(row)), (length, end)];
         let mut bar = Rectangle::new(ends, BLUE.mix(0.6).filled());
         bar.set_margin(2, 2, 0, 0);
         bar

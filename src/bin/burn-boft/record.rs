@@ -20,6 +20,8 @@ use crate::peft::Tensors;
 /// Where a record keeps PEFT's settings, and which layers are convolutions.
 const CONFIG: &str = "adapter_config";
 const KINDS: &str = "layer_kinds";
+/// Where a record keeps the counts of batches that PyTorch's norms have and Burn's have not.
+const BATCHES: &str = "num_batches_tracked";
 const SKEW: &str = ".weight.boft.skew";
 const SCALE: &str = ".weight.boft.scale";
 /// What Burn's norms call the weight and the bias of PyTorch's.
@@ -49,11 +51,25 @@ pub fn write(
     let bytes = Writer::new(tensors)
         .with_metadata(CONFIG, &config)
         .with_metadata(KINDS, &Value::Object(kinds).to_string())
+        .with_metadata(BATCHES, &Value::Object(batches(adapter)).to_string())
         .into_bytes()
         .map_err(|error| Error::malformed(output, error.to_string()))?;
     let mut file = OutputFile::create(output)?;
     file.write(&bytes)?;
     file.finish()
+}
+
+/// The counts of batches, by module.
+fn batches(adapter: &Adapter) -> Map<String, Value> {
+    let counts = adapter
+        .tensors()
+        .iter()
+        .filter(|tensor| tensor.name() == BATCHES);
+    let counts = counts.map(|tensor| {
+        let count = tensor.data().iter::<i64>().next();
+        (tensor.module().to_string(), json!(count))
+    });
+    counts.collect()
 }
 
 fn tensor(name: String, data: TensorData) -> Tensor {
@@ -133,6 +149,13 @@ pub fn kind_in(base: &Base, path: &str) -> Option<LayerKind> {
     }
 }
 
+/// What is refused where the kind of a layer is not known.
+pub fn unknown_kind(path: &str) -> Error {
+    Error::Settings(format!(
+        "`{path}` is a linear layer or a convolution, which PEFT stores differently; --base tells"
+    ))
+}
+
 /// Reads the adapter out of a record, with the settings of the record or these.
 pub fn read(
     path: &Path,
@@ -147,6 +170,7 @@ pub fn read(
         serde_json::from_str(reader.metadata().get(key)?).ok()
     };
     let kinds = object(KINDS).unwrap_or_default();
+    let batches = object(BATCHES).unwrap_or_default();
     let settings = settings.or_else(|| object(CONFIG)).ok_or_else(|| {
         Error::malformed(path, "it does not say how the adapter was made; --config names an adapter_config.json that does")
     })?;
@@ -160,12 +184,15 @@ pub fn read(
         let (name, dtype, shape, _, bytes) = tensor
             .into_parts()
             .map_err(|error| malformed(error.to_string()))?;
-        tensors.insert(name, TensorData::from_bytes(bytes, shape, dtype));
+        let data = TensorData::try_from_bytes(bytes, shape, dtype)
+            .map_err(|error| Error::tensor(path, &name, format!("cannot be read: {error}")))?;
+        tensors.insert(name, data);
     }
     let reader = RecordReader {
         path,
         config,
         kinds,
+        batches,
         base,
         tensors,
     };
@@ -177,6 +204,7 @@ struct RecordReader<'a> {
     path: &'a Path,
     config: AdapterConfig,
     kinds: Map<String, Value>,
+    batches: Map<String, Value>,
     base: Option<&'a Base>,
     tensors: BTreeMap<String, TensorData>,
 }
@@ -208,6 +236,13 @@ impl RecordReader<'_> {
         for (name, data) in &self.tensors {
             self.saved(name, data, &adapted, &mut result)?;
         }
+        for (module, count) in &self.batches {
+            let count = TensorData::new(
+                vec![count.as_i64().unwrap_or_default()],
+                Vec::<usize>::new(),
+            );
+            result.push(module, BATCHES, count);
+        }
         Ok(result)
     }
 
@@ -224,9 +259,7 @@ impl RecordReader<'_> {
                     .get(layer)
                     .and_then(|kind| serde_json::from_value(kind.clone()).ok());
                 let kind = told.or_else(|| kind_in(self.base?, layer));
-                let Some(kind) = kind else {
-                    return refuse("is a linear layer or a convolution, which PEFT stores differently; --base tells".into());
-                };
+                let kind = kind.ok_or_else(|| unknown_kind(layer))?;
                 result.push_boft(layer, skew, scale.clone(), kind);
             }
             (_, None) => return refuse("has no scale, and PEFT's BOFT has one".into()),

@@ -257,7 +257,7 @@ impl Writer<'_> {
 }
 
 /// The bytes of one step along the first axis.
-fn row_bytes(entry: &Entry) -> u64 {
+pub fn row_bytes(entry: &Entry) -> u64 {
     let rows = entry.shape.first().copied().unwrap_or(1) as u64;
     entry.bytes.checked_div(rows).unwrap_or(0)
 }

@@ -102,17 +102,46 @@ pub struct Backward<'a> {
 #[derive(Debug, Default, Clone, Copy)]
 pub struct Difference {
     /// The largest difference of two numbers.
-    pub absolute: f64,
-    /// `‖W'' − W'‖ / ‖W'‖` of the worst tensor's rows that are computed with at a time, Frobenius.
-    pub relative: f64,
+    absolute: f64,
+    /// `‖W'' − W'‖ / ‖W'‖` of the worst layer before this one, Frobenius.
+    relative: f64,
+    /// The squares of both norms, of this layer's rows so far.
+    squares: [f64; 2],
 }
 
-enum Inverse {
-    /// An orthogonal rotation is undone by its transpose.
-    Transpose,
-    /// The inverses of blocks that are not orthogonal, transposed, a `[n, b, b]` tensor.
-    Blocks(Box<Tensor<3>>),
+impl Difference {
+    pub fn absolute(&self) -> f64 {
+        self.absolute
+    }
+
+    /// Of the norm of the worst layer.
+    pub fn relative(&self) -> f64 {
+        match self.squares {
+            [difference, expected] if expected > 0.0 => {
+                self.relative.max((difference / expected).sqrt())
+            }
+            _ => self.relative,
+        }
+    }
+
+    /// Begins another layer.
+    fn next(&mut self) {
+        (self.relative, self.squares) = (self.relative(), [0.0; 2]);
+    }
+
+    fn widen(&mut self, found: Tensor<2>, expected: Tensor<2>) {
+        let difference = found - expected.clone();
+        let square = |tensor: Tensor<2>| tensor.square().sum().into_scalar::<f64>();
+        let absolute = difference.clone().abs().max().into_scalar::<f64>();
+        self.absolute = self.absolute.max(absolute);
+        self.squares[0] += square(difference);
+        self.squares[1] += square(expected);
+    }
 }
+
+/// What undoes a rotation: the transposed inverses of its blocks, a `[n, b, b]` tensor, or its transpose where it is
+/// orthogonal.
+type Inverse = Option<Tensor<3>>;
 
 impl<'a> Backward<'a> {
     pub fn new(adapter: &'a Adapter) -> Self {
@@ -136,11 +165,11 @@ impl<'a> Backward<'a> {
             None => weight,
         };
         match inverse {
-            Inverse::Transpose => rotation.blocks.rotate(weight, Side::Right, false),
-            Inverse::Blocks(blocks) => {
+            None => rotation.blocks.rotate(weight, Side::Right, false),
+            Some(blocks) => {
                 let [n, b, _] = blocks.dims();
                 let parts = weight.reshape([count, n, b]).swap_dims(0, 1);
-                let turned = parts.matmul(blocks.as_ref().clone());
+                let turned = parts.matmul(blocks.clone());
                 turned.swap_dims(0, 1).reshape([count, d_input])
             }
         }
@@ -162,10 +191,11 @@ impl Turn for Backward<'_> {
             _ => true,
         };
         let inverse = match is_orthogonal {
-            true => Inverse::Transpose,
-            false => Inverse::Blocks(Box::new(invert(&rotation.blocks, &self.device)?)),
+            true => None,
+            false => Some(invert(&rotation.blocks, &self.device)?),
         };
         self.rotation = Some((rotation, inverse));
+        self.difference.next();
         Ok(())
     }
 
@@ -185,19 +215,6 @@ impl Turn for Backward<'_> {
     }
 }
 
-impl Difference {
-    fn widen(&mut self, found: Tensor<2>, expected: Tensor<2>) {
-        let difference = found - expected.clone();
-        let norm = |tensor: Tensor<2>| tensor.square().sum().into_scalar::<f64>().sqrt();
-        let absolute = difference.clone().abs().max().into_scalar::<f64>();
-        let expected = norm(expected);
-        self.absolute = self.absolute.max(absolute);
-        if expected > 0.0 {
-            self.relative = self.relative.max(norm(difference) / expected);
-        }
-    }
-}
-
 /// The transposed inverses of the blocks of one factor.
 fn invert(blocks: &Blocks, device: &Device) -> Result<Tensor<3>, String> {
     let values = blocks.values();
@@ -211,7 +228,18 @@ fn invert(blocks: &Blocks, device: &Device) -> Result<Tensor<3>, String> {
         let block = Mat::from_fn(b, b, |row, column| block[row * b + column]);
         let inverse = block.partial_piv_lu().inverse();
         // A block that flattens a direction cannot be undone; rounding leaves a huge inverse instead of none.
-        let condition = inverse.norm_max() * block.norm_max();
+        let largest = |matrix: &Mat<f64>| {
+            let numbers = (0..b * b).map(|at| matrix[(at / b, at % b)].abs());
+            // `f64::max` would pass over NaN.
+            numbers.fold(0.0, |largest, x| {
+                if x > largest || x.is_nan() {
+                    x
+                } else {
+                    largest
+                }
+            })
+        };
+        let condition = largest(&inverse) * largest(&block);
         if condition.is_nan() || condition >= SINGULAR {
             return Err(format!(
                 "has no inverse: block {index} of the Neumann polynomial flattens a direction"

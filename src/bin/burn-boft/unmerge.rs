@@ -32,8 +32,8 @@ pub fn run(options: &Unmerge) -> Result<(), Error> {
         "{}: {} layers restored; merging them again is off by at most {:.1e}, {:.1e} of a weight's norm",
         options.output.display(),
         changes.rotations(),
-        difference.absolute,
-        difference.relative
+        difference.absolute(),
+        difference.relative()
     );
     Ok(())
 }

@@ -1,0 +1,722 @@
+//! Everything that is refused: with its line, the exit code 2, and nothing left behind.
+
+use std::fs;
+use std::path::Path;
+
+use safetensors::tensor::Dtype;
+use serde_json::{Value, json};
+
+use crate::files::*;
+
+/// A folder with `base.safetensors` and `adapter`, which fit.
+struct Place {
+    folder: tempfile::TempDir,
+    config: Value,
+    tensors: Tensors,
+    base: Tensors,
+}
+
+impl Place {
+    fn new() -> Self {
+        let case = Case::open("cases/boft-mlp-bias-none");
+        let place = Self {
+            folder: case.folder(),
+            config: read_json(&case.adapter.join("adapter_config.json")),
+            tensors: read(&case.adapter.join("adapter_model.safetensors")),
+            base: case.base,
+        };
+        write_adapter(&place.path().join("adapter"), &place.config, &place.tensors);
+        place
+    }
+
+    fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The line that merging `adapter` into `base.safetensors` is refused with.
+    fn refused(&self) -> String {
+        self.refused_with(&[])
+    }
+
+    fn refused_with(&self, more: &[&str]) -> String {
+        let before = names(self.path());
+        let mut arguments = vec![
+            "merge",
+            "--base",
+            "base.safetensors",
+            "--adapter",
+            "adapter",
+        ];
+        arguments.extend(more);
+        if !more.contains(&"--output") {
+            arguments.extend(["--output", "out.safetensors"]);
+        }
+        let line = refused(self.path(), &arguments);
+        assert_eq!(names(self.path()), before, "nothing is left behind");
+        line
+    }
+
+    fn write_base(&self, tensors: &Tensors) {
+        write(&self.path().join("base.safetensors"), tensors);
+    }
+
+    fn write_adapter(&self, config: &Value, tensors: &Tensors) {
+        write_adapter(&self.path().join("adapter"), config, tensors);
+    }
+
+    /// Writes a base of these bytes.
+    fn write_bytes(&self, header_length: u64, rest: &[u8]) {
+        let mut bytes = header_length.to_le_bytes().to_vec();
+        bytes.extend(rest);
+        fs::write(self.path().join("base.safetensors"), bytes).unwrap();
+    }
+}
+
+#[test]
+fn files_that_are_not_there() {
+    let place = Place::new();
+    let merge = |base: &str, adapter: &str| {
+        refused(
+            place.path(),
+            &[
+                "merge",
+                "--base",
+                base,
+                "--adapter",
+                adapter,
+                "--output",
+                "out",
+            ],
+        )
+    };
+    assert_eq!(
+        merge("none", "adapter"),
+        "none cannot be read: No such file or directory (os error 2)"
+    );
+    assert_eq!(
+        merge("base.safetensors", "none"),
+        "none/adapter_config.json cannot be read: No such file or directory (os error 2)"
+    );
+    fs::create_dir(place.path().join("empty")).unwrap();
+    assert_eq!(
+        merge("empty", "adapter"),
+        "empty: no safetensors file in this folder; pickles run code, so save the model as safetensors first"
+    );
+    fs::remove_file(place.path().join("adapter/adapter_model.safetensors")).unwrap();
+    assert_eq!(
+        merge("base.safetensors", "adapter"),
+        "adapter/adapter_model.safetensors cannot be read: No such file or directory (os error 2)"
+    );
+    fs::write(place.path().join("adapter/adapter_model.bin"), "pickle").unwrap();
+    assert_eq!(
+        merge("base.safetensors", "adapter"),
+        "adapter has adapter_model.bin and no adapter_model.safetensors; pickles run code, so load it in PEFT and save \
+         it there as safetensors"
+    );
+}
+
+#[test]
+fn settings_that_are_none() {
+    let place = Place::new();
+    let config = place.path().join("adapter/adapter_config.json");
+    fs::write(&config, "peft").unwrap();
+    assert!(
+        place
+            .refused()
+            .starts_with("adapter/adapter_config.json is not a JSON object: "),
+        "{}",
+        place.refused()
+    );
+    fs::write(&config, "[]").unwrap();
+    assert!(
+        place
+            .refused()
+            .starts_with("adapter/adapter_config.json is not a JSON object"),
+        "{}",
+        place.refused()
+    );
+    for (field, value, expected) in [
+        (
+            "peft_type",
+            json!("LORA"),
+            "`peft_type` is LORA, and only BOFT and OFT are supported",
+        ),
+        (
+            "peft_type",
+            Value::Null,
+            "`peft_type` is missing; PEFT writes \"BOFT\" or \"OFT\" there",
+        ),
+        (
+            "boft_block_size",
+            json!("4"),
+            "`boft_block_size` is \"4\", not a whole number, 0 or more",
+        ),
+    ] {
+        let mut json = place.config.clone();
+        json[field] = value;
+        write_json(&config, &json);
+        assert_eq!(
+            place.refused(),
+            format!("adapter/adapter_config.json: {expected}")
+        );
+    }
+}
+
+#[test]
+fn adapters_with_tensors_that_have_no_place() {
+    let place = Place::new();
+    let file = "adapter/adapter_model.safetensors";
+    let mut tensors = place.tensors.clone();
+    tensors.insert(
+        "base_model.model.fc1.lora_A.weight".into(),
+        Tensor::random(&[2, 2], 1),
+    );
+    place.write_adapter(&place.config, &tensors);
+    assert_eq!(
+        place.refused(),
+        format!(
+            "{file}: unexpected: `base_model.model.fc1.lora_A.weight`: neither an adapter, nor a trained bias, nor part \
+             of a module to save"
+        )
+    );
+    let mut tensors = place.tensors.clone();
+    tensors.remove("base_model.model.fc1.boft_R");
+    place.write_adapter(&place.config, &tensors);
+    assert_eq!(
+        place.refused(),
+        format!("{file}: missing: `base_model.model.fc1.boft_R`")
+    );
+    fs::write(place.path().join(file), "x").unwrap();
+    assert!(
+        place
+            .refused()
+            .starts_with(&format!("{file} is not a safetensors file: ")),
+        "{}",
+        place.refused()
+    );
+}
+
+#[test]
+fn bases_that_are_cut_off_or_hostile() {
+    let place = Place::new();
+    let base = place.path().join("base.safetensors");
+    let bytes = fs::read(&base).unwrap();
+    fs::write(&base, &bytes[..bytes.len() - 1]).unwrap();
+    let line = place.refused();
+    let (file, reason) = line.split_once(": `").unwrap();
+    assert_eq!(file, "base.safetensors");
+    let expected = format!(
+        "ends beyond the file, which has {} bytes; it is cut off",
+        bytes.len() - 1
+    );
+    assert!(reason.ends_with(&expected), "{line}");
+    fs::write(&base, &bytes[..4]).unwrap();
+    assert_eq!(
+        place.refused(),
+        "base.safetensors: not a safetensors file: it has 4 bytes, fewer than the 8 that say how long its header is"
+    );
+    place.write_bytes(u64::MAX, b"{}");
+    assert_eq!(
+        place.refused(),
+        "base.safetensors: not a safetensors file: a header of 18446744073709551615 bytes in a file of 10"
+    );
+    place.write_bytes(1 << 40, b"{}");
+    assert_eq!(
+        place.refused(),
+        "base.safetensors: not a safetensors file: a header of 1099511627776 bytes in a file of 10"
+    );
+    place.write_bytes(2, b"{]");
+    assert!(
+        place.refused().starts_with(
+            "base.safetensors: not a safetensors file: its header is not a JSON object: "
+        ),
+        "{}",
+        place.refused()
+    );
+    for (entry, expected) in [
+        (
+            r#"{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}"#,
+            "`fc1.weight` ends beyond the file, which has 85 bytes; it is cut off",
+        ),
+        (
+            r#"{"dtype":"F32","shape":[2,2],"data_offsets":[0,8]}"#,
+            "`fc1.weight` is [2, 2] of F32, 16 bytes, and has the offsets 0 to 8",
+        ),
+    ] {
+        let header = format!("{{\"fc1.weight\":{entry}}}");
+        place.write_bytes(header.len() as u64, &[header.as_bytes(), &[0; 8]].concat());
+        let line = place.refused();
+        let length = 8 + header.len() + 8;
+        assert_eq!(
+            line,
+            format!(
+                "base.safetensors: {}",
+                expected.replace("85", &length.to_string())
+            )
+        );
+    }
+}
+
+#[test]
+fn bases_without_the_layer_or_with_another() {
+    let place = Place::new();
+    let rename = |from: &str, to: &str| -> Tensors {
+        let tensors = place.base.iter();
+        tensors
+            .map(|(key, tensor)| (key.replace(from, to), tensor.clone()))
+            .collect()
+    };
+    place.write_base(&rename("fc1.", "fc_1."));
+    assert_eq!(
+        place.refused(),
+        "base.safetensors: the adapter of `fc1` has no `fc1.weight`; it has `fc_1.weight`, `fc2.weight`, `norm.weight`; \
+         --map bridges names"
+    );
+    place.write_base(&place.base);
+    assert_eq!(
+        place.refused_with(&["--map", "fc1=fc2"]),
+        "base.safetensors: `fc2.weight` is [16, 20] F32, and the adapter of `fc1` rotates 24 input features"
+    );
+    let with = |tensor: Tensor| {
+        let mut base = place.base.clone();
+        base.insert("fc1.weight".into(), tensor);
+        place.write_base(&base);
+        place.refused()
+    };
+    let of = "and the adapter of `fc1`";
+    assert_eq!(
+        with(Tensor::random(&[21, 24], 1)),
+        format!("base.safetensors: `fc1.weight` is [21, 24] F32, {of} scales 20 outputs")
+    );
+    assert_eq!(
+        with(Tensor::random(&[20, 6, 2, 2], 1)),
+        format!("base.safetensors: `fc1.weight` is [20, 6, 2, 2] F32, {of} is for a linear layer")
+    );
+    assert_eq!(
+        with(Tensor::random(&[480], 1)),
+        format!(
+            "base.safetensors: `fc1.weight` is [480] F32, {of} is for a matrix or a convolution's four axes"
+        )
+    );
+    assert_eq!(
+        with(Tensor {
+            dtype: Dtype::U8,
+            ..Tensor::new(&[20, 24], vec![1.0; 480])
+        }),
+        format!(
+            "base.safetensors: `fc1.weight` is [20, 24] U8, {of} rotates F32, F16 and BF16; merge into the model before it \
+             is quantized"
+        )
+    );
+    assert_eq!(
+        with(Tensor::random(&[20, 24], 1).cast(Dtype::F64)),
+        format!(
+            "base.safetensors: `fc1.weight` is [20, 24] F64, {of} is less precise; save both in the same precision"
+        )
+    );
+    place.write_base(&place.base);
+    assert_eq!(
+        place.refused_with(&["--map", "fc.=fc2"]),
+        "base.safetensors: `fc2.weight` is [16, 20] F32, and the adapter of `fc1` rotates 24 input features"
+    );
+}
+
+#[test]
+fn trained_biases_without_a_place() {
+    let case = Case::open("cases/boft-mlp-bias-only");
+    let folder = case.folder();
+    let merge = |base: Tensors| {
+        write(&folder.path().join("base.safetensors"), &base);
+        refused(
+            folder.path(),
+            &[
+                "merge",
+                "--base",
+                "base.safetensors",
+                "--adapter",
+                case.adapter(),
+                "--output",
+                "out",
+            ],
+        )
+    };
+    let mut base = case.base.clone();
+    base.remove("fc1.bias");
+    assert_eq!(
+        merge(base),
+        "base.safetensors: the adapter's `fc1.bias` has no `fc1.bias`; it has `fc2.bias`, `norm.bias`, \
+         `classifier.bias`; --map bridges names"
+    );
+    let mut base = case.base.clone();
+    base.insert("fc1.bias".into(), Tensor::random(&[7], 1));
+    assert_eq!(
+        merge(base),
+        "base.safetensors: `fc1.bias` is [7] F32, and the adapter's `fc1.bias` is [20] F32"
+    );
+}
+
+#[test]
+fn numbers_that_are_not_finite() {
+    let place = Place::new();
+    let line = "would not be finite: it or the adapter holds NaN, infinity or numbers beyond its precision";
+    for number in [f64::NAN, f64::INFINITY] {
+        let mut base = place.base.clone();
+        base.get_mut("fc2.weight").unwrap().numbers[3] = number;
+        place.write_base(&base);
+        assert_eq!(
+            place.refused(),
+            format!("base.safetensors: `fc2.weight` {line}")
+        );
+    }
+    let mut base = place.base.clone();
+    let weight = base.get_mut("fc1.weight").unwrap();
+    weight.numbers.fill(65504.0);
+    *weight = weight.cast(Dtype::F16);
+    place.write_base(&base);
+    assert_eq!(
+        place.refused(),
+        format!("base.safetensors: `fc1.weight` {line}")
+    );
+
+    place.write_base(&place.base);
+    let mut tensors = place.tensors.clone();
+    tensors
+        .get_mut("base_model.model.fc1.boft_s")
+        .unwrap()
+        .numbers[3] = f64::NAN;
+    place.write_adapter(&place.config, &tensors);
+    let run = run(
+        place.path(),
+        &[
+            "merge",
+            "--base",
+            "base.safetensors",
+            "--adapter",
+            "adapter",
+            "--output",
+            "out",
+        ],
+    );
+    assert_eq!(run.code, 2);
+    assert_eq!(
+        run.stderr,
+        format!(
+            "warning: the adapter of `fc1` holds NaN or infinity\nerror: base.safetensors: `fc1.weight` {line}\n"
+        )
+    );
+    assert_eq!(names(place.path()), ["adapter", "base.safetensors"]);
+}
+
+#[test]
+fn indices_that_lie() {
+    let place = Place::new();
+    let base = place.path().join("model");
+    let middle = place.base.keys().nth(4).unwrap().clone();
+    let mut first = place.base.clone();
+    let second = first.split_off(&middle);
+    write_shards(&base, &[first, second]);
+    let path = base.join("model.safetensors.index.json");
+    let index = read_json(&path);
+    let merge = || {
+        let line = refused(
+            place.path(),
+            &[
+                "merge",
+                "--base",
+                "model",
+                "--adapter",
+                "adapter",
+                "--output",
+                "out",
+            ],
+        );
+        assert_eq!(
+            names(place.path()),
+            ["adapter", "base.safetensors", "model"]
+        );
+        line
+    };
+    let (one, two) = (
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    );
+    for (name, expected) in [
+        (
+            "../base.safetensors",
+            "`fc1.weight` is in \"../base.safetensors\", which is not the name of a file beside it",
+        ),
+        (
+            "/etc/passwd",
+            "`fc1.weight` is in \"/etc/passwd\", which is not the name of a file beside it",
+        ),
+        (
+            "..",
+            "`fc1.weight` is in \"..\", which is not the name of a file beside it",
+        ),
+    ] {
+        let mut lie = index.clone();
+        lie["weight_map"]["fc1.weight"] = json!(name);
+        write_json(&path, &lie);
+        assert_eq!(
+            merge(),
+            format!("model/model.safetensors.index.json: {expected}")
+        );
+    }
+    let mut lie = index.clone();
+    lie["weight_map"]["other"] = json!(two);
+    write_json(&path, &lie);
+    assert_eq!(
+        merge(),
+        format!("model/{two}: `other` is not there, and `model.safetensors.index.json` says it is")
+    );
+    let mut lie = index.clone();
+    lie["weight_map"]["other"] = json!("model-3.safetensors");
+    write_json(&path, &lie);
+    assert_eq!(
+        merge(),
+        "model/model-3.safetensors cannot be read: No such file or directory (os error 2)"
+    );
+    write_json(&path, &json!({"weight_map": 1}));
+    assert_eq!(
+        merge(),
+        "model/model.safetensors.index.json: no object `weight_map`"
+    );
+    fs::remove_file(&path).unwrap();
+    assert_eq!(
+        merge(),
+        format!("model: `{one}`, `{two}` are there and no single index; name the file to use")
+    );
+    write_json(&path, &index);
+    write(&base.join("model.safetensors"), &place.base);
+    assert_eq!(
+        merge(),
+        "model: `model.safetensors` is not in `model.safetensors.index.json`, and may be the same model; keep one of them"
+    );
+    fs::rename(base.join("model.safetensors"), base.join(two)).unwrap();
+    assert!(
+        merge().ends_with(&format!("is in `{one}` too")),
+        "{}",
+        merge()
+    );
+}
+
+#[test]
+fn outputs_that_are_there_or_inside_the_input() {
+    let place = Place::new();
+    let model = place.path().join("model");
+    fs::create_dir(&model).unwrap();
+    write(&model.join("model.safetensors"), &place.base);
+    let merge = |base: &str, output: &str| {
+        let before = [names(place.path()), names(&model)];
+        let line = refused(
+            place.path(),
+            &[
+                "merge",
+                "--base",
+                base,
+                "--adapter",
+                "adapter",
+                "--output",
+                output,
+            ],
+        );
+        assert_eq!([names(place.path()), names(&model)], before);
+        line
+    };
+    assert_eq!(
+        merge("base.safetensors", "base.safetensors"),
+        "base.safetensors is there already; name a file that is not there yet"
+    );
+    assert_eq!(
+        merge("model", "model"),
+        "model is there already; name a folder that is not there yet"
+    );
+    let inside = fs::canonicalize(&model).unwrap();
+    assert_eq!(
+        merge("model", "model/merged"),
+        format!(
+            "model/merged is inside {}, which it is made of",
+            inside.display()
+        )
+    );
+    let adapter = fs::canonicalize(place.path().join("adapter")).unwrap();
+    assert_eq!(
+        merge("model", "adapter/merged"),
+        format!(
+            "adapter/merged is inside {}, which it is made of",
+            adapter.display()
+        )
+    );
+    assert_eq!(
+        merge("model", "out.safetensors"),
+        "out.safetensors is the name of a file, and model is a folder; name a folder"
+    );
+    assert_eq!(
+        merge("base.safetensors", "none/out.safetensors"),
+        "none/out.safetensors has no folder: none is not there"
+    );
+}
+
+#[test]
+fn options_that_are_wrong() {
+    let place = Place::new();
+    let line = |arguments: &[&str]| refused(place.path(), arguments);
+    assert_eq!(
+        line(&[
+            "merge",
+            "--base",
+            "base.safetensors",
+            "--adapter",
+            "adapter"
+        ]),
+        "the following required arguments were not provided: --output <PATH>"
+    );
+    assert_eq!(
+        place.refused_with(&["--map", "fc"]),
+        "--map fc: neither `dinov2` nor <regex>=<replacement>"
+    );
+    assert!(
+        place
+            .refused_with(&["--map", "(=x"])
+            .starts_with("--map (=x: ")
+    );
+    assert_eq!(
+        line(&["convert", "adapter", "--output", "out"]),
+        "the following required arguments were not provided: --to <TO>"
+    );
+    assert_eq!(
+        line(&[
+            "convert",
+            "adapter",
+            "--to-lora",
+            "0",
+            "--base",
+            "base.safetensors",
+            "--output",
+            "out"
+        ]),
+        "invalid value '0' for '--to-lora <RANK>': 0 is not in 1..=65536"
+    );
+    assert_eq!(line(&["fold"]), "unrecognized subcommand 'fold'");
+}
+
+/// A result that cannot be written is no fault of the input: the exit code is 1.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_leaves_nothing_behind() {
+    let place = Place::new();
+    let full = [
+        "merge",
+        "--base",
+        "base.safetensors",
+        "--adapter",
+        "adapter",
+        "--output",
+        "/dev/full",
+    ];
+    let run = run(place.path(), &full);
+    assert_eq!(
+        (run.code, run.stderr.as_str()),
+        (
+            1,
+            "error: /dev/full cannot be written: No space left on device (os error 28)\n"
+        )
+    );
+
+    // A limit on the size of files stands for the disk: the signal that goes with it is ignored.
+    let model = place.path().join("model");
+    fs::create_dir(&model).unwrap();
+    write(&model.join("model.safetensors"), &place.base);
+    fs::write(model.join("config.json"), "{}").unwrap();
+    for (base, output, file) in [
+        ("base.safetensors", "out.safetensors", ""),
+        ("model", "out", "/model.safetensors"),
+    ] {
+        let script = format!(
+            "trap '' XFSZ; ulimit -f 1; exec \"$0\" merge --base {base} --adapter adapter --output {output}"
+        );
+        let run = std::process::Command::new("bash")
+            .args(["-c", &script, env!("CARGO_BIN_EXE_burn-boft")])
+            .current_dir(place.path())
+            .output()
+            .unwrap();
+        assert_eq!(run.status.code(), Some(1));
+        assert_eq!(
+            String::from_utf8(run.stderr).unwrap(),
+            format!("error: {output}{file} cannot be written: File too large (os error 27)\n")
+        );
+        assert_eq!(
+            names(place.path()),
+            ["adapter", "base.safetensors", "model"]
+        );
+    }
+}
+
+/// The temporary output does not outlive an interrupt.
+#[cfg(unix)]
+#[test]
+fn an_interrupt_leaves_nothing_behind() {
+    use std::process::{Command, Stdio};
+    use std::thread::sleep;
+    use std::time::Duration;
+    let place = Place::new();
+    // A model that takes a while: zeros that take no room on the disk.
+    let header =
+        json!({"large": {"dtype": "U8", "shape": [8u64 << 30], "data_offsets": [0, 8u64 << 30]}});
+    let mut base = place.base.clone();
+    base.retain(|key, _| key.starts_with("fc"));
+    let model = place.path().join("model");
+    fs::create_dir(&model).unwrap();
+    write(&model.join("model-1.safetensors"), &base);
+    let header = header.to_string();
+    let large = model.join("model-2.safetensors");
+    fs::write(
+        &large,
+        [&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat(),
+    )
+    .unwrap();
+    let file = fs::File::options().write(true).open(&large).unwrap();
+    file.set_len(8 + header.len() as u64 + (8 << 30)).unwrap();
+    let mut map: serde_json::Map<_, _> = base
+        .keys()
+        .map(|key| (key.clone(), json!("model-1.safetensors")))
+        .collect();
+    map.insert("large".into(), json!("model-2.safetensors"));
+    write_json(
+        &model.join("model.safetensors.index.json"),
+        &json!({"weight_map": map}),
+    );
+
+    let mut child = Command::new(env!("CARGO_BIN_EXE_burn-boft"))
+        .args([
+            "merge",
+            "--base",
+            "model",
+            "--adapter",
+            "adapter",
+            "--output",
+            "out",
+        ])
+        .current_dir(place.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let is_temporary = |name: &String| name.starts_with(".burn-boft-");
+    while !names(place.path()).iter().any(is_temporary) {
+        assert!(
+            child.try_wait().unwrap().is_none(),
+            "it ended before it was interrupted"
+        );
+        sleep(Duration::from_millis(1));
+    }
+    let kill = Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status();
+    assert!(kill.unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!(
+        names(place.path()),
+        ["adapter", "base.safetensors", "model"]
+    );
+}

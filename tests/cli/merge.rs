@@ -1,0 +1,480 @@
+//! `merge`.
+
+use std::fs;
+use std::path::Path;
+
+use safetensors::tensor::Dtype;
+use serde_json::json;
+
+use crate::files::*;
+
+/// Of the largest number in a tensor.
+const TOLERANCE: f64 = 1e-5;
+
+#[test]
+fn merging_makes_what_peft_makes() {
+    let cases = Case::all();
+    assert!(cases.len() > 80, "the fixtures are there");
+    for case in cases {
+        let folder = case.folder();
+        let arguments = [
+            "merge",
+            "--base",
+            "base.safetensors",
+            "--adapter",
+            case.adapter(),
+            "--output",
+            "merged.safetensors",
+        ];
+        succeed(folder.path(), &arguments);
+        let merged = read(&folder.path().join("merged.safetensors"));
+        assert_models(&merged, &case.merged, TOLERANCE, &case.name);
+        assert_eq!(merged != case.base, case.changes(), "{}", case.name);
+    }
+}
+
+#[test]
+fn a_base_of_half_precision_keeps_it_and_is_rounded_once() {
+    for name in [
+        "cases/boft-conv-m2-b6",
+        "cases/boft-mlp-bias-only-saved",
+        "cases/oft-linear-neumann-5",
+    ] {
+        for dtype in [Dtype::F16, Dtype::BF16] {
+            let mut case = Case::open(name);
+            let merge = |base: &Tensors| {
+                let folder = tempfile::tempdir().unwrap();
+                write(&folder.path().join("base.safetensors"), base);
+                succeed(
+                    folder.path(),
+                    &[
+                        "merge",
+                        "--base",
+                        "base.safetensors",
+                        "--adapter",
+                        case.adapter(),
+                        "--output",
+                        "out",
+                    ],
+                );
+                read(&folder.path().join("out"))
+            };
+            let rounded = |base: &Tensors| -> Tensors {
+                let tensors = base.iter();
+                tensors
+                    .map(|(key, tensor)| match tensor.dtype {
+                        Dtype::F32 => (key.clone(), tensor.cast(dtype)),
+                        _ => (key.clone(), tensor.clone()),
+                    })
+                    .collect()
+            };
+            let half = rounded(&case.base);
+            let merged = merge(&half);
+            let wide = half.iter().map(|(key, tensor)| match tensor.dtype {
+                Dtype::I64 => (key.clone(), tensor.clone()),
+                _ => (key.clone(), tensor.cast(Dtype::F32)),
+            });
+            let expected = rounded(&merge(&wide.collect()));
+            assert_eq!(merged, expected, "{name} {dtype}");
+            case.base = half;
+            assert!(merged != case.base);
+        }
+    }
+}
+
+/// The models of a case in two shards, with what else a folder holds.
+fn sharded(case: &Case, folder: &Path) {
+    let middle = case.base.len() / 2;
+    let key = case.base.keys().nth(middle).unwrap().clone();
+    let mut first = case.base.clone();
+    let second = first.split_off(&key);
+    write_shards(folder, &[first, second]);
+    fs::create_dir_all(folder.join("tokenizer")).unwrap();
+    fs::write(folder.join("config.json"), "{}").unwrap();
+    fs::write(folder.join("tokenizer/vocabulary.txt"), "a b").unwrap();
+}
+
+#[test]
+fn shards_come_out_as_they_went_in_and_other_files_go_along() {
+    let case = Case::open("cases/boft-mlp-bias-all-saved");
+    let folder = tempfile::tempdir().unwrap();
+    let (base, merged) = (folder.path().join("base"), folder.path().join("merged"));
+    sharded(&case, &base);
+    // These would be the model before the merge, or the merge once more.
+    fs::write(base.join("pytorch_model.bin"), "pickle").unwrap();
+    fs::write(base.join("adapter_config.json"), "{}").unwrap();
+    fs::write(base.join("adapter_model.safetensors"), "").unwrap();
+    succeed(
+        folder.path(),
+        &[
+            "merge",
+            "--base",
+            "base",
+            "--adapter",
+            case.adapter(),
+            "--output",
+            "merged",
+        ],
+    );
+    let shards = [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ];
+    assert_eq!(
+        names(&merged),
+        [
+            "config.json",
+            shards[0],
+            shards[1],
+            "model.safetensors.index.json",
+            "tokenizer"
+        ]
+    );
+    assert_eq!(
+        fs::read_to_string(merged.join("tokenizer/vocabulary.txt")).unwrap(),
+        "a b"
+    );
+    let index = "model.safetensors.index.json";
+    assert_eq!(read_json(&merged.join(index)), read_json(&base.join(index)));
+    let mut found = Tensors::new();
+    for shard in shards {
+        let (before, after) = (read(&base.join(shard)), read(&merged.join(shard)));
+        assert!(before.keys().eq(after.keys()));
+        found.extend(after);
+    }
+    assert_models(&found, &case.merged, TOLERANCE, "sharded");
+    assert_eq!(names(folder.path()), ["base", "merged"]);
+}
+
+#[test]
+fn a_new_head_is_added_and_one_for_other_classes_takes_the_place_of_the_old() {
+    let case = Case::open("cases/boft-mlp-saved-classifier");
+    let folder = tempfile::tempdir().unwrap();
+    let index = |name: &str| {
+        read_json(
+            &folder
+                .path()
+                .join(name)
+                .join("model.safetensors.index.json"),
+        )
+    };
+    let file = |name: &str, shard: usize| {
+        folder
+            .path()
+            .join(name)
+            .join(format!("model-0000{shard}-of-00002.safetensors"))
+    };
+
+    let mut headless = case.base.clone();
+    headless.retain(|key, _| !key.starts_with("classifier."));
+    let headless = Case {
+        base: headless,
+        ..Case::open(&case.name)
+    };
+    sharded(&headless, &folder.path().join("base"));
+    let printed = succeed(
+        folder.path(),
+        &[
+            "merge",
+            "--base",
+            "base",
+            "--adapter",
+            case.adapter(),
+            "--output",
+            "merged",
+        ],
+    );
+    assert_eq!(printed, "merged: 2 layers rotated, 2 tensors added\n");
+    let last = read(&file("merged", 2));
+    for key in ["classifier.weight", "classifier.bias"] {
+        assert_eq!(last[key], case.merged[key]);
+        assert_eq!(
+            index("merged")["weight_map"][key],
+            "model-00002-of-00002.safetensors"
+        );
+    }
+    let added = 4 * (5 * 16 + 5);
+    let size = |name: &str| index(name)["metadata"]["total_size"].as_u64().unwrap();
+    assert_eq!(size("merged"), size("base") + added);
+
+    let mut other = case.base.clone();
+    other.insert("classifier.weight".into(), Tensor::random(&[7, 16], 1));
+    other.insert("classifier.bias".into(), Tensor::random(&[7], 2));
+    write(&folder.path().join("other.safetensors"), &other);
+    succeed(
+        folder.path(),
+        &[
+            "merge",
+            "--base",
+            "other.safetensors",
+            "--adapter",
+            case.adapter(),
+            "--output",
+            "other-merged.safetensors",
+        ],
+    );
+    assert_models(
+        &read(&folder.path().join("other-merged.safetensors")),
+        &case.merged,
+        TOLERANCE,
+        "another head",
+    );
+}
+
+#[test]
+fn a_dry_run_says_what_would_change_and_writes_nothing() {
+    let case = Case::open("cases/boft-mlp-bias-only-saved");
+    let folder = case.folder();
+    let printed = succeed(
+        folder.path(),
+        &[
+            "merge",
+            "--base",
+            "base.safetensors",
+            "--adapter",
+            case.adapter(),
+            "--dry-run",
+        ],
+    );
+    assert_eq!(
+        printed,
+        "\
+classifier.bias    [5] F32       base.safetensors  replace
+classifier.weight  [5, 16] F32   base.safetensors  replace
+fc1.bias           [20] F32      base.safetensors  replace
+fc1.weight         [20, 24] F32  base.safetensors  rotate block size 4, 1 factor, scale
+fc2.bias           [16] F32      base.safetensors  replace
+fc2.weight         [16, 20] F32  base.safetensors  rotate block size 4, 1 factor, scale
+2 layers to rotate, 4 tensors to replace
+"
+    );
+    assert_eq!(names(folder.path()), ["base.safetensors"]);
+}
+
+#[test]
+fn rules_bridge_names() {
+    let case = Case::open("cases/boft-mlp-bias-only-saved");
+    let rename = |tensors: &Tensors| -> Tensors {
+        let tensors = tensors.iter();
+        tensors
+            .map(|(key, tensor)| {
+                (
+                    format!("model.{}", key.replace("fc", "dense.")),
+                    tensor.clone(),
+                )
+            })
+            .collect()
+    };
+    let folder = tempfile::tempdir().unwrap();
+    write(&folder.path().join("base.safetensors"), &rename(&case.base));
+    let arguments = [
+        "merge",
+        "--base",
+        "base.safetensors",
+        "--adapter",
+        case.adapter(),
+        "--output",
+        "merged.safetensors",
+        "--map",
+        "^(?=[fnc])=model.",
+        "--map",
+        r"fc(\d)=dense.$1",
+    ];
+    succeed(folder.path(), &arguments);
+    let merged = read(&folder.path().join("merged.safetensors"));
+    assert_models(&merged, &rename(&case.merged), TOLERANCE, "renamed");
+}
+
+/// The fixtures of DINOv2 that PEFT and transformers wrote.
+fn dinov2() -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/dinov2")
+}
+
+#[test]
+fn dinov2_is_merged_under_the_names_of_both_transformers_with_and_without_its_prefix() {
+    let fixtures = dinov2();
+    let bare = |tensors: Tensors| -> Tensors {
+        let tensors = tensors.into_iter();
+        tensors
+            .map(|(key, tensor)| (key.trim_start_matches("dinov2.").to_string(), tensor))
+            .collect()
+    };
+    let (base, merged) = (
+        read(&fixtures.join("base.safetensors")),
+        read(&fixtures.join("merged.safetensors")),
+    );
+    for (base, merged) in [(base.clone(), merged.clone()), (bare(base), bare(merged))] {
+        for version in ["transformers-4", "transformers-5"] {
+            let folder = tempfile::tempdir().unwrap();
+            write(&folder.path().join("base.safetensors"), &base);
+            let adapter = fixtures.join(version);
+            succeed(
+                folder.path(),
+                &[
+                    "merge",
+                    "--base",
+                    "base.safetensors",
+                    "--adapter",
+                    adapter.to_str().unwrap(),
+                    "--map",
+                    "dinov2",
+                    "--output",
+                    "out.safetensors",
+                ],
+            );
+            assert_models(
+                &read(&folder.path().join("out.safetensors")),
+                &merged,
+                TOLERANCE,
+                version,
+            );
+        }
+    }
+}
+
+#[test]
+fn two_rotations_in_one_fused_layer_are_merged_half_by_half() {
+    let fixtures = dinov2();
+    let folder = tempfile::tempdir().unwrap();
+    let (layer, prefix) = ("dinov2.encoder.layer.0.mlp", "base_model.model.");
+    let mut adapter = read(&fixtures.join("transformers-5/adapter_model.safetensors"));
+    let key = |part: &str, tensor: &str| format!("{prefix}{layer}.{part}.{tensor}");
+    adapter.insert(key("up_proj", "boft_R"), Tensor::random(&[1, 3, 4, 4], 5));
+    let config = read_json(&fixtures.join("transformers-5/adapter_config.json"));
+    write_adapter(&folder.path().join("adapter"), &config, &adapter);
+    let base = read(&fixtures.join("base.safetensors"));
+    write(&folder.path().join("base.safetensors"), &base);
+    succeed(
+        folder.path(),
+        &[
+            "merge",
+            "--base",
+            "base.safetensors",
+            "--adapter",
+            "adapter",
+            "--map",
+            "dinov2",
+            "--output",
+            "merged.safetensors",
+        ],
+    );
+    let found =
+        &read(&folder.path().join("merged.safetensors"))[&format!("{layer}.weights_in.weight")];
+
+    // Each half as a layer of its own.
+    let mut expected = Vec::new();
+    let whole = &base[&format!("{layer}.weights_in.weight")].numbers;
+    for (part, numbers) in ["gate_proj", "up_proj"].iter().zip(whole.chunks(16 * 12)) {
+        let tensors = ["boft_R", "boft_s"].map(|tensor| {
+            (
+                format!("{prefix}{part}.{tensor}"),
+                adapter[&key(part, tensor)].clone(),
+            )
+        });
+        let mut config = config.clone();
+        config["bias"] = json!("none");
+        config["modules_to_save"] = json!(null);
+        write_adapter(&folder.path().join(part), &config, &tensors.into());
+        let base = [(
+            format!("{part}.weight"),
+            Tensor::new(&[16, 12], numbers.to_vec()),
+        )]
+        .into();
+        write(&folder.path().join("half.safetensors"), &base);
+        let output = format!("{part}.safetensors");
+        succeed(
+            folder.path(),
+            &[
+                "merge",
+                "--base",
+                "half.safetensors",
+                "--adapter",
+                part,
+                "--output",
+                &output,
+            ],
+        );
+        expected.extend(
+            read(&folder.path().join(output))[&format!("{part}.weight")]
+                .numbers
+                .clone(),
+        );
+    }
+    assert_eq!(found.numbers, expected);
+    let peft = &read(&fixtures.join("merged.safetensors"))[&format!("{layer}.weights_in.weight")];
+    let half = |numbers: &[f64], half: usize| {
+        Tensor::new(
+            &[16, 12],
+            numbers[half * 16 * 12..(half + 1) * 16 * 12].to_vec(),
+        )
+    };
+    let off = |part: usize| difference(&half(&expected, part), &half(&peft.numbers, part));
+    assert!(off(0) < TOLERANCE, "the first half is PEFT's");
+    assert!(off(1) > 0.01, "the second half is turned differently");
+}
+
+/// The most memory that merging took, by the kernel's count.
+#[cfg(target_os = "linux")]
+fn peak_of_merge(folder: &Path) -> u64 {
+    use std::process::{Command, Stdio};
+    let mut child = Command::new(env!("CARGO_BIN_EXE_burn-boft"))
+        .args([
+            "merge",
+            "--base",
+            "base.safetensors",
+            "--adapter",
+            "adapter",
+            "--output",
+            "/dev/null",
+        ])
+        .current_dir(folder)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let status = format!("/proc/{}/status", child.id());
+    let mut peak = 0;
+    while child.try_wait().unwrap().is_none() {
+        let text = fs::read_to_string(&status).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok());
+        peak = peak.max(kib.unwrap_or(0));
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    assert!(child.wait().unwrap().success());
+    peak * 1024
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn memory_stays_small_whatever_the_size_of_the_model() {
+    use std::io::Write;
+    const LAYERS: usize = 12;
+    const WIDTHS: [usize; 2] = [8192, 2048];
+    let folder = tempfile::tempdir().unwrap();
+    // Zeros that take no room on the disk.
+    let bytes = 4 * WIDTHS[0] * WIDTHS[1];
+    let entries = (0..LAYERS).map(|layer| {
+        let entry = json!({"dtype": "F32", "shape": WIDTHS, "data_offsets": [layer * bytes, (layer + 1) * bytes]});
+        (format!("{layer}.weight"), entry)
+    });
+    let header = serde_json::Value::Object(entries.collect()).to_string();
+    let mut file = fs::File::create(folder.path().join("base.safetensors")).unwrap();
+    file.write_all(&(header.len() as u64).to_le_bytes())
+        .unwrap();
+    file.write_all(header.as_bytes()).unwrap();
+    file.set_len((8 + header.len() + LAYERS * bytes) as u64)
+        .unwrap();
+
+    let config = json!({"peft_type": "BOFT", "boft_block_size": 4, "target_modules": "all-linear"});
+    let adapter = (0..LAYERS).flat_map(|layer| {
+        let key = |name: &str| format!("base_model.model.{layer}.{name}");
+        [
+            (key("boft_R"), Tensor::random(&[1, WIDTHS[1] / 4, 4, 4], 1)),
+            (key("boft_s"), Tensor::random(&[WIDTHS[0], 1], 2)),
+        ]
+    });
+    write_adapter(&folder.path().join("adapter"), &config, &adapter.collect());
+    let peak = peak_of_merge(folder.path());
+    assert!(peak > 1 << 20, "the count is read");
+    assert!(peak < 200 << 20, "merging 768 MiB took {} MiB", peak >> 20);
+}

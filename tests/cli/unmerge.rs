@@ -1,0 +1,181 @@
+//! `unmerge`.
+
+use safetensors::tensor::Dtype;
+use serde_json::json;
+
+use crate::files::*;
+
+/// The numbers after `off by at most`.
+fn reported(printed: &str) -> [f64; 2] {
+    let (_, numbers) = printed.split_once("off by at most ").unwrap();
+    let mut numbers = numbers
+        .split(", ")
+        .map(|part| part.split(' ').next().unwrap().parse().unwrap());
+    [numbers.next().unwrap(), numbers.next().unwrap()]
+}
+
+#[test]
+fn what_was_merged_comes_out_again() {
+    let mut restored = 0;
+    for case in Case::all() {
+        let folder = case.folder();
+        let run_on = |command: &str, option: &str, input: &str, output: &str| {
+            let mut arguments = vec![
+                command,
+                option,
+                input,
+                "--adapter",
+                case.adapter(),
+                "--output",
+                output,
+            ];
+            arguments.extend((command == "unmerge").then_some("--keep-saved"));
+            run(folder.path(), &arguments)
+        };
+        assert_eq!(
+            run_on("merge", "--base", "base.safetensors", "merged.safetensors").code,
+            0
+        );
+        let run = run_on(
+            "unmerge",
+            "--merged",
+            "merged.safetensors",
+            "restored.safetensors",
+        );
+        assert_eq!(run.code, 0, "{}: {}", case.name, run.stderr);
+        let found = read(&folder.path().join("restored.safetensors"));
+        for (key, expected) in case
+            .base
+            .iter()
+            .filter(|(_, tensor)| tensor.shape.len() > 1)
+        {
+            // Of saved modules nothing is restored.
+            if !key.starts_with("classifier") && !key.starts_with("head") {
+                let difference = difference(&found[key], expected);
+                assert!(
+                    difference < 1e-5,
+                    "{}: {key} is off by {difference:e}",
+                    case.name
+                );
+                restored += usize::from(case.merged[key] != *expected);
+            }
+        }
+        let [absolute, relative] = reported(&run.stdout);
+        assert!(
+            absolute < 1e-4 && relative < 1e-5,
+            "{}: {}",
+            case.name,
+            run.stdout
+        );
+    }
+    assert!(
+        restored > 80,
+        "{restored} weights were changed and restored"
+    );
+}
+
+#[test]
+fn the_error_that_is_reported_is_the_one_that_merging_again_makes() {
+    let mut case = Case::open("cases/boft-linear-m3-b4");
+    for tensor in case.base.values_mut() {
+        *tensor = tensor.cast(Dtype::BF16);
+    }
+    let folder = case.folder();
+    let merge = |input: &str, output: &str| {
+        succeed(
+            folder.path(),
+            &[
+                "merge",
+                "--base",
+                input,
+                "--adapter",
+                case.adapter(),
+                "--output",
+                output,
+            ],
+        );
+        read(&folder.path().join(output))["layer.weight"].clone()
+    };
+    let merged = merge("base.safetensors", "merged.safetensors");
+    let printed = succeed(
+        folder.path(),
+        &[
+            "unmerge",
+            "--merged",
+            "merged.safetensors",
+            "--adapter",
+            case.adapter(),
+            "--output",
+            "restored.safetensors",
+        ],
+    );
+    let again = merge("restored.safetensors", "again.safetensors");
+    let pairs = || again.numbers.iter().zip(&merged.numbers);
+    let absolute = pairs().map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    let norm = |numbers: &mut dyn Iterator<Item = f64>| numbers.map(|x| x * x).sum::<f64>().sqrt();
+    let relative =
+        norm(&mut pairs().map(|(a, b)| a - b)) / norm(&mut merged.numbers.iter().copied());
+    assert!(absolute > 0.0, "rounding to bf16 leaves an error");
+    let [found_absolute, found_relative] = reported(&printed);
+    // Two digits are printed.
+    assert!(
+        (found_absolute / absolute - 1.0).abs() < 0.06,
+        "{printed} {absolute}"
+    );
+    assert!(
+        (found_relative / relative - 1.0).abs() < 0.06,
+        "{printed} {relative}"
+    );
+}
+
+#[test]
+fn what_cannot_be_undone_is_refused() {
+    let case = Case::open("cases/boft-mlp-bias-only-saved");
+    let folder = case.folder();
+    let unmerge = |adapter: &str| {
+        refused(
+            folder.path(),
+            &[
+                "unmerge",
+                "--merged",
+                "base.safetensors",
+                "--adapter",
+                adapter,
+                "--output",
+                "out",
+            ],
+        )
+    };
+    assert_eq!(
+        unmerge(case.adapter()),
+        "`classifier.bias` and what else the adapter saves (4 tensors) took the place of numbers that no file has any \
+         more; --keep-saved leaves them as they are"
+    );
+
+    let prefix = "base_model.model.fc1";
+    let mut scale = Tensor::random(&[20, 1], 3);
+    scale.numbers[7] = 0.0;
+    let tensors = [
+        (format!("{prefix}.boft_R"), Tensor::random(&[1, 6, 4, 4], 4)),
+        (format!("{prefix}.boft_s"), scale),
+    ];
+    let config = json!({"peft_type": "BOFT", "target_modules": ["fc1"]});
+    write_adapter(&folder.path().join("zero"), &config, &tensors.into());
+    assert_eq!(
+        unmerge("zero"),
+        "base.safetensors: `fc1.weight` was scaled by zero in row 7: nothing of that row is left to restore"
+    );
+
+    // At ‖Q‖ = 1 the polynomial of five terms, (1 + Q²)² + 2Q(1 + Q²), is zero.
+    let one = Tensor::new(&[12, 1], vec![1.0; 12]);
+    let config = json!({
+        "peft_type": "OFT", "oft_block_size": 2, "target_modules": ["fc1"], "peft_version": "0.21.2"
+    });
+    let key = format!("{prefix}.oft_R.weight");
+    write_adapter(&folder.path().join("flat"), &config, &[(key, one)].into());
+    assert_eq!(
+        unmerge("flat"),
+        "base.safetensors: `fc1.weight` has no inverse: block 0 of the Neumann polynomial flattens a direction"
+    );
+    assert_eq!(names(folder.path()), ["base.safetensors", "flat", "zero"]);
+}

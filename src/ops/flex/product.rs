@@ -12,6 +12,9 @@ use super::Real;
 /// Multiplications from which on a product is shared among threads.
 const SHARED_WORK: usize = 192 * 192 * 192;
 
+/// Rows that one task starts from the bias.
+const FILLED_ROWS: usize = 64;
+
 /// `lhs·rhs + bias` of a `[m, k]` and a `[k, n]` tensor with any strides.
 pub(super) fn product<E: Real>(lhs: &FlexTensor, rhs: &FlexTensor, bias: Option<&[E]>) -> Vec<E> {
     let ([m, k], [inner, n]) = (lhs.shape().dims::<2>(), rhs.shape().dims::<2>());
@@ -22,11 +25,12 @@ pub(super) fn product<E: Real>(lhs: &FlexTensor, rhs: &FlexTensor, bias: Option<
     let mut output = Vec::with_capacity(m * n);
     if let Some(bias) = bias {
         assert_eq!(bias.len(), n, "the bias of {n} outputs");
-        output.par_extend(
-            (0..m)
-                .into_par_iter()
-                .flat_map_iter(|_| bias.iter().copied()),
-        );
+        output.spare_capacity_mut()[..m * n]
+            .par_chunks_mut(FILLED_ROWS * n.max(1))
+            .flat_map_iter(|rows| rows.chunks_mut(n))
+            .for_each(|row| {
+                row.write_copy_of_slice(bias);
+            });
     }
     let (lhs, rhs) = (Matrix::<E>::new(lhs), Matrix::<E>::new(rhs));
     let parallelism = match m * n * k >= SHARED_WORK {

@@ -55,38 +55,82 @@ impl Sizes {
 
 /// `op(R)` of every span, composed in f64.
 pub(super) fn compose<E: Real>(blocks: &[E], sizes: Sizes, transpose: bool) -> Vec<E> {
-    let Sizes { m, b, span: s, .. } = sizes;
+    let s = sizes.span;
+    let arch = Arch::new();
     let mut rotations = vec![E::default(); sizes.count() * s * s];
     rotations
         .par_chunks_mut(s * s)
         .enumerate()
-        .with_min_len(8)
-        .for_each(|(index, rotation)| {
-            let mut product = vec![0.0; s * s];
-            (0..s).for_each(|i| product[i * (s + 1)] = 1.0);
-            let mut rows = vec![0.0; b * s];
-            for stage in 0..m {
-                for local in 0..s / b {
-                    let block = &blocks[sizes.offset(stage, index * (s / b) + local)..][..b * b];
-                    multiply_rows(&mut product, block, sizes, (stage, local), false, &mut rows);
-                }
-            }
-            for row in 0..s {
-                for column in 0..s {
-                    let value = product[row * s + column];
-                    let place = if transpose {
-                        column * s + row
-                    } else {
-                        row * s + column
-                    };
-                    rotation[place] = E::rounded(value);
-                }
-            }
+        .with_min_len(SPANS)
+        .for_each(|(span, rotation)| {
+            arch.dispatch(Compose {
+                rotation,
+                blocks,
+                sizes,
+                span,
+                transpose,
+            });
         });
     rotations
 }
 
+/// Spans of small matrices that one task works on.
+const SPANS: usize = 8;
+
+/// One span of [`compose`].
+struct Compose<'a, E> {
+    rotation: &'a mut [E],
+    blocks: &'a [E],
+    sizes: Sizes,
+    span: usize,
+    transpose: bool,
+}
+
+impl<E: Real> WithSimd for Compose<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let s = self.sizes.span;
+        let mut product = vec![0.0; s * s];
+        (0..s).for_each(|i| product[i * (s + 1)] = 1.0);
+        for stage in 0..self.sizes.m {
+            multiply_by_stage(
+                &mut product,
+                self.blocks,
+                self.sizes,
+                (stage, self.span),
+                false,
+            );
+        }
+        if self.transpose {
+            transpose(&mut product, s);
+        }
+        for (value, product) in self.rotation.iter_mut().zip(product) {
+            *value = E::rounded(product);
+        }
+    }
+}
+
+/// Multiplies a span's rows by a factor, `t ← op(F)·t`.
+#[inline(always)]
+fn multiply_by_stage<E: Real>(
+    matrix: &mut [f64],
+    blocks: &[E],
+    sizes: Sizes,
+    (stage, span): (usize, usize),
+    transpose: bool,
+) {
+    let per_span = sizes.span / sizes.b;
+    let mut rows = vec![0.0; sizes.b * sizes.span];
+    for local in 0..per_span {
+        let block = &blocks[sizes.offset(stage, span * per_span + local)..];
+        multiply_rows(matrix, block, sizes, (stage, local), transpose, &mut rows);
+    }
+}
+
 /// Multiplies the rows that a block couples by the block: `t[L] ← op(C)·t[L]`.
+#[inline(always)]
 fn multiply_rows<E: Real>(
     matrix: &mut [f64],
     block: &[E],
@@ -97,7 +141,7 @@ fn multiply_rows<E: Real>(
 ) {
     let Sizes { b, span: s, .. } = sizes;
     rows.fill(0.0);
-    for to in 0..b {
+    for (to, row) in rows.chunks_exact_mut(s).enumerate() {
         for from in 0..b {
             let place = if transpose {
                 from * b + to
@@ -105,15 +149,14 @@ fn multiply_rows<E: Real>(
                 to * b + from
             };
             let factor: f64 = block[place].into();
-            let source = sizes.coupled(stage, local, from) * s;
-            for column in 0..s {
-                rows[to * s + column] += factor * matrix[source + column];
+            let source = &matrix[sizes.coupled(stage, local, from) * s..][..s];
+            for (sum, value) in row.iter_mut().zip(source) {
+                *sum += factor * value;
             }
         }
     }
-    for to in 0..b {
-        let target = sizes.coupled(stage, local, to) * s;
-        matrix[target..target + s].copy_from_slice(&rows[to * s..(to + 1) * s]);
+    for (to, row) in rows.chunks_exact(s).enumerate() {
+        matrix[sizes.coupled(stage, local, to) * s..][..s].copy_from_slice(row);
     }
 }
 
@@ -414,15 +457,22 @@ pub(super) fn gram<E: Real>(
                 })
                 .collect();
             let mut gram = vec![0.0; columns * s];
-            for partial in partial {
-                for (sum, value) in gram.iter_mut().zip(partial) {
-                    *sum += value.into();
-                }
-            }
+            gram.par_chunks_mut(SUMMED)
+                .enumerate()
+                .for_each(|(chunk, gram)| {
+                    for partial in &partial {
+                        for (sum, &value) in gram.iter_mut().zip(&partial[chunk * SUMMED..]) {
+                            *sum += value.into();
+                        }
+                    }
+                });
             gram
         }
     }
 }
+
+/// Numbers of `G` that one task adds up.
+const SUMMED: usize = 1 << 12;
 
 /// One span of [`gram`] on the left.
 struct GramOfRows<'a, E> {
@@ -634,45 +684,21 @@ pub(super) fn row_sums<E: Real>(gradient: &[E], output: &[E], columns: usize) ->
 }
 
 /// The gradient of the blocks from `G`; see the portable version.
-pub(super) fn block_gradient<E: Real>(gram: Vec<f64>, blocks: &[E], sizes: Sizes) -> Vec<E> {
-    let Sizes { m, b, span: s, .. } = sizes;
+pub(super) fn block_gradient<E: Real>(mut gram: Vec<f64>, blocks: &[E], sizes: Sizes) -> Vec<E> {
+    let Sizes { b, span: s, .. } = sizes;
     let per_span = s / b;
+    let arch = Arch::new();
     let gradients: Vec<Vec<f64>> = gram
-        .par_chunks(s * s)
+        .par_chunks_mut(s * s)
         .enumerate()
-        .with_min_len(8)
-        .map(|(index, gram)| {
-            let mut gram = gram.to_vec();
-            let mut gradients = vec![0.0; m * per_span * b * b];
-            let mut rows = vec![0.0; b * s];
-            for stage in (0..m).rev() {
-                for local in 0..per_span {
-                    let block = &blocks[sizes.offset(stage, index * per_span + local)..][..b * b];
-                    let gradient = &mut gradients[(stage * per_span + local) * b * b..][..b * b];
-                    for row in 0..b {
-                        let source = sizes.coupled(stage, local, row) * s;
-                        for inner in 0..b {
-                            let value = gram[source + sizes.coupled(stage, local, inner)];
-                            for column in 0..b {
-                                let factor: f64 = block[inner * b + column].into();
-                                gradient[row * b + column] += value * factor;
-                            }
-                        }
-                    }
-                }
-                if stage > 0 {
-                    // Fᵀ·G·F = (Fᵀ·(Fᵀ·G)ᵀ)ᵀ.
-                    for _ in 0..2 {
-                        for local in 0..per_span {
-                            let offset = sizes.offset(stage, index * per_span + local);
-                            let block = &blocks[offset..][..b * b];
-                            multiply_rows(&mut gram, block, sizes, (stage, local), true, &mut rows);
-                        }
-                        transpose(&mut gram, s);
-                    }
-                }
-            }
-            gradients
+        .with_min_len(SPANS)
+        .map(|(span, gram)| {
+            arch.dispatch(BlockGradient {
+                gram,
+                blocks,
+                sizes,
+                span,
+            })
         })
         .collect();
     let mut output = vec![E::default(); blocks.len()];
@@ -687,6 +713,56 @@ pub(super) fn block_gradient<E: Real>(gram: Vec<f64>, blocks: &[E], sizes: Sizes
     output
 }
 
+/// One span of [`block_gradient`]: every factor's blocks after each other.
+struct BlockGradient<'a, E> {
+    gram: &'a mut [f64],
+    blocks: &'a [E],
+    sizes: Sizes,
+    span: usize,
+}
+
+impl<E: Real> WithSimd for BlockGradient<'_, E> {
+    type Output = Vec<f64>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> Vec<f64> {
+        let Self {
+            gram,
+            blocks,
+            sizes,
+            span,
+        } = self;
+        let Sizes { m, b, span: s, .. } = sizes;
+        let per_span = s / b;
+        let mut gradients = vec![0.0; m * s * b];
+        for stage in (0..m).rev() {
+            for local in 0..per_span {
+                let block = &blocks[sizes.offset(stage, span * per_span + local)..][..b * b];
+                let gradient = &mut gradients[(stage * per_span + local) * b * b..][..b * b];
+                for row in 0..b {
+                    let source = sizes.coupled(stage, local, row) * s;
+                    for inner in 0..b {
+                        let value = gram[source + sizes.coupled(stage, local, inner)];
+                        for column in 0..b {
+                            let factor: f64 = block[inner * b + column].into();
+                            gradient[row * b + column] += value * factor;
+                        }
+                    }
+                }
+            }
+            if stage > 0 {
+                // Fᵀ·G·F = (Fᵀ·(Fᵀ·G)ᵀ)ᵀ.
+                for _ in 0..2 {
+                    multiply_by_stage(gram, blocks, sizes, (stage, span), true);
+                    transpose(gram, s);
+                }
+            }
+        }
+        gradients
+    }
+}
+
+#[inline(always)]
 fn transpose(matrix: &mut [f64], size: usize) {
     for row in 0..size {
         for column in row + 1..size {

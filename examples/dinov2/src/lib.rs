@@ -1,6 +1,7 @@
 //! Fine-tuning a DINOv2 image classifier with BOFT: the model, and a program around it.
 
 pub mod model;
+pub mod ops;
 
 mod adapt;
 mod backbone;

@@ -1,9 +1,9 @@
 //! Multi-head self-attention.
 
 use burn::module::Module;
-use burn::tensor::activation::softmax;
-use burn::tensor::module::attention;
 use burn::tensor::{Device, Tensor};
+
+use crate::ops::attention;
 
 use super::{BoftLinear, BoftLinearConfig, Dinov2Config};
 
@@ -68,7 +68,7 @@ impl Dinov2SelfAttention {
         let key = self.heads(self.key.forward(tokens.clone()));
         let value = self.heads(self.value.forward(tokens));
 
-        attend(query, key, value).swap_dims(1, 2).flatten(2, 3)
+        attention(query, key, value).swap_dims(1, 2).flatten(2, 3)
     }
 
     /// Splits `[batch, tokens, hidden_size]` into `[batch, heads, tokens, head_size]`.
@@ -87,44 +87,6 @@ pub struct Dinov2SelfOutput {
     pub dense: BoftLinear,
 }
 
-/// Scaled dot-product attention over `[batch, heads, tokens, head_size]`.
-fn attend(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>) -> Tensor<4> {
-    // Burn's fused attention has no backward pass of its own, and what stands in for it
-    // differentiates the maximum of every row too, which a softmax does not need.
-    if query.is_autodiff() {
-        let scale = (query.dims()[3] as f64).powf(-0.5);
-        let scores = (query * scale).matmul(key.transpose());
-        softmax(scores, 3).matmul(value)
-    } else {
-        attention(query, key, value, None, None, Default::default())
-    }
-}
-
 fn linear(config: &Dinov2Config, device: &Device) -> BoftLinear {
     BoftLinearConfig::new(config.hidden_size, config.hidden_size).init(device)
-}
-
-#[cfg(test)]
-mod tests {
-    use burn::tensor::{Distribution, Tolerance};
-
-    use super::*;
-
-    #[test]
-    fn attention_is_the_same_with_and_without_autodiff() {
-        let device = Device::default();
-        let [query, key, value] =
-            [(); 3].map(|()| Tensor::random([2, 3, 7, 5], Distribution::Default, &device));
-
-        let plain = attend(query.clone(), key.clone(), value.clone());
-        let tracked = attend(
-            query.autodiff().require_grad(),
-            key.autodiff(),
-            value.autodiff(),
-        );
-
-        plain
-            .into_data()
-            .assert_approx_eq::<f32>(&tracked.into_data(), Tolerance::relative(1e-5));
-    }
 }

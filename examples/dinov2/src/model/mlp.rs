@@ -1,8 +1,10 @@
 //! The feed-forward part of a layer.
 
 use burn::module::Module;
-use burn::tensor::activation::{gelu, silu};
+use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor};
+
+use crate::ops::gelu;
 
 use super::{BoftLinear, BoftLinearConfig, Dinov2Config};
 

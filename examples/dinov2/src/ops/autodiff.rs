@@ -1,0 +1,102 @@
+//! The operations as nodes of the graph.
+
+use burn::backend::autodiff::{
+    Autodiff, NodeId,
+    checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+    grads::Gradients,
+    ops::{Backward, Ops, OpsKind},
+};
+use burn::backend::tensor::FloatTensor;
+
+use super::TransformerBackend;
+
+impl<B: TransformerBackend, C: CheckpointStrategy> TransformerBackend for Autodiff<B, C> {
+    fn fast_gelu(input: FloatTensor<Self>) -> FloatTensor<Self> {
+        #[derive(Debug)]
+        struct Gelu;
+
+        impl<B: TransformerBackend> Backward<B, 1> for Gelu {
+            type State = NodeId;
+
+            fn backward(
+                self,
+                ops: Ops<Self::State, 1>,
+                gradients: &mut Gradients,
+                checkpointer: &mut Checkpointer,
+            ) {
+                let [parent] = ops.parents;
+                let gradient = gradients.consume::<B>(&ops.node);
+                if let Some(parent) = parent {
+                    let input = checkpointer.retrieve_node_output(ops.state);
+                    let gradient = B::fast_gelu_backward(input, gradient);
+                    gradients.register::<B>(parent.id, gradient);
+                }
+            }
+        }
+
+        let output = B::fast_gelu(input.primitive().clone());
+        match Gelu.prepare::<C>([input.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(mut prep) => {
+                let state = prep.checkpoint(&input);
+                prep.finish(state, output)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(output),
+        }
+    }
+
+    fn fast_gelu_backward(_: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
+        unreachable!("a backward pass is not differentiated")
+    }
+
+    fn fast_attention(
+        query: FloatTensor<Self>,
+        key: FloatTensor<Self>,
+        value: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        #[derive(Debug)]
+        struct Attention;
+
+        impl<B: TransformerBackend> Backward<B, 3> for Attention {
+            type State = [NodeId; 3];
+
+            fn backward(
+                self,
+                ops: Ops<Self::State, 3>,
+                gradients: &mut Gradients,
+                checkpointer: &mut Checkpointer,
+            ) {
+                let gradient = gradients.consume::<B>(&ops.node);
+                let [query, key, value] = ops.state.map(|id| checkpointer.retrieve_node_output(id));
+                let (query, key, value) = B::fast_attention_backward(query, key, value, gradient);
+                for (parent, gradient) in ops.parents.into_iter().zip([query, key, value]) {
+                    if let Some(parent) = parent {
+                        gradients.register::<B>(parent.id, gradient);
+                    }
+                }
+            }
+        }
+
+        let output = B::fast_attention(
+            query.primitive().clone(),
+            key.primitive().clone(),
+            value.primitive().clone(),
+        );
+        let nodes = [query.node(), key.node(), value.node()];
+        match Attention.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(mut prep) => {
+                let state = [&query, &key, &value].map(|input| prep.checkpoint(input));
+                prep.finish(state, output)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(output),
+        }
+    }
+
+    fn fast_attention_backward(
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        unreachable!("a backward pass is not differentiated")
+    }
+}

@@ -456,23 +456,29 @@ pub(super) fn gram<E: Real>(
                     gram
                 })
                 .collect();
-            let mut gram = vec![0.0; columns * s];
-            gram.par_chunks_mut(SUMMED)
-                .enumerate()
-                .for_each(|(chunk, gram)| {
-                    for partial in &partial {
-                        for (sum, &value) in gram.iter_mut().zip(&partial[chunk * SUMMED..]) {
-                            *sum += value.into();
-                        }
-                    }
-                });
-            gram
+            total(&partial, columns * s)
         }
     }
 }
 
-/// Numbers of `G` that one task adds up.
+/// Numbers that one task adds up.
 const SUMMED: usize = 1 << 12;
+
+/// Adds partial sums, in f64 and always in the same order.
+fn total<E: Real>(partial: &[Vec<E>], len: usize) -> Vec<f64> {
+    let mut total = vec![0.0; len];
+    total
+        .par_chunks_mut(SUMMED)
+        .enumerate()
+        .for_each(|(chunk, total)| {
+            for partial in partial {
+                for (sum, &value) in total.iter_mut().zip(&partial[chunk * SUMMED..]) {
+                    *sum += value.into();
+                }
+            }
+        });
+    total
+}
 
 /// One span of [`gram`] on the left.
 struct GramOfRows<'a, E> {
@@ -595,11 +601,11 @@ fn dot<E: Real>(lhs: &[E], rhs: &[E]) -> f64 {
 /// `Σ gradient ⊙ output` and `Σ gradient` per column, from partial sums of a fixed size.
 pub(super) fn column_sums<E: Real>(gradient: &[E], output: &[E], columns: usize) -> [Vec<E>; 2] {
     let arch = Arch::new();
-    let partial: Vec<[Vec<E>; 2]> = gradient
+    let partial: Vec<Vec<E>> = gradient
         .par_chunks(ROWS * columns)
         .zip(output.par_chunks(ROWS * columns))
         .map(|(gradient, output)| {
-            let mut sums = [(); 2].map(|()| vec![E::default(); columns]);
+            let mut sums = vec![E::default(); 2 * columns];
             arch.dispatch(ColumnSums {
                 sums: &mut sums,
                 gradient,
@@ -608,17 +614,14 @@ pub(super) fn column_sums<E: Real>(gradient: &[E], output: &[E], columns: usize)
             sums
         })
         .collect();
-    [0, 1].map(|kind| {
-        let total = |column: usize| partial.iter().map(|sums| sums[kind][column].into()).sum();
-        (0..columns)
-            .map(|column| E::rounded(total(column)))
-            .collect()
-    })
+    let total = total(&partial, 2 * columns);
+    let (products, sums) = total.split_at(columns);
+    [products, sums].map(|sums| sums.iter().map(|&sum| E::rounded(sum)).collect())
 }
 
-/// A partial sum of [`column_sums`].
+/// A partial sum of [`column_sums`], the products before the gradients alone.
 struct ColumnSums<'a, E> {
-    sums: &'a mut [Vec<E>; 2],
+    sums: &'a mut [E],
     gradient: &'a [E],
     output: &'a [E],
 }
@@ -635,12 +638,13 @@ impl<E: Real> WithSimd for ColumnSums<'_, E> {
 #[inline(always)]
 fn add_columns<E: Real>(
     ColumnSums {
-        sums: [products, sums],
+        sums,
         gradient,
         output,
     }: ColumnSums<'_, E>,
 ) {
-    let columns = sums.len();
+    let columns = sums.len() / 2;
+    let (products, sums) = sums.split_at_mut(columns);
     let tiles = columns / LANES * LANES;
     for start in (0..tiles).step_by(LANES) {
         let (mut product, mut sum) = ([E::default(); LANES], [E::default(); LANES]);

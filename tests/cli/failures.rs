@@ -614,7 +614,7 @@ fn a_full_disk_leaves_nothing_behind() {
         "--output",
         "/dev/full",
     ];
-    let run = run(place.path(), &full);
+    let run = self::run(place.path(), &full);
     assert_eq!(
         (run.code, run.stderr.as_str()),
         (
@@ -623,32 +623,81 @@ fn a_full_disk_leaves_nothing_behind() {
         )
     );
 
-    // A limit on the size of files stands for the disk: the signal that goes with it is ignored.
+    // No file can be made here, by anyone.
+    let merge = [
+        "merge",
+        "--base",
+        "base.safetensors",
+        "--adapter",
+        "adapter",
+    ];
+    let run = self::run(
+        place.path(),
+        &[&merge[..], &["--output", "/proc/out"]].concat(),
+    );
+    assert_eq!(
+        (run.code, run.stderr.as_str()),
+        (1, "error: /proc/out cannot be written: entity not found\n")
+    );
+
     let model = place.path().join("model");
     fs::create_dir(&model).unwrap();
     write(&model.join("model.safetensors"), &place.base);
     fs::write(model.join("config.json"), "{}").unwrap();
-    for (base, output, file) in [
-        ("base.safetensors", "out.safetensors", ""),
-        ("model", "out", "/model.safetensors"),
+    let oft = Case::open("cases/oft-linear-exact-b4");
+    write(&place.path().join("linear.safetensors"), &oft.base);
+    let kept = names(place.path());
+    let fit = "--base base.safetensors";
+    for (command, file) in [
+        (
+            format!("merge {fit} --adapter adapter --output out.safetensors"),
+            "out.safetensors",
+        ),
+        (
+            "merge --base model --adapter adapter --output out".into(),
+            "out/model.safetensors",
+        ),
+        (
+            "unmerge --merged model --adapter adapter --output out".into(),
+            "out/model.safetensors",
+        ),
+        (
+            "convert adapter --to peft --output out".into(),
+            "out/adapter_model.safetensors",
+        ),
+        (
+            "convert adapter --to record --output out.bpk".into(),
+            "out.bpk",
+        ),
+        (
+            format!("convert adapter --to-lora 2 {fit} --output out"),
+            "out/adapter_model.safetensors",
+        ),
+        // What is assembled in the system's folder for that is named as a whole.
+        (
+            format!(
+                "convert {} --to boft --base linear.safetensors --output out",
+                oft.adapter()
+            ),
+            ".",
+        ),
+        ("inspect adapter --plot out.svg".into(), "out.svg"),
     ] {
-        let script = format!(
-            "trap '' XFSZ; ulimit -f 1; exec \"$0\" merge --base {base} --adapter adapter --output {output}"
-        );
+        // A limit on the size of files stands for the disk: the signal that goes with it is ignored.
+        let script = format!("trap '' XFSZ; ulimit -f 0; exec \"$0\" {command}");
         let run = std::process::Command::new("bash")
             .args(["-c", &script, env!("CARGO_BIN_EXE_burn-boft")])
+            .env("TMPDIR", ".")
             .current_dir(place.path())
             .output()
             .unwrap();
-        assert_eq!(run.status.code(), Some(1));
         assert_eq!(
             String::from_utf8(run.stderr).unwrap(),
-            format!("error: {output}{file} cannot be written: File too large (os error 27)\n")
+            format!("error: {file} cannot be written: File too large (os error 27)\n"),
+            "{command}"
         );
-        assert_eq!(
-            names(place.path()),
-            ["adapter", "base.safetensors", "model"]
-        );
+        assert_eq!(run.status.code(), Some(1), "{command}");
+        assert_eq!(names(place.path()), kept, "{command}");
     }
 }
 

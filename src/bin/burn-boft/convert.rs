@@ -10,7 +10,7 @@ use crate::base::Base;
 use crate::cli::{Convert, Form};
 use crate::error::Error;
 use crate::names::{Names, join};
-use crate::output::{check_free, check_outside};
+use crate::output::{OutputFolder, check_free, check_outside};
 use crate::peft::{Tensors, ones};
 use crate::{lora, record, settings};
 
@@ -43,7 +43,13 @@ pub fn run(options: &Convert) -> Result<(), Error> {
             let settings = settings_of(adapter.config(), &settings)?;
             record::write(&adapter, &settings, base.as_ref(), &options.output)?;
         }
-        _ => adapter.save(&options.output)?,
+        _ => {
+            let folder = OutputFolder::create(&options.output)?;
+            adapter
+                .save(folder.temporary())
+                .map_err(|error| folder.named(error.into()))?;
+            folder.finish()?;
+        }
     }
     println!(
         "{}: {} layers",

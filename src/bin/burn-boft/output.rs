@@ -80,10 +80,7 @@ impl OutputFile {
             }
             false => {
                 let file = temporary(0o666).tempfile_in(parent(path));
-                let (file, temporary) = file
-                    .map_err(plain)
-                    .map_err(Error::write(path))?
-                    .into_parts();
+                let (file, temporary) = file.map_err(Error::write(path))?.into_parts();
                 interrupt::register(&temporary);
                 Kind::Temporary(BufWriter::new(file), temporary)
             }
@@ -128,7 +125,6 @@ impl OutputFolder {
         check_free(path)?;
         let folder = temporary(0o777)
             .tempdir_in(parent(path))
-            .map_err(plain)
             .map_err(Error::write(path))?;
         interrupt::register(folder.path());
         let path = path.to_path_buf();
@@ -193,13 +189,6 @@ fn temporary(mode: u32) -> Builder<'static, 'static> {
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
     builder
-}
-
-/// What the system said, without the temporary path that the error names.
-fn plain(error: io::Error) -> io::Error {
-    let inner = error.get_ref().and_then(|inner| inner.source());
-    let code = inner.and_then(|inner| inner.downcast_ref::<io::Error>()?.raw_os_error());
-    code.map_or(error, io::Error::from_raw_os_error)
 }
 
 /// Makes a rename last, where the system can say so.

@@ -701,6 +701,66 @@ fn a_full_disk_leaves_nothing_behind() {
     }
 }
 
+/// What cannot be printed is a failure, and a reader who has seen enough is none.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_standard_output_that_takes_nothing() {
+    use std::process::{Command, Stdio};
+    let place = Place::new();
+    let run_into = |output: Stdio, arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_burn-boft"));
+        command.args(arguments).current_dir(place.path());
+        let child = command.stdout(output).stderr(Stdio::piped()).spawn();
+        let output = child.unwrap().wait_with_output().unwrap();
+        (
+            output.status.code(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
+    };
+    let fit = ["--base", "base.safetensors", "--adapter", "adapter"];
+    for arguments in [
+        &["inspect", "adapter"][..],
+        &["inspect", "adapter", "--json"],
+        &[&["merge"], &fit[..], &["--dry-run"]].concat(),
+        &[&["merge"], &fit[..], &["--output", "merged"]].concat(),
+        &[
+            "unmerge",
+            "--merged",
+            "merged",
+            "--adapter",
+            "adapter",
+            "--output",
+            "restored",
+        ],
+        &["convert", "adapter", "--to", "peft", "--output", "peft"],
+        &[
+            "convert",
+            "adapter",
+            "--to-lora",
+            "2",
+            "--base",
+            "base.safetensors",
+            "--output",
+            "lora",
+        ],
+        &["--version"],
+        &["--help"],
+    ] {
+        let full = fs::File::options().write(true).open("/dev/full").unwrap();
+        let line =
+            "error: standard output cannot be written: No space left on device (os error 28)\n";
+        assert_eq!(
+            run_into(full.into(), arguments),
+            (Some(1), line.into()),
+            "{arguments:?}"
+        );
+    }
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let inspect = ["inspect", "adapter"];
+    assert_eq!(run_into(writer.into(), &inspect), (Some(0), String::new()));
+}
+
 /// The temporary output does not outlive an interrupt.
 #[cfg(unix)]
 #[test]

@@ -12,6 +12,7 @@ use crate::error::Error;
 use crate::names::{Names, join};
 use crate::output::{OutputFolder, check_free, check_outside};
 use crate::peft::{Tensors, ones};
+use crate::terminal::{note, print};
 use crate::{lora, record, settings};
 
 pub fn run(options: &Convert) -> Result<(), Error> {
@@ -51,12 +52,11 @@ pub fn run(options: &Convert) -> Result<(), Error> {
             folder.finish()?;
         }
     }
-    println!(
-        "{}: {} layers",
+    print(&format!(
+        "{}: {} layers\n",
         options.output.display(),
         adapter.layers().len()
-    );
-    Ok(())
+    ))
 }
 
 fn needs_base(what: &str) -> Error {
@@ -90,7 +90,7 @@ fn read(
         source,
     })?;
     for line in report.converted.iter().chain(&report.warnings) {
-        eprintln!("note: {line}");
+        note(&format!("note: {line}"));
     }
     Ok((adapter, settings::read(input)?))
 }

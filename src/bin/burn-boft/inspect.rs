@@ -12,6 +12,7 @@ use crate::merge::load;
 use crate::output::check_free;
 use crate::plot;
 use crate::settings;
+use crate::terminal::print;
 
 pub fn run(options: &Inspect) -> Result<(), Error> {
     if let Some(path) = &options.plot {
@@ -26,19 +27,16 @@ pub fn run(options: &Inspect) -> Result<(), Error> {
         .zip(adapter.measure(&Device::flex()))
         .map(|(layer, measure)| Row::new(layer, measure))
         .collect();
-    match options.json {
-        true => println!("{:#}", to_json(&about, &rows)),
-        false => print!("{}", to_text(&about, &rows)),
+    if let Some(path) = &options.plot {
+        let angles: Vec<_> = rows
+            .iter()
+            .map(|row| (row.measure.path.as_str(), row.measure.largest_angle))
+            .collect();
+        plot::angles(path, &angles)?;
     }
-    match &options.plot {
-        Some(path) => {
-            let angles: Vec<_> = rows
-                .iter()
-                .map(|row| (row.measure.path.as_str(), row.measure.largest_angle))
-                .collect();
-            plot::angles(path, &angles)
-        }
-        None => Ok(()),
+    match options.json {
+        true => print(&format!("{:#}\n", to_json(&about, &rows))),
+        false => print(&to_text(&about, &rows)),
     }
 }
 

@@ -11,6 +11,7 @@ use crate::error::Error;
 use crate::names::Names;
 use crate::output::{check_free, check_outside};
 use crate::rewrite::rewrite;
+use crate::terminal::{note, print};
 use crate::turn::Forward;
 
 pub fn run(options: &Merge) -> Result<(), Error> {
@@ -22,15 +23,14 @@ pub fn run(options: &Merge) -> Result<(), Error> {
         Some(output) if !options.dry_run => {
             check_output(output, &base, &options.adapter.adapter)?;
             rewrite(&base, &changes, output, &mut Forward::new(&adapter))?;
-            println!(
-                "{}: {}",
+            print(&format!(
+                "{}: {}\n",
                 output.display(),
                 counts(&changes, ["rotated", "replaced", "added"])
-            );
+            ))
         }
-        _ => print!("{}", table(&base, &changes)),
+        _ => print(&table(&base, &changes)),
     }
-    Ok(())
 }
 
 /// Loads an adapter, and says what is worth knowing.
@@ -40,7 +40,7 @@ pub fn load(folder: &Path) -> Result<Adapter, Error> {
         source,
     })?;
     for warning in &report.warnings {
-        eprintln!("warning: {warning}");
+        note(&format!("warning: {warning}"));
     }
     Ok(adapter)
 }

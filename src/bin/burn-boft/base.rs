@@ -175,6 +175,17 @@ fn is_left_out(name: &str) -> bool {
 }
 
 impl Shard {
+    /// Refuses a tensor without numbers: its axes can have any length.
+    pub fn check_numbers(&self, entry: &Entry) -> Result<(), Error> {
+        match entry.bytes {
+            0 => {
+                let why = format!("is {:?}, which has no numbers", entry.shape);
+                Err(Error::tensor(&self.path, &entry.key, why))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Reads bytes of a tensor.
     pub fn read(&self, entry: &Entry, offset: u64, bytes: &mut [u8]) -> Result<(), Error> {
         let mut file = &self.file;

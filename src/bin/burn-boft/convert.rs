@@ -7,6 +7,7 @@ use burn_boft::{
 use serde_json::{Map, Value};
 
 use crate::base::Base;
+use crate::changes::check_shape;
 use crate::cli::{Convert, Form};
 use crate::error::Error;
 use crate::names::{Names, join};
@@ -144,27 +145,23 @@ impl Place {
     fn find(layer: &AdapterLayer, base: &Base) -> Result<Self, Error> {
         let key = join(layer.path(), "weight");
         let refuse = |why: String| Error::tensor(&base.path, &key, why);
-        let (_, entry) = base.entry(&key).ok_or_else(|| {
+        let (shard, entry) = base.entry(&key).ok_or_else(|| {
             refuse(
                 "is not there, and the adapter has a layer of that name; --map bridges names"
                     .into(),
             )
         })?;
-        let kind = record::kind_in(base, layer.path())
-            .ok_or_else(|| refuse("is neither a matrix nor a convolution".into()))?;
-        let d_input: usize = entry.shape[1..].iter().product();
-        let b = layer.block_size();
-        if layer.d_input().is_some_and(|d| d != d_input) || !d_input.is_multiple_of(b) {
-            let why = format!(
-                "is {:?}, and the adapter rotates blocks of {b}",
-                entry.shape
-            );
-            return Err(refuse(why));
-        }
+        let shape = &entry.shape;
+        let d_output = shape.first().copied().unwrap_or(1);
+        let kind = check_shape(layer, shape, d_output).map_err(|why| {
+            let why = format!("is {shape:?}, and the adapter of `{}` {why}", layer.path());
+            Error::tensor(&shard.path, &key, why)
+        })?;
+        shard.check_numbers(entry)?;
         Ok(Self {
             kind,
-            d_input,
-            d_output: entry.shape[0],
+            d_input: shape[1..].iter().product(),
+            d_output,
         })
     }
 

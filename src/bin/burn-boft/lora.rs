@@ -134,6 +134,7 @@ impl Weight {
         let (shard, entry) = base
             .entry(key)
             .ok_or_else(|| refuse("is not there".into()))?;
+        shard.check_numbers(entry)?;
         let d_input: usize = entry.shape[1..].iter().product();
         let row = row_bytes(entry);
         let mut bytes = vec![0; rows.len() * row as usize];

@@ -444,26 +444,53 @@ fn peak_of_merge(folder: &Path) -> u64 {
     peak * 1024
 }
 
+/// Writes zeros that take no room on the disk.
+#[cfg(target_os = "linux")]
+fn write_zeros(path: &Path, tensors: impl Iterator<Item = (String, [usize; 2])>) {
+    let mut end = 0;
+    let entries = tensors.map(|(key, [rows, columns])| {
+        let start = end;
+        end += 4 * rows * columns;
+        let entry = json!({"dtype": "F32", "shape": [rows, columns], "data_offsets": [start, end]});
+        (key, entry)
+    });
+    let header = serde_json::Value::Object(entries.collect()).to_string();
+    let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat();
+    fs::write(path, &bytes).unwrap();
+    let file = fs::File::options().write(true).open(path).unwrap();
+    file.set_len((bytes.len() + end) as u64).unwrap();
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_saved_module_is_in_memory_once_when_it_is_written() {
+    const WIDTHS: [usize; 2] = [32768, 2048];
+    let folder = tempfile::tempdir().unwrap();
+    let adapter = folder.path().join("adapter");
+    let (layer, head) = ("fc.weight".to_string(), "lm_head.weight".to_string());
+    let base = [(layer, [8, 8]), (head.clone(), WIDTHS)];
+    write_zeros(&folder.path().join("base.safetensors"), base.into_iter());
+    let config = json!({
+        "peft_type": "OFT", "oft_block_size": 4, "use_cayley_neumann": false, "target_modules": ["fc"],
+        "modules_to_save": ["lm_head"]
+    });
+    write_adapter(&adapter, &config, &Tensors::new());
+    let own = [("fc.oft_R.weight".to_string(), [2, 6]), (head, WIDTHS)];
+    let own = own.map(|(key, shape)| (format!("base_model.model.{key}"), shape));
+    write_zeros(&adapter.join("adapter_model.safetensors"), own.into_iter());
+    let peak = peak_of_merge(folder.path());
+    let bound = 2 * 4 * (WIDTHS[0] * WIDTHS[1]) as u64 + (200 << 20);
+    assert!(peak < bound, "{} of {} MiB", peak >> 20, bound >> 20);
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn memory_stays_small_whatever_the_size_of_the_model() {
-    use std::io::Write;
     const LAYERS: usize = 12;
     const WIDTHS: [usize; 2] = [8192, 2048];
     let folder = tempfile::tempdir().unwrap();
-    // Zeros that take no room on the disk.
-    let bytes = 4 * WIDTHS[0] * WIDTHS[1];
-    let entries = (0..LAYERS).map(|layer| {
-        let entry = json!({"dtype": "F32", "shape": WIDTHS, "data_offsets": [layer * bytes, (layer + 1) * bytes]});
-        (format!("{layer}.weight"), entry)
-    });
-    let header = serde_json::Value::Object(entries.collect()).to_string();
-    let mut file = fs::File::create(folder.path().join("base.safetensors")).unwrap();
-    file.write_all(&(header.len() as u64).to_le_bytes())
-        .unwrap();
-    file.write_all(header.as_bytes()).unwrap();
-    file.set_len((8 + header.len() + LAYERS * bytes) as u64)
-        .unwrap();
+    let base = (0..LAYERS).map(|layer| (format!("{layer}.weight"), WIDTHS));
+    write_zeros(&folder.path().join("base.safetensors"), base);
 
     let config = json!({"peft_type": "BOFT", "boft_block_size": 4, "target_modules": "all-linear"});
     let adapter = (0..LAYERS).flat_map(|layer| {

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::path::Path;
 
-use burn::tensor::TensorData;
+use burn::tensor::{DType, TensorData};
 use burn_boft::{AdapterLayer, SavedTensor};
 use indicatif::{ProgressBar, ProgressStyle};
 use safetensors::Dtype;
@@ -13,7 +13,7 @@ use crate::base::{Base, Shard};
 use crate::changes::{Change, Changes};
 use crate::error::Error;
 use crate::header::{self, Entry};
-use crate::numbers::{burn_dtype, decode, encode, file_dtype, is_finite};
+use crate::numbers::{burn_dtype, decode, encode, file_dtype, is_finite, part};
 use crate::output::{OutputFile, OutputFolder};
 
 /// Bytes that are copied at a time.
@@ -151,12 +151,11 @@ impl Writer<'_> {
                 None => self.copy(shard, entry, 0..entry.bytes, &mut file)?,
                 Some(Change::Rotate(parts)) => self.rotate(shard, entry, parts, &mut file)?,
                 Some(Change::Replace(parts)) => self.replace(shard, entry, parts, &mut file)?,
-                Some(Change::New(tensor)) => file.write(&rounded(tensor, shard, entry)?)?,
+                Some(Change::New(tensor)) => write_rounded(tensor, shard, entry, &mut file)?,
             }
         }
         for (key, tensor) in added {
-            check_finite(tensor.data(), shard, key)?;
-            file.write(&encode(tensor.data()).unwrap_or_default())?;
+            write_saved(tensor.data(), tensor.data().dtype(), shard, key, &mut file)?;
         }
         file.finish()
     }
@@ -248,7 +247,7 @@ impl Writer<'_> {
                 done as u64 * row..rows.start as u64 * row,
                 file,
             )?;
-            file.write(&rounded(tensor, shard, entry)?)?;
+            write_rounded(tensor, shard, entry, file)?;
             self.progress.inc(rows.len() as u64 * row);
             done = rows.end;
         }
@@ -262,13 +261,33 @@ pub fn row_bytes(entry: &Entry) -> u64 {
     entry.bytes.checked_div(rows).unwrap_or(0)
 }
 
-/// The bytes of a saved tensor in the precision of the one it replaces.
-fn rounded(tensor: &SavedTensor, shard: &Shard, entry: &Entry) -> Result<Vec<u8>, Error> {
-    let refuse = || Error::tensor(&shard.path, &entry.key, format!("is {}", entry.dtype));
-    let dtype = burn_dtype(entry.dtype).ok_or_else(refuse)?;
-    let data = tensor.data().clone().convert_dtype(dtype);
-    check_finite(&data, shard, &entry.key)?;
-    encode(&data).ok_or_else(refuse)
+/// Writes a saved tensor in the precision of the one it replaces.
+fn write_rounded(
+    tensor: &SavedTensor,
+    shard: &Shard,
+    entry: &Entry,
+    file: &mut OutputFile,
+) -> Result<(), Error> {
+    let dtype = burn_dtype(entry.dtype)
+        .ok_or_else(|| Error::tensor(&shard.path, &entry.key, format!("is {}", entry.dtype)))?;
+    write_saved(tensor.data(), dtype, shard, &entry.key, file)
+}
+
+/// Writes numbers in a precision, a few of them in memory once more at a time.
+fn write_saved(
+    data: &TensorData,
+    dtype: DType,
+    shard: &Shard,
+    key: &str,
+    file: &mut OutputFile,
+) -> Result<(), Error> {
+    let count = data.num_elements();
+    for start in (0..count).step_by(COMPUTED) {
+        let numbers = part(data, start..count.min(start + COMPUTED)).convert_dtype(dtype);
+        check_finite(&numbers, shard, key)?;
+        file.write(&encode(&numbers).unwrap_or_default())?;
+    }
+    Ok(())
 }
 
 fn check_finite(data: &TensorData, shard: &Shard, key: &str) -> Result<(), Error> {

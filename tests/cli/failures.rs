@@ -761,7 +761,7 @@ fn a_standard_output_that_takes_nothing() {
     assert_eq!(run_into(writer.into(), &inspect), (Some(0), String::new()));
 }
 
-/// The temporary output does not outlive an interrupt.
+/// The temporary output does not outlive an interrupt, nor another signal that asks the tool to end.
 #[cfg(unix)]
 #[test]
 fn an_interrupt_leaves_nothing_behind() {
@@ -796,8 +796,9 @@ fn an_interrupt_leaves_nothing_behind() {
         &json!({"weight_map": map}),
     );
 
-    let mut child = Command::new(env!("CARGO_BIN_EXE_burn-boft"))
-        .args([
+    for signal in ["-INT", "-TERM", "-HUP"] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_burn-boft"));
+        command.args([
             "merge",
             "--base",
             "model",
@@ -805,27 +806,26 @@ fn an_interrupt_leaves_nothing_behind() {
             "adapter",
             "--output",
             "out",
-        ])
-        .current_dir(place.path())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let is_temporary = |name: &String| name.starts_with(".burn-boft-");
-    while !names(place.path()).iter().any(is_temporary) {
-        assert!(
-            child.try_wait().unwrap().is_none(),
-            "it ended before it was interrupted"
+        ]);
+        command.current_dir(place.path());
+        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        let mut child = child.unwrap();
+        let is_temporary = |name: &String| name.starts_with(".burn-boft-");
+        while !names(place.path()).iter().any(is_temporary) {
+            assert!(
+                child.try_wait().unwrap().is_none(),
+                "it ended before it was interrupted"
+            );
+            sleep(Duration::from_millis(1));
+        }
+        let id = child.id().to_string();
+        let kill = Command::new("kill").args([signal, &id]).status();
+        assert!(kill.unwrap().success());
+        assert_eq!(child.wait().unwrap().code(), Some(130), "{signal}");
+        assert_eq!(
+            names(place.path()),
+            ["adapter", "base.safetensors", "model"],
+            "{signal}"
         );
-        sleep(Duration::from_millis(1));
     }
-    let kill = Command::new("kill")
-        .args(["-INT", &child.id().to_string()])
-        .status();
-    assert!(kill.unwrap().success());
-    assert_eq!(child.wait().unwrap().code(), Some(130));
-    assert_eq!(
-        names(place.path()),
-        ["adapter", "base.safetensors", "model"]
-    );
 }

@@ -40,14 +40,11 @@ impl Place {
 
     fn refused_with(&self, more: &[&str]) -> String {
         let before = names(self.path());
-        let mut arguments = vec![
-            "merge",
-            "--base",
-            "base.safetensors",
-            "--adapter",
-            "adapter",
-        ];
+        let mut arguments = vec!["merge", "--adapter", "adapter"];
         arguments.extend(more);
+        if !more.contains(&"--base") {
+            arguments.extend(["--base", "base.safetensors"]);
+        }
         if !more.contains(&"--output") {
             arguments.extend(["--output", "out.safetensors"]);
         }
@@ -553,7 +550,41 @@ fn outputs_that_are_there_or_inside_the_input() {
     );
     assert_eq!(
         merge("base.safetensors", "none/out.safetensors"),
-        "none/out.safetensors has no folder: none is not there"
+        "none/out.safetensors is to be in none, which is no folder"
+    );
+    assert_eq!(
+        merge("base.safetensors", "base.safetensors/out"),
+        "base.safetensors/out is to be in base.safetensors, which is no folder"
+    );
+    let folder = "is the name of a folder; name a file";
+    assert_eq!(merge("base.safetensors", "out/"), format!("out/ {folder}"));
+    let there = "/dev/null is there already; name a folder that is not there yet";
+    assert_eq!(merge("model", "/dev/null"), there);
+    let other = |arguments: &[&str]| refused(place.path(), arguments);
+    let convert =
+        |to: &str, output: &str| other(&["convert", "adapter", "--to", to, "--output", output]);
+    assert_eq!(convert("peft", "/dev/null"), there);
+    assert_eq!(convert("record", "out/"), format!("out/ {folder}"));
+    assert_eq!(
+        other(&["inspect", "adapter", "--plot", "out/"]),
+        format!("out/ {folder}")
+    );
+}
+
+#[cfg(unix)]
+#[test]
+fn other_files_that_cannot_be_copied_are_refused_before_the_weights_are_written() {
+    let place = Place::new();
+    let model = place.path().join("model");
+    fs::create_dir(&model).unwrap();
+    // Writing these weights would be refused, too.
+    let mut base = place.base.clone();
+    base.get_mut("fc1.weight").unwrap().numbers[0] = f64::NAN;
+    write(&model.join("model.safetensors"), &base);
+    std::os::unix::fs::symlink("none", model.join("vocabulary.txt")).unwrap();
+    assert_eq!(
+        place.refused_with(&["--base", "model", "--output", "out"]),
+        "model/vocabulary.txt cannot be read: No such file or directory (os error 2)"
     );
 }
 

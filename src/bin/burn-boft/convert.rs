@@ -8,10 +8,10 @@ use serde_json::{Map, Value};
 
 use crate::base::Base;
 use crate::changes::check_shape;
-use crate::cli::{Convert, Form};
+use crate::cli::{Convert, To};
 use crate::error::Error;
 use crate::names::{Names, join};
-use crate::output::{OutputFolder, check_free, check_outside};
+use crate::output::{Form, OutputFolder, check_free, check_outside};
 use crate::peft::{Tensors, ones};
 use crate::terminal::{note, print};
 use crate::{lora, record, settings};
@@ -19,7 +19,11 @@ use crate::{lora, record, settings};
 pub fn run(options: &Convert) -> Result<(), Error> {
     let names = Names::parse(&options.maps)?;
     let base = options.base.as_deref().map(Base::open).transpose()?;
-    check_free(&options.output)?;
+    let form = match options.to {
+        Some(To::Record) => Form::File,
+        _ => Form::Folder,
+    };
+    check_free(&options.output, form)?;
     check_outside(&options.output, &options.input)?;
     if let Some(rank) = options.to_lora {
         let (adapter, settings) = read(options, &Names::default(), base.as_ref())?;
@@ -35,13 +39,13 @@ pub fn run(options: &Convert) -> Result<(), Error> {
     }
     let (adapter, settings) = read(options, &names, base.as_ref())?;
     let adapter = match options.to {
-        Some(Form::Oft) => to_oft(&adapter, &settings)?,
-        Some(Form::Boft) => to_boft(&adapter, &settings, base.as_ref())?,
-        Some(Form::Peft) => with_kinds(adapter, &settings, base.as_ref())?,
+        Some(To::Oft) => to_oft(&adapter, &settings)?,
+        Some(To::Boft) => to_boft(&adapter, &settings, base.as_ref())?,
+        Some(To::Peft) => with_kinds(adapter, &settings, base.as_ref())?,
         _ => adapter,
     };
     match options.to {
-        Some(Form::Record) => {
+        Some(To::Record) => {
             let settings = settings_of(adapter.config(), &settings)?;
             record::write(&adapter, &settings, base.as_ref(), &options.output)?;
         }

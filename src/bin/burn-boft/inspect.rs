@@ -9,14 +9,14 @@ use serde_json::{Value, json};
 use crate::cli::Inspect;
 use crate::error::Error;
 use crate::merge::load;
-use crate::output::check_free;
+use crate::output::{Form, check_free};
 use crate::plot;
 use crate::settings;
 use crate::terminal::print;
 
 pub fn run(options: &Inspect) -> Result<(), Error> {
     if let Some(path) = &options.plot {
-        check_free(path)?;
+        check_free(path, Form::File)?;
     }
     let adapter = load(&options.adapter)?;
     let json = settings::read(&options.adapter)?;

@@ -9,7 +9,7 @@ use crate::changes::{Change, Changes};
 use crate::cli::Merge;
 use crate::error::Error;
 use crate::names::Names;
-use crate::output::{check_free, check_outside};
+use crate::output::{Form, check_free, check_outside};
 use crate::rewrite::rewrite;
 use crate::terminal::{note, print};
 use crate::turn::Forward;
@@ -47,7 +47,11 @@ pub fn load(folder: &Path) -> Result<Adapter, Error> {
 
 /// Refuses an output that is there, is of another form than the model, or inside one of the inputs.
 pub fn check_output(output: &Path, base: &Base, adapter: &Path) -> Result<(), Error> {
-    check_free(output)?;
+    let form = match base.is_folder() {
+        true => Form::Folder,
+        false => Form::File,
+    };
+    check_free(output, form)?;
     let extension = output
         .extension()
         .is_some_and(|extension| extension == "safetensors");

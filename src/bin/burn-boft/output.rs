@@ -1,8 +1,8 @@
 //! What is written appears when it is complete: under a temporary name first, then renamed.
 
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::io::{self, BufWriter, ErrorKind, Write};
+use std::path::{Path, PathBuf, is_separator};
 
 use tempfile::{Builder, TempDir, TempPath};
 
@@ -11,26 +11,39 @@ use crate::interrupt;
 
 const PREFIX: &str = ".burn-boft-";
 
-/// Refuses a result that would take the place of something.
-pub fn check_free(path: &Path) -> Result<(), Error> {
+/// What a result is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    File,
+    Folder,
+}
+
+/// Refuses a result that would take the place of something, or that cannot have this name.
+pub fn check_free(path: &Path, form: Form) -> Result<(), Error> {
     let refuse = |reason: &str| {
         let (path, reason) = (path.to_path_buf(), reason.to_string());
         Err(Error::Output { path, reason })
     };
+    if form == Form::File && path.to_string_lossy().ends_with(is_separator) {
+        return refuse("is the name of a folder; name a file");
+    }
     match fs::symlink_metadata(path) {
-        Ok(kind) if kind.is_dir() => {
+        Ok(_) if form == Form::Folder => {
             refuse("is there already; name a folder that is not there yet")
         }
-        Ok(kind) if kind.is_file() || kind.is_symlink() => {
+        Ok(kind) if kind.is_dir() || kind.is_file() || kind.is_symlink() => {
             refuse("is there already; name a file that is not there yet")
         }
         // A device or a pipe.
         Ok(_) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
             let parent = parent(path);
             match parent.is_dir() {
                 true => Ok(()),
-                false => refuse(&format!("has no folder: {} is not there", parent.display())),
+                false => refuse(&format!(
+                    "is to be in {}, which is no folder",
+                    parent.display()
+                )),
             }
         }
         Err(source) => Err(Error::write(path)(source)),
@@ -72,7 +85,7 @@ enum Kind {
 
 impl OutputFile {
     pub fn create(path: &Path) -> Result<Self, Error> {
-        check_free(path)?;
+        check_free(path, Form::File)?;
         let file = match path.exists() {
             true => {
                 let file = File::options().write(true).open(path);
@@ -122,7 +135,7 @@ pub struct OutputFolder {
 
 impl OutputFolder {
     pub fn create(path: &Path) -> Result<Self, Error> {
-        check_free(path)?;
+        check_free(path, Form::Folder)?;
         let folder = temporary(0o777)
             .tempdir_in(parent(path))
             .map_err(Error::write(path))?;

@@ -1,7 +1,7 @@
 //! A model written anew with some of its tensors changed, a few rows in memory at a time.
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use burn::tensor::{DType, TensorData};
 use burn_boft::{AdapterLayer, SavedTensor};
@@ -69,13 +69,20 @@ struct Writer<'a> {
 
 impl Writer<'_> {
     fn folder(&mut self, base: &Base, output: &Path) -> Result<(), Error> {
+        // Looked for before the weights are written: that takes long.
+        let others = base.other_files()?;
         let folder = OutputFolder::create(output)?;
-        self.fill(base, &folder)
+        self.fill(base, &others, &folder)
             .map_err(|error| folder.named(error))?;
         folder.finish()
     }
 
-    fn fill(&mut self, base: &Base, folder: &OutputFolder) -> Result<(), Error> {
+    fn fill(
+        &mut self,
+        base: &Base,
+        others: &[PathBuf],
+        folder: &OutputFolder,
+    ) -> Result<(), Error> {
         for (index, shard) in base.shards.iter().enumerate() {
             let file = OutputFile::create(&folder.temporary().join(&shard.name))?;
             self.shard(shard, index + 1 == base.shards.len(), file)?;
@@ -86,8 +93,8 @@ impl Writer<'_> {
             file.write(format!("{:#}\n", Value::Object(index)).as_bytes())?;
             file.finish()?;
         }
-        for file in base.other_files()? {
-            folder.copy(&base.path.join(&file), &file)?;
+        for file in others {
+            folder.copy(&base.path.join(file), file)?;
         }
         Ok(())
     }

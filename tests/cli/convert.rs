@@ -309,10 +309,11 @@ fn oft_with_the_exact_map_is_boft_with_one_factor_and_a_scale_of_ones() {
             ],
         );
         assert_models(&merged(folder.path(), "boft"), &case.merged, 1e-5, name);
-        succeed(
+        let printed = succeed(
             folder.path(),
             &["convert", "boft", "--to", "oft", "--output", "oft"],
         );
+        assert_eq!(printed, "oft: 1 layer\n");
         assert_models(&merged(folder.path(), "oft"), &case.merged, 1e-5, name);
         let numbers = |folder: &Path| read(&folder.join("adapter_model.safetensors"));
         assert_eq!(

@@ -629,6 +629,10 @@ fn options_that_are_wrong() {
         "invalid value '0' for '--to-lora <RANK>': 0 is not in 1..=65536"
     );
     assert_eq!(line(&["fold"]), "unrecognized subcommand 'fold'");
+    assert_eq!(
+        line(&[]),
+        "name a command: merge, unmerge, inspect or convert; burn-boft --help says what they do"
+    );
 }
 
 /// A result that cannot be written is no fault of the input: the exit code is 1.
@@ -730,6 +734,54 @@ fn a_full_disk_leaves_nothing_behind() {
         assert_eq!(run.status.code(), Some(1), "{command}");
         assert_eq!(names(place.path()), kept, "{command}");
     }
+}
+
+/// A file cannot make the terminal obey it.
+#[test]
+fn names_with_control_characters_are_shown_without_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = json!({"peft_type": "OFT", "oft_block_size": 4, "target_modules": "all-linear"});
+    let module = "f\u{1b}[2J\r\nc";
+    let write_layer = |module: &str, name: &str| {
+        let key = format!("base_model.model.{module}.oft_R.weight");
+        let tensors = [(key, Tensor::random(&[2, 6], 1))];
+        write_adapter(&folder.path().join(name), &config, &tensors.into());
+    };
+    write_layer(module, "adapter");
+    write_layer("g\u{1b}[2J", "other");
+    let base = [(format!("{module}.weight"), Tensor::random(&[3, 8], 2))];
+    write(&folder.path().join("base.safetensors"), &base.into());
+    let base = ["--base", "base.safetensors"];
+    for (arguments, code) in [
+        (&["inspect", "adapter", "--plot", "angles.svg"][..], 0),
+        (
+            &[&["merge", "--dry-run", "--adapter", "adapter"], &base[..]].concat(),
+            0,
+        ),
+        (
+            &[&["merge", "--dry-run", "--adapter", "other"], &base[..]].concat(),
+            2,
+        ),
+        (
+            &[
+                &["convert", "adapter", "--to-lora", "1", "--output", "lora"],
+                &base[..],
+            ]
+            .concat(),
+            0,
+        ),
+    ] {
+        let run = run(folder.path(), arguments);
+        assert_eq!(run.code, code, "{}", run.stderr);
+        let text = run.stdout + &run.stderr;
+        assert!(text.contains("\u{fffd}[2J"), "{text:?}");
+        assert!(
+            !text.contains(|c: char| c.is_control() && c != '\n'),
+            "{text:?}"
+        );
+    }
+    let svg = fs::read_to_string(folder.path().join("angles.svg")).unwrap();
+    assert!(svg.contains("f\u{fffd}[2J\u{fffd}\u{fffd}c"), "{svg:?}");
 }
 
 /// What cannot be printed is a failure, and a reader who has seen enough is none.

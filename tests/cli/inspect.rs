@@ -105,6 +105,16 @@ fn a_picture_has_a_bar_for_each_layer_as_long_as_its_angle() {
     for ((_, width), angle) in bars.iter().zip(angles) {
         assert!((width - pixels * angle).abs() <= 1.5, "{bars:?}");
     }
+    // A single layer has its name, too.
+    let one = Case::open("cases/boft-linear-m1-b4");
+    succeed(
+        folder.path(),
+        &["inspect", one.adapter(), "--plot", "one.svg"],
+    );
+    let svg = fs::read_to_string(folder.path().join("one.svg")).unwrap();
+    assert_eq!(svg.matches("\nlayer\n").count(), 1, "{svg}");
+    let bar = svg.lines().find(|line| line.contains("#0000FF")).unwrap();
+    assert!(field(bar, "height") > 10.0, "{bar}");
     assert_eq!(
         refused(
             folder.path(),

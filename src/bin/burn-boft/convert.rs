@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::names::{Names, join};
 use crate::output::{Form, OutputFolder, check_free, check_outside};
 use crate::peft::{Tensors, ones};
-use crate::terminal::{note, print};
+use crate::terminal::{note, plural, print};
 use crate::{lora, record, settings};
 
 pub fn run(options: &Convert) -> Result<(), Error> {
@@ -58,9 +58,9 @@ pub fn run(options: &Convert) -> Result<(), Error> {
         }
     }
     print(&format!(
-        "{}: {} layers\n",
+        "{}: {}\n",
         options.output.display(),
-        adapter.layers().len()
+        plural(adapter.layers().len(), "layer")
     ))
 }
 

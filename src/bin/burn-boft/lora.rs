@@ -17,7 +17,7 @@ use crate::output::OutputFolder;
 use crate::peft::Tensors;
 use crate::rewrite::{Turn, row_bytes};
 use crate::settings;
-use crate::terminal::print;
+use crate::terminal::{plural, print, shown};
 use crate::turn::Forward;
 
 /// Writes `B·A ≈ W' − W` of every layer, by singular values, and prints what that leaves out.
@@ -44,7 +44,7 @@ pub fn write(
                 LowRank::new(&weight, rank).map_err(|why| Error::tensor(&base.path, key, why))?;
             text.push_str(&format!(
                 "{}: {:.2e} of the change is left out, {:.2e} of the weight\n",
-                layer.path(),
+                shown(layer.path()),
                 low.of_change,
                 low.of_weight
             ));
@@ -67,9 +67,9 @@ pub fn write(
         .map_err(|error| folder.named(error))?;
     folder.finish()?;
     text.push_str(&format!(
-        "{}: {} layers of rank {rank}, at most {worst:.2e} of a weight left out\n",
+        "{}: {} of rank {rank}, at most {worst:.2e} of a weight left out\n",
         output.display(),
-        targets.len()
+        plural(targets.len(), "layer")
     ));
     print(&text)
 }

@@ -26,6 +26,7 @@ use std::panic::{self, UnwindSafe};
 use std::process::ExitCode;
 
 use clap::Parser;
+use clap::error::ErrorKind;
 
 use crate::cli::Cli;
 use crate::error::Error;
@@ -34,6 +35,12 @@ use crate::terminal::{note, print};
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
+        Err(error) if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            note(
+                "error: name a command: merge, unmerge, inspect or convert; burn-boft --help says what they do",
+            );
+            return ExitCode::from(2);
+        }
         Err(error) if error.use_stderr() => {
             // Clap adds usage and tips below the complaint; the complaint alone is one line.
             let text = error.to_string();

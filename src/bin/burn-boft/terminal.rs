@@ -21,5 +21,18 @@ pub fn print(text: &str) -> Result<(), Error> {
 
 /// Writes a line beside the result. Where nobody can read it, it is lost.
 pub fn note(line: &str) {
-    _ = writeln!(io::stderr(), "{line}");
+    _ = writeln!(io::stderr(), "{}", shown(line));
+}
+
+/// A name out of a file, without what a terminal would obey.
+pub fn shown(name: &str) -> String {
+    name.replace(char::is_control, "\u{fffd}")
+}
+
+/// A count of things.
+pub fn plural(count: usize, what: &str) -> String {
+    match count {
+        1 => format!("1 {what}"),
+        count => format!("{count} {what}s"),
+    }
 }

@@ -10,7 +10,7 @@ use crate::error::Error;
 use crate::merge::{check_output, load};
 use crate::names::Names;
 use crate::rewrite::rewrite;
-use crate::terminal::print;
+use crate::terminal::{plural, print};
 use crate::turn::Backward;
 
 pub fn run(options: &Unmerge) -> Result<(), Error> {
@@ -30,9 +30,9 @@ pub fn run(options: &Unmerge) -> Result<(), Error> {
     rewrite(&base, &changes, &options.output, &mut turn)?;
     let difference = turn.difference;
     print(&format!(
-        "{}: {} layers restored; merging them again is off by at most {:.1e}, {:.1e} of a weight's norm\n",
+        "{}: {} restored; merging them again is off by at most {:.1e}, {:.1e} of a weight's norm\n",
         options.output.display(),
-        changes.rotations(),
+        plural(changes.rotations(), "layer"),
         difference.absolute(),
         difference.relative()
     ))

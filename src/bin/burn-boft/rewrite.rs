@@ -10,7 +10,7 @@ use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use crate::base::{Base, Shard};
-use crate::changes::{Change, Changes};
+use crate::changes::{Change, Changes, compute_dtype};
 use crate::error::Error;
 use crate::header::{self, Entry};
 use crate::numbers::{burn_dtype, decode, encode, file_dtype, is_finite, part};
@@ -106,19 +106,44 @@ impl Writer<'_> {
             let added = self.changes.added.keys();
             map.extend(added.map(|key| (key.clone(), Value::from(last))));
         }
-        let entries = base.shards.iter().flat_map(|shard| &shard.header.entries);
-        let sizes = entries.map(|entry| {
-            let (dtype, shape) = self.layout(entry);
-            header::byte_count(dtype, &shape).unwrap_or_default()
-        });
-        let added = self.changes.added.values();
-        let added = added.map(|tensor| tensor.data().as_bytes().len() as u64);
-        if let Some(Value::Object(metadata)) = index.get_mut("metadata")
-            && let Some(size) = metadata.get_mut("total_size")
-        {
-            *size = Value::from(sizes.chain(added).sum::<u64>());
+        // What is not new keeps its count: tied weights count once, and buffers only in the size.
+        let bytes = |dtype, shape: &[usize]| header::byte_count(dtype, shape).unwrap_or_default();
+        let numbers = |dtype, shape: &[usize]| match compute_dtype(dtype) {
+            Some(_) => shape.iter().product::<usize>() as u64,
+            None => 0,
+        };
+        if let Some(Value::Object(metadata)) = index.get_mut("metadata") {
+            self.grow(base, metadata, "total_size", bytes);
+            self.grow(base, metadata, "total_parameters", numbers);
         }
         index
+    }
+
+    /// Adds to a total, where it is there, what the output has more of it.
+    fn grow(
+        &self,
+        base: &Base,
+        metadata: &mut Map<String, Value>,
+        total: &str,
+        measure: fn(Dtype, &[usize]) -> u64,
+    ) {
+        let Some((total, before)) = metadata
+            .get_mut(total)
+            .and_then(|total| total.as_f64().map(|before| (total, before as u64)))
+        else {
+            return;
+        };
+        let (mut more, mut less) = (0, 0);
+        for entry in base.shards.iter().flat_map(|shard| &shard.header.entries) {
+            let (dtype, shape) = self.layout(entry);
+            more += measure(dtype, &shape);
+            less += measure(entry.dtype, &entry.shape);
+        }
+        for tensor in self.changes.added.values() {
+            let dtype = file_dtype(tensor.data().dtype());
+            more += dtype.map_or(0, |dtype| measure(dtype, tensor.data().shape()));
+        }
+        *total = Value::from((before + more).saturating_sub(less));
     }
 
     /// The precision and shape of a tensor in the output.

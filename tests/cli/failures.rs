@@ -255,6 +255,70 @@ fn bases_that_are_cut_off_or_hostile() {
 }
 
 #[test]
+fn adapters_that_are_cut_off_or_hostile() {
+    let place = Place::new();
+    let file = "adapter/adapter_model.safetensors";
+    let good = fs::read(place.path().join(file)).unwrap();
+    let with = |length: u64, header: &[u8], data: usize| {
+        [&length.to_le_bytes(), header, &vec![0; data][..]].concat()
+    };
+    let header = |entries: &str, data: usize| with(entries.len() as u64, entries.as_bytes(), data);
+    let key = "base_model.model.fc1.boft_R";
+    let entry = |offsets: [u64; 2]| {
+        json!({"dtype": "F32", "shape": [4], "data_offsets": offsets}).to_string()
+    };
+    for (what, bytes) in [
+        ("no bytes", Vec::new()),
+        ("no header", good[..5].to_vec()),
+        ("half a header", good[..40].to_vec()),
+        ("a number less", good[..good.len() - 4].to_vec()),
+        ("a number more", [&good[..], &[0; 4]].concat()),
+        ("a header beyond the file", with(1 << 20, b"{}", 0)),
+        ("a header beyond memory", with(u64::MAX, b"{}", 0)),
+        ("no JSON", header("{]", 0)),
+        ("no UTF-8", with(6, b"{\"\xff\":1}", 0)),
+        (
+            "an entry of no size",
+            header(&format!("{{\"{key}\":1}}"), 16),
+        ),
+        (
+            "numbers beyond the file",
+            header(&format!("{{\"{key}\":{}}}", entry([0, 16])), 8),
+        ),
+        (
+            "offsets that overlap",
+            header(
+                &format!("{{\"{key}\":{},\"b\":{}}}", entry([0, 16]), entry([8, 24])),
+                24,
+            ),
+        ),
+        (
+            "offsets that run backwards",
+            header(&format!("{{\"{key}\":{}}}", entry([16, 0])), 16),
+        ),
+        (
+            "axes beyond all counts",
+            header(
+                &format!(
+                    "{{\"{key}\":{{\"dtype\":\"F32\",\"shape\":[4294967296,4294967296,4],\"data_offsets\":[0,16]}}}}"
+                ),
+                16,
+            ),
+        ),
+    ] {
+        fs::write(place.path().join(file), bytes).unwrap();
+        let inspect = refused(place.path(), &["inspect", "adapter"]);
+        let convert = ["convert", "adapter", "--to", "peft", "--output", "out"];
+        let convert = refused(place.path(), &convert);
+        for line in [place.refused(), inspect, convert] {
+            let start = format!("{file} is not a safetensors file: ");
+            assert!(line.starts_with(&start), "{what}: {line}");
+        }
+    }
+    assert_eq!(names(place.path()), ["adapter", "base.safetensors"]);
+}
+
+#[test]
 fn bases_without_the_layer_or_with_another() {
     let place = Place::new();
     let rename = |from: &str, to: &str| -> Tensors {

@@ -239,7 +239,8 @@ fn staged(path: &Path, content: &[u8]) -> io::Result<tempfile::NamedTempFile> {
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     let mut file = builder.tempfile_in(path.parent().unwrap_or(Path::new(".")))?;
-    file.write_all(content)?;
+    // Through the file itself: an error of the temporary one names its path.
+    file.as_file_mut().write_all(content)?;
     // A file that somebody closed stays closed.
     if let Ok(metadata) = fs::metadata(path) {
         file.as_file().set_permissions(metadata.permissions())?;

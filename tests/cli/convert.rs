@@ -309,10 +309,11 @@ fn oft_with_the_exact_map_is_boft_with_one_factor_and_a_scale_of_ones() {
             ],
         );
         assert_models(&merged(folder.path(), "boft"), &case.merged, 1e-5, name);
-        succeed(
+        let printed = succeed(
             folder.path(),
             &["convert", "boft", "--to", "oft", "--output", "oft"],
         );
+        assert_eq!(printed, "oft: 1 layer\n");
         assert_models(&merged(folder.path(), "oft"), &case.merged, 1e-5, name);
         let numbers = |folder: &Path| read(&folder.join("adapter_model.safetensors"));
         assert_eq!(
@@ -628,4 +629,52 @@ fn rules_give_a_record_the_names_of_its_model() {
     assert_eq!(old, new);
     let skew = "backbone.encoder.layer.0.mlp.weights_in.weight.boft.skew";
     assert!(old.contains(&skew.to_string()), "{old:?}");
+}
+
+#[test]
+fn axes_of_any_length_without_numbers_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    // One block for all, and blocks of one channel.
+    let shared = json!({
+        "peft_type": "OFT", "oft_block_size": 4, "block_share": true, "use_cayley_neumann": false,
+        "target_modules": ["fc"]
+    });
+    let idle = json!({"peft_type": "OFT", "oft_block_size": 3, "use_cayley_neumann": false, "target_modules": ["fc"]});
+    let base = [(
+        "fc.weight".to_string(),
+        Tensor::new(&[0, 1 << 62], Vec::new()),
+    )];
+    write(&folder.path().join("base.safetensors"), &base.into());
+    let blocks = Tensor::random(&[1, 6], 1);
+    for (config, blocks, to) in [
+        (&shared, &blocks, ["--to", "boft"]),
+        (&shared, &blocks, ["--to-lora", "2"]),
+        (
+            &idle,
+            &Tensor::new(&[1 << 62, 0], Vec::new()),
+            ["--to", "boft"],
+        ),
+    ] {
+        let key = "base_model.model.fc.oft_R.weight".to_string();
+        write_adapter(
+            &folder.path().join("adapter"),
+            config,
+            &[(key, blocks.clone())].into(),
+        );
+        let convert = [
+            "convert",
+            "adapter",
+            "--base",
+            "base.safetensors",
+            "--output",
+            "out",
+        ];
+        let run = run(folder.path(), &[&convert, &to[..]].concat());
+        let line = "error: base.safetensors: `fc.weight` is [0, 4611686018427387904], which has no numbers";
+        assert_eq!(
+            (run.code, run.stderr.lines().last()),
+            (2, Some(line)),
+            "{to:?}"
+        );
+    }
 }

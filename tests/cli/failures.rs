@@ -40,14 +40,11 @@ impl Place {
 
     fn refused_with(&self, more: &[&str]) -> String {
         let before = names(self.path());
-        let mut arguments = vec![
-            "merge",
-            "--base",
-            "base.safetensors",
-            "--adapter",
-            "adapter",
-        ];
+        let mut arguments = vec!["merge", "--adapter", "adapter"];
         arguments.extend(more);
+        if !more.contains(&"--base") {
+            arguments.extend(["--base", "base.safetensors"]);
+        }
         if !more.contains(&"--output") {
             arguments.extend(["--output", "out.safetensors"]);
         }
@@ -255,6 +252,70 @@ fn bases_that_are_cut_off_or_hostile() {
             )
         );
     }
+}
+
+#[test]
+fn adapters_that_are_cut_off_or_hostile() {
+    let place = Place::new();
+    let file = "adapter/adapter_model.safetensors";
+    let good = fs::read(place.path().join(file)).unwrap();
+    let with = |length: u64, header: &[u8], data: usize| {
+        [&length.to_le_bytes(), header, &vec![0; data][..]].concat()
+    };
+    let header = |entries: &str, data: usize| with(entries.len() as u64, entries.as_bytes(), data);
+    let key = "base_model.model.fc1.boft_R";
+    let entry = |offsets: [u64; 2]| {
+        json!({"dtype": "F32", "shape": [4], "data_offsets": offsets}).to_string()
+    };
+    for (what, bytes) in [
+        ("no bytes", Vec::new()),
+        ("no header", good[..5].to_vec()),
+        ("half a header", good[..40].to_vec()),
+        ("a number less", good[..good.len() - 4].to_vec()),
+        ("a number more", [&good[..], &[0; 4]].concat()),
+        ("a header beyond the file", with(1 << 20, b"{}", 0)),
+        ("a header beyond memory", with(u64::MAX, b"{}", 0)),
+        ("no JSON", header("{]", 0)),
+        ("no UTF-8", with(6, b"{\"\xff\":1}", 0)),
+        (
+            "an entry of no size",
+            header(&format!("{{\"{key}\":1}}"), 16),
+        ),
+        (
+            "numbers beyond the file",
+            header(&format!("{{\"{key}\":{}}}", entry([0, 16])), 8),
+        ),
+        (
+            "offsets that overlap",
+            header(
+                &format!("{{\"{key}\":{},\"b\":{}}}", entry([0, 16]), entry([8, 24])),
+                24,
+            ),
+        ),
+        (
+            "offsets that run backwards",
+            header(&format!("{{\"{key}\":{}}}", entry([16, 0])), 16),
+        ),
+        (
+            "axes beyond all counts",
+            header(
+                &format!(
+                    "{{\"{key}\":{{\"dtype\":\"F32\",\"shape\":[4294967296,4294967296,4],\"data_offsets\":[0,16]}}}}"
+                ),
+                16,
+            ),
+        ),
+    ] {
+        fs::write(place.path().join(file), bytes).unwrap();
+        let inspect = refused(place.path(), &["inspect", "adapter"]);
+        let convert = ["convert", "adapter", "--to", "peft", "--output", "out"];
+        let convert = refused(place.path(), &convert);
+        for line in [place.refused(), inspect, convert] {
+            let start = format!("{file} is not a safetensors file: ");
+            assert!(line.starts_with(&start), "{what}: {line}");
+        }
+    }
+    assert_eq!(names(place.path()), ["adapter", "base.safetensors"]);
 }
 
 #[test]
@@ -553,7 +614,41 @@ fn outputs_that_are_there_or_inside_the_input() {
     );
     assert_eq!(
         merge("base.safetensors", "none/out.safetensors"),
-        "none/out.safetensors has no folder: none is not there"
+        "none/out.safetensors is to be in none, which is no folder"
+    );
+    assert_eq!(
+        merge("base.safetensors", "base.safetensors/out"),
+        "base.safetensors/out is to be in base.safetensors, which is no folder"
+    );
+    let folder = "is the name of a folder; name a file";
+    assert_eq!(merge("base.safetensors", "out/"), format!("out/ {folder}"));
+    let there = "/dev/null is there already; name a folder that is not there yet";
+    assert_eq!(merge("model", "/dev/null"), there);
+    let other = |arguments: &[&str]| refused(place.path(), arguments);
+    let convert =
+        |to: &str, output: &str| other(&["convert", "adapter", "--to", to, "--output", output]);
+    assert_eq!(convert("peft", "/dev/null"), there);
+    assert_eq!(convert("record", "out/"), format!("out/ {folder}"));
+    assert_eq!(
+        other(&["inspect", "adapter", "--plot", "out/"]),
+        format!("out/ {folder}")
+    );
+}
+
+#[cfg(unix)]
+#[test]
+fn other_files_that_cannot_be_copied_are_refused_before_the_weights_are_written() {
+    let place = Place::new();
+    let model = place.path().join("model");
+    fs::create_dir(&model).unwrap();
+    // Writing these weights would be refused, too.
+    let mut base = place.base.clone();
+    base.get_mut("fc1.weight").unwrap().numbers[0] = f64::NAN;
+    write(&model.join("model.safetensors"), &base);
+    std::os::unix::fs::symlink("none", model.join("vocabulary.txt")).unwrap();
+    assert_eq!(
+        place.refused_with(&["--base", "model", "--output", "out"]),
+        "model/vocabulary.txt cannot be read: No such file or directory (os error 2)"
     );
 }
 
@@ -598,6 +693,10 @@ fn options_that_are_wrong() {
         "invalid value '0' for '--to-lora <RANK>': 0 is not in 1..=65536"
     );
     assert_eq!(line(&["fold"]), "unrecognized subcommand 'fold'");
+    assert_eq!(
+        line(&[]),
+        "name a command: merge, unmerge, inspect or convert; burn-boft --help says what they do"
+    );
 }
 
 /// A result that cannot be written is no fault of the input: the exit code is 1.
@@ -614,7 +713,7 @@ fn a_full_disk_leaves_nothing_behind() {
         "--output",
         "/dev/full",
     ];
-    let run = run(place.path(), &full);
+    let run = self::run(place.path(), &full);
     assert_eq!(
         (run.code, run.stderr.as_str()),
         (
@@ -623,36 +722,193 @@ fn a_full_disk_leaves_nothing_behind() {
         )
     );
 
-    // A limit on the size of files stands for the disk: the signal that goes with it is ignored.
+    // No file can be made here, by anyone.
+    let merge = [
+        "merge",
+        "--base",
+        "base.safetensors",
+        "--adapter",
+        "adapter",
+    ];
+    let run = self::run(
+        place.path(),
+        &[&merge[..], &["--output", "/proc/out"]].concat(),
+    );
+    assert_eq!(
+        (run.code, run.stderr.as_str()),
+        (1, "error: /proc/out cannot be written: entity not found\n")
+    );
+
     let model = place.path().join("model");
     fs::create_dir(&model).unwrap();
     write(&model.join("model.safetensors"), &place.base);
     fs::write(model.join("config.json"), "{}").unwrap();
-    for (base, output, file) in [
-        ("base.safetensors", "out.safetensors", ""),
-        ("model", "out", "/model.safetensors"),
+    let oft = Case::open("cases/oft-linear-exact-b4");
+    write(&place.path().join("linear.safetensors"), &oft.base);
+    let kept = names(place.path());
+    let fit = "--base base.safetensors";
+    for (command, file) in [
+        (
+            format!("merge {fit} --adapter adapter --output out.safetensors"),
+            "out.safetensors",
+        ),
+        (
+            "merge --base model --adapter adapter --output out".into(),
+            "out/model.safetensors",
+        ),
+        (
+            "unmerge --merged model --adapter adapter --output out".into(),
+            "out/model.safetensors",
+        ),
+        (
+            "convert adapter --to peft --output out".into(),
+            "out/adapter_model.safetensors",
+        ),
+        (
+            "convert adapter --to record --output out.bpk".into(),
+            "out.bpk",
+        ),
+        (
+            format!("convert adapter --to-lora 2 {fit} --output out"),
+            "out/adapter_model.safetensors",
+        ),
+        // What is assembled in the system's folder for that is named as a whole.
+        (
+            format!(
+                "convert {} --to boft --base linear.safetensors --output out",
+                oft.adapter()
+            ),
+            ".",
+        ),
+        ("inspect adapter --plot out.svg".into(), "out.svg"),
     ] {
-        let script = format!(
-            "trap '' XFSZ; ulimit -f 1; exec \"$0\" merge --base {base} --adapter adapter --output {output}"
-        );
+        // A limit on the size of files stands for the disk: the signal that goes with it is ignored.
+        let script = format!("trap '' XFSZ; ulimit -f 0; exec \"$0\" {command}");
         let run = std::process::Command::new("bash")
             .args(["-c", &script, env!("CARGO_BIN_EXE_burn-boft")])
+            .env("TMPDIR", ".")
             .current_dir(place.path())
             .output()
             .unwrap();
-        assert_eq!(run.status.code(), Some(1));
         assert_eq!(
             String::from_utf8(run.stderr).unwrap(),
-            format!("error: {output}{file} cannot be written: File too large (os error 27)\n")
+            format!("error: {file} cannot be written: File too large (os error 27)\n"),
+            "{command}"
         );
-        assert_eq!(
-            names(place.path()),
-            ["adapter", "base.safetensors", "model"]
-        );
+        assert_eq!(run.status.code(), Some(1), "{command}");
+        assert_eq!(names(place.path()), kept, "{command}");
     }
 }
 
-/// The temporary output does not outlive an interrupt.
+/// A file cannot make the terminal obey it.
+#[test]
+fn names_with_control_characters_are_shown_without_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = json!({"peft_type": "OFT", "oft_block_size": 4, "target_modules": "all-linear"});
+    let module = "f\u{1b}[2J\r\nc";
+    let write_layer = |module: &str, name: &str| {
+        let key = format!("base_model.model.{module}.oft_R.weight");
+        let tensors = [(key, Tensor::random(&[2, 6], 1))];
+        write_adapter(&folder.path().join(name), &config, &tensors.into());
+    };
+    write_layer(module, "adapter");
+    write_layer("g\u{1b}[2J", "other");
+    let base = [(format!("{module}.weight"), Tensor::random(&[3, 8], 2))];
+    write(&folder.path().join("base.safetensors"), &base.into());
+    let base = ["--base", "base.safetensors"];
+    for (arguments, code) in [
+        (&["inspect", "adapter", "--plot", "angles.svg"][..], 0),
+        (
+            &[&["merge", "--dry-run", "--adapter", "adapter"], &base[..]].concat(),
+            0,
+        ),
+        (
+            &[&["merge", "--dry-run", "--adapter", "other"], &base[..]].concat(),
+            2,
+        ),
+        (
+            &[
+                &["convert", "adapter", "--to-lora", "1", "--output", "lora"],
+                &base[..],
+            ]
+            .concat(),
+            0,
+        ),
+    ] {
+        let run = run(folder.path(), arguments);
+        assert_eq!(run.code, code, "{}", run.stderr);
+        let text = run.stdout + &run.stderr;
+        assert!(text.contains("\u{fffd}[2J"), "{text:?}");
+        assert!(
+            !text.contains(|c: char| c.is_control() && c != '\n'),
+            "{text:?}"
+        );
+    }
+    let svg = fs::read_to_string(folder.path().join("angles.svg")).unwrap();
+    assert!(svg.contains("f\u{fffd}[2J\u{fffd}\u{fffd}c"), "{svg:?}");
+}
+
+/// What cannot be printed is a failure, and a reader who has seen enough is none.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_standard_output_that_takes_nothing() {
+    use std::process::{Command, Stdio};
+    let place = Place::new();
+    let run_into = |output: Stdio, arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_burn-boft"));
+        command.args(arguments).current_dir(place.path());
+        let child = command.stdout(output).stderr(Stdio::piped()).spawn();
+        let output = child.unwrap().wait_with_output().unwrap();
+        (
+            output.status.code(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
+    };
+    let fit = ["--base", "base.safetensors", "--adapter", "adapter"];
+    for arguments in [
+        &["inspect", "adapter"][..],
+        &["inspect", "adapter", "--json"],
+        &[&["merge"], &fit[..], &["--dry-run"]].concat(),
+        &[&["merge"], &fit[..], &["--output", "merged"]].concat(),
+        &[
+            "unmerge",
+            "--merged",
+            "merged",
+            "--adapter",
+            "adapter",
+            "--output",
+            "restored",
+        ],
+        &["convert", "adapter", "--to", "peft", "--output", "peft"],
+        &[
+            "convert",
+            "adapter",
+            "--to-lora",
+            "2",
+            "--base",
+            "base.safetensors",
+            "--output",
+            "lora",
+        ],
+        &["--version"],
+        &["--help"],
+    ] {
+        let full = fs::File::options().write(true).open("/dev/full").unwrap();
+        let line =
+            "error: standard output cannot be written: No space left on device (os error 28)\n";
+        assert_eq!(
+            run_into(full.into(), arguments),
+            (Some(1), line.into()),
+            "{arguments:?}"
+        );
+    }
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let inspect = ["inspect", "adapter"];
+    assert_eq!(run_into(writer.into(), &inspect), (Some(0), String::new()));
+}
+
+/// The temporary output does not outlive an interrupt, nor another signal that asks the tool to end.
 #[cfg(unix)]
 #[test]
 fn an_interrupt_leaves_nothing_behind() {
@@ -687,8 +943,9 @@ fn an_interrupt_leaves_nothing_behind() {
         &json!({"weight_map": map}),
     );
 
-    let mut child = Command::new(env!("CARGO_BIN_EXE_burn-boft"))
-        .args([
+    for signal in ["-INT", "-TERM", "-HUP"] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_burn-boft"));
+        command.args([
             "merge",
             "--base",
             "model",
@@ -696,27 +953,26 @@ fn an_interrupt_leaves_nothing_behind() {
             "adapter",
             "--output",
             "out",
-        ])
-        .current_dir(place.path())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let is_temporary = |name: &String| name.starts_with(".burn-boft-");
-    while !names(place.path()).iter().any(is_temporary) {
-        assert!(
-            child.try_wait().unwrap().is_none(),
-            "it ended before it was interrupted"
+        ]);
+        command.current_dir(place.path());
+        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        let mut child = child.unwrap();
+        let is_temporary = |name: &String| name.starts_with(".burn-boft-");
+        while !names(place.path()).iter().any(is_temporary) {
+            assert!(
+                child.try_wait().unwrap().is_none(),
+                "it ended before it was interrupted"
+            );
+            sleep(Duration::from_millis(1));
+        }
+        let id = child.id().to_string();
+        let kill = Command::new("kill").args([signal, &id]).status();
+        assert!(kill.unwrap().success());
+        assert_eq!(child.wait().unwrap().code(), Some(130), "{signal}");
+        assert_eq!(
+            names(place.path()),
+            ["adapter", "base.safetensors", "model"],
+            "{signal}"
         );
-        sleep(Duration::from_millis(1));
     }
-    let kill = Command::new("kill")
-        .args(["-INT", &child.id().to_string()])
-        .status();
-    assert!(kill.unwrap().success());
-    assert_eq!(child.wait().unwrap().code(), Some(130));
-    assert_eq!(
-        names(place.path()),
-        ["adapter", "base.safetensors", "model"]
-    );
 }

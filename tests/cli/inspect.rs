@@ -70,6 +70,176 @@ fn json_holds_the_same_with_all_digits() {
     }
 }
 
+/// A square matrix, row by row.
+type Square = Vec<Vec<f64>>;
+
+fn square(b: usize, at: impl Fn(usize, usize) -> f64) -> Square {
+    let row = |i| (0..b).map(|j| at(i, j)).collect();
+    (0..b).map(row).collect()
+}
+
+fn product(left: &Square, right: &Square) -> Square {
+    let b = left.len();
+    square(b, |i, j| (0..b).map(|k| left[i][k] * right[k][j]).sum())
+}
+
+fn transposed(matrix: &Square) -> Square {
+    square(matrix.len(), |i, j| matrix[j][i])
+}
+
+fn trace(matrix: &Square) -> f64 {
+    (0..matrix.len()).map(|i| matrix[i][i]).sum()
+}
+
+/// `‖Q‖₂` and the projector onto its plane, by squaring `QᵀQ` over and over.
+fn norm_and_plane(skew: &Square) -> (f64, Square) {
+    let mut power = product(&transposed(skew), skew);
+    let (mut logarithm, mut weight) = (0.0, 1.0);
+    for _ in 0..50 {
+        let size = trace(&power);
+        power.iter_mut().flatten().for_each(|x| *x /= size);
+        logarithm += weight * size.ln();
+        weight /= 2.0;
+        power = product(&power, &power);
+    }
+    let size = trace(&power);
+    power.iter_mut().flatten().for_each(|x| *x /= size);
+    ((logarithm / 2.0).exp(), power)
+}
+
+/// `(I + Q)(I − Q)⁻¹`, by Gauss and Jordan: `I − Q` needs no pivots.
+fn cayley(skew: &Square) -> Square {
+    let b = skew.len();
+    let one = |i, j| f64::from(i == j);
+    let mut rest = square(b, |i, j| one(i, j) - skew[i][j]);
+    let mut inverse = square(b, one);
+    for k in 0..b {
+        let pivot = rest[k][k];
+        for matrix in [&mut rest, &mut inverse] {
+            matrix[k].iter_mut().for_each(|x| *x /= pivot);
+        }
+        for i in (0..b).filter(|i| *i != k) {
+            let factor = rest[i][k];
+            for matrix in [&mut rest, &mut inverse] {
+                let row = matrix[k].clone();
+                matrix[i]
+                    .iter_mut()
+                    .zip(row)
+                    .for_each(|(x, y)| *x -= factor * y);
+            }
+        }
+    }
+    product(&square(b, |i, j| one(i, j) + skew[i][j]), &inverse)
+}
+
+/// `I + 2Q + … + 2Qᵏ⁻² + Qᵏ⁻¹`, PEFT's polynomial of k terms.
+fn neumann(skew: &Square, terms: usize) -> Square {
+    let b = skew.len();
+    let mut power = square(b, |i, j| f64::from(i == j));
+    let mut sum = power.clone();
+    for exponent in 1..terms {
+        power = product(&power, skew);
+        let factor = if exponent + 1 < terms { 2.0 } else { 1.0 };
+        sum = square(b, |i, j| sum[i][j] + factor * power[i][j]);
+    }
+    sum
+}
+
+/// The blocks `Q` of a layer, as PEFT makes them of its tensors.
+fn skews(file: &Tensors, path: &str, coft: Option<f64>) -> Vec<Square> {
+    let tensor = |name: &str| file.get(&format!("base_model.model.{path}.{name}"));
+    if let Some(Tensor { shape, numbers, .. }) = tensor("boft_R") {
+        let b = shape[3];
+        let blocks = numbers.chunks(b * b);
+        let skew = |block: &[f64]| square(b, |i, j| (block[i * b + j] - block[j * b + i]) / 2.0);
+        return blocks.map(skew).collect();
+    }
+    let Tensor { shape, numbers, .. } = tensor("oft_R.weight").unwrap();
+    let b = (1..).find(|b| b * (b - 1) / 2 == shape[1]).unwrap();
+    let blocks = numbers.chunks(shape[1]).map(|packed| {
+        // Row by row above the diagonal.
+        let at = |i: usize, j: usize| packed[i * (2 * b - i - 1) / 2 + j - i - 1];
+        let skew = square(b, |i, j| match i.cmp(&j) {
+            std::cmp::Ordering::Less => at(i, j),
+            std::cmp::Ordering::Equal => 0.0,
+            std::cmp::Ordering::Greater => -at(j, i),
+        });
+        let size = skew.iter().flatten().map(|x| x * x).sum::<f64>().sqrt();
+        let most = coft.map_or(size, |radius| radius / (shape[0] as f64).sqrt());
+        square(b, |i, j| skew[i][j] * (most / size).min(1.0))
+    });
+    blocks.collect()
+}
+
+#[test]
+fn the_figures_are_those_of_a_dense_reference() {
+    for (name, terms) in [
+        ("boft-stack-layers", None),
+        ("boft-linear-m3-b8", None),
+        ("boft-conv-m2-b6", None),
+        ("oft-stack-layers", None),
+        ("oft-linear-exact-b5", None),
+        ("oft-linear-neumann-5", Some(5)),
+        ("oft-linear-neumann-6", Some(6)),
+        ("oft-linear-coft-outside", None),
+    ] {
+        let case = Case::open(&format!("cases/{name}"));
+        let config = read_json(&case.adapter.join("adapter_config.json"));
+        let exact = config["use_cayley_neumann"] != true;
+        assert_eq!(exact, terms.is_none(), "{name}");
+        let coft = config["coft"].as_bool().unwrap_or(false);
+        let coft = coft.then(|| config["eps"].as_f64().unwrap());
+        let file = read(&case.adapter.join("adapter_model.safetensors"));
+        let json = succeed(&case.adapter, &["inspect", ".", "--json"]);
+        let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+        for layer in json["layers"].as_array().unwrap() {
+            let path = layer["path"].as_str().unwrap();
+            let (mut norm, mut angle, mut defect) = (0.0f64, 0.0f64, 0.0f64);
+            for skew in skews(&file, path, coft) {
+                let (size, plane) = norm_and_plane(&skew);
+                let turn = terms.map_or_else(|| cayley(&skew), |terms| neumann(&skew, terms));
+                let gram = product(&transposed(&turn), &turn);
+                // How the turn moves the plane: `cos θ`, and the length that a polynomial leaves.
+                let length = trace(&product(&plane, &gram)).sqrt();
+                let cosine = trace(&product(&plane, &turn)) / length;
+                norm = norm.max(size);
+                angle = angle.max(cosine.acos());
+                for (i, row) in gram.iter().enumerate() {
+                    for (j, x) in row.iter().enumerate() {
+                        defect = defect.max((x - f64::from(i == j)).abs());
+                    }
+                }
+            }
+            let found = |name: &str| layer[name].as_f64().unwrap();
+            for (name_of, expected, tolerance) in [
+                ("skew_norm", norm, 1e-6),
+                ("largest_angle", angle, 1e-6),
+                ("orthogonality_defect", defect, 2e-6),
+            ] {
+                let off = (found(name_of) - expected).abs();
+                let bound = tolerance * expected.max(1.0);
+                assert!(
+                    off < bound,
+                    "{name} {path} {name_of}: {} {expected}",
+                    found(name_of)
+                );
+            }
+            assert!(exact || defect > 1e-3, "{name} {path}: {defect}");
+            let scale = file.get(&format!("base_model.model.{path}.boft_s"));
+            let Some(Tensor { numbers, .. }) = scale else {
+                assert!(layer["scale_range"].is_null(), "{name} {path}");
+                continue;
+            };
+            let ends: [fn(f64, f64) -> f64; 2] = [f64::min, f64::max];
+            for (found, end) in layer["scale_range"].as_array().unwrap().iter().zip(ends) {
+                let expected = numbers.iter().copied().reduce(end).unwrap();
+                let off = (found.as_f64().unwrap() - expected).abs();
+                assert!(off < 1e-12, "{name} {path}: {found} {expected}");
+            }
+        }
+    }
+}
+
 #[test]
 fn a_picture_has_a_bar_for_each_layer_as_long_as_its_angle() {
     let case = Case::open("cases/boft-stack-layers");
@@ -105,6 +275,16 @@ fn a_picture_has_a_bar_for_each_layer_as_long_as_its_angle() {
     for ((_, width), angle) in bars.iter().zip(angles) {
         assert!((width - pixels * angle).abs() <= 1.5, "{bars:?}");
     }
+    // A single layer has its name, too.
+    let one = Case::open("cases/boft-linear-m1-b4");
+    succeed(
+        folder.path(),
+        &["inspect", one.adapter(), "--plot", "one.svg"],
+    );
+    let svg = fs::read_to_string(folder.path().join("one.svg")).unwrap();
+    assert_eq!(svg.matches("\nlayer\n").count(), 1, "{svg}");
+    let bar = svg.lines().find(|line| line.contains("#0000FF")).unwrap();
+    assert!(field(bar, "height") > 10.0, "{bar}");
     assert_eq!(
         refused(
             folder.path(),

@@ -109,6 +109,10 @@ fn the_error_that_is_reported_is_the_one_that_merging_again_makes() {
             "restored.safetensors",
         ],
     );
+    assert!(
+        printed.starts_with("restored.safetensors: 1 layer restored; "),
+        "{printed}"
+    );
     let again = merge("restored.safetensors", "again.safetensors");
     let pairs = || again.numbers.iter().zip(&merged.numbers);
     let absolute = pairs().map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);

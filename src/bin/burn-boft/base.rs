@@ -12,6 +12,10 @@ use crate::header::{self, Entry, Header};
 
 const EXTENSION: &str = ".safetensors";
 const INDEX: &str = ".safetensors.index.json";
+/// How the names of weights in other formats end.
+const OTHER_FORMATS: [&str; 9] = [
+    "bin", "ckpt", "gguf", "h5", "msgpack", "onnx", "ot", "pt", "pth",
+];
 /// Adapters lie beside models in training folders.
 const ADAPTER: [&str; 2] = ["adapter_model.safetensors", "adapter_config.json"];
 
@@ -169,12 +173,26 @@ impl Base {
 /// Whether a merged model must not carry this file along: weights from before the merge in another format, the
 /// adapter, which transformers would apply once more, and the books of Git and of downloads.
 fn is_left_out(name: &str) -> bool {
-    let weights = ["pytorch_model", "tf_model", "flax_model"];
-    let is_weights = weights.iter().any(|start| name.starts_with(start));
-    is_weights || ADAPTER.contains(&name) || name == ".git" || name == ".cache"
+    let file = name.strip_suffix(".index.json").unwrap_or(name);
+    let extension = file.rsplit_once('.').map_or("", |(_, extension)| extension);
+    OTHER_FORMATS.contains(&extension)
+        || ADAPTER.contains(&name)
+        || name == ".git"
+        || name == ".cache"
 }
 
 impl Shard {
+    /// Refuses a tensor without numbers: its axes can have any length.
+    pub fn check_numbers(&self, entry: &Entry) -> Result<(), Error> {
+        match entry.bytes {
+            0 => {
+                let why = format!("is {:?}, which has no numbers", entry.shape);
+                Err(Error::tensor(&self.path, &entry.key, why))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Reads bytes of a tensor.
     pub fn read(&self, entry: &Entry, offset: u64, bytes: &mut [u8]) -> Result<(), Error> {
         let mut file = &self.file;

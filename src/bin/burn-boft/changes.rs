@@ -242,9 +242,13 @@ pub fn compute_dtype(dtype: Dtype) -> Option<DType> {
     }
 }
 
-/// Why a layer of the adapter does not fit a weight, after "the adapter of …".
-fn check_layer(layer: &AdapterLayer, entry: &Entry, rows: &Range<usize>) -> Result<(), String> {
-    let kind = match entry.shape.len() {
+/// The kind of a layer with a weight of this shape, or why the adapter's does not fit it, after "the adapter of …".
+pub fn check_shape(
+    layer: &AdapterLayer,
+    shape: &[usize],
+    rows: usize,
+) -> Result<LayerKind, String> {
+    let kind = match shape.len() {
         2 => LayerKind::Linear,
         4 => LayerKind::Conv2d,
         _ => return Err("is for a matrix or a convolution's four axes".into()),
@@ -255,16 +259,21 @@ fn check_layer(layer: &AdapterLayer, entry: &Entry, rows: &Range<usize>) -> Resu
             LayerKind::Conv2d => "is for a linear layer".into(),
         });
     }
-    let d_input: usize = entry.shape[1..].iter().product();
+    let d_input: usize = shape[1..].iter().product();
     let b = layer.block_size();
     match (layer.d_input(), layer.d_output()) {
-        (Some(d), _) if d != d_input => return Err(format!("rotates {d} input features")),
+        (Some(d), _) if d != d_input => Err(format!("rotates {d} input features")),
         (None, _) if d_input == 0 || !d_input.is_multiple_of(b) => {
-            return Err(format!("rotates blocks of {b} input features"));
+            Err(format!("rotates blocks of {b} input features"))
         }
-        (_, Some(o)) if o != rows.len() => return Err(format!("scales {o} outputs")),
-        _ => {}
+        (_, Some(o)) if o != rows => Err(format!("scales {o} outputs")),
+        _ => Ok(kind),
     }
+}
+
+/// Why a layer of the adapter does not fit a weight, after "the adapter of …".
+fn check_layer(layer: &AdapterLayer, entry: &Entry, rows: &Range<usize>) -> Result<(), String> {
+    check_shape(layer, &entry.shape, rows.len())?;
     match compute_dtype(entry.dtype) {
         None => {
             Err("rotates F32, F16 and BF16; merge into the model before it is quantized".into())

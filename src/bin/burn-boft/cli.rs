@@ -39,7 +39,7 @@ pub struct Convert {
 
     /// The form to write
     #[arg(long, value_enum, required_unless_present = "to_lora")]
-    pub to: Option<Form>,
+    pub to: Option<To>,
 
     /// Write the nearest LoRA of this rank in PEFT's layout, and print what it leaves out
     #[arg(
@@ -70,7 +70,7 @@ pub struct Convert {
 
 /// What an adapter can become.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Form {
+pub enum To {
     /// PEFT's folder in today's layout
     Peft,
     /// PEFT's folder of BOFT, from OFT with the exact Cayley map

@@ -7,17 +7,23 @@ use burn_boft::{
 use serde_json::{Map, Value};
 
 use crate::base::Base;
-use crate::cli::{Convert, Form};
+use crate::changes::check_shape;
+use crate::cli::{Convert, To};
 use crate::error::Error;
 use crate::names::{Names, join};
-use crate::output::{check_free, check_outside};
+use crate::output::{Form, OutputFolder, check_free, check_outside};
 use crate::peft::{Tensors, ones};
+use crate::terminal::{note, plural, print};
 use crate::{lora, record, settings};
 
 pub fn run(options: &Convert) -> Result<(), Error> {
     let names = Names::parse(&options.maps)?;
     let base = options.base.as_deref().map(Base::open).transpose()?;
-    check_free(&options.output)?;
+    let form = match options.to {
+        Some(To::Record) => Form::File,
+        _ => Form::Folder,
+    };
+    check_free(&options.output, form)?;
     check_outside(&options.output, &options.input)?;
     if let Some(rank) = options.to_lora {
         let (adapter, settings) = read(options, &Names::default(), base.as_ref())?;
@@ -33,24 +39,29 @@ pub fn run(options: &Convert) -> Result<(), Error> {
     }
     let (adapter, settings) = read(options, &names, base.as_ref())?;
     let adapter = match options.to {
-        Some(Form::Oft) => to_oft(&adapter, &settings)?,
-        Some(Form::Boft) => to_boft(&adapter, &settings, base.as_ref())?,
-        Some(Form::Peft) => with_kinds(adapter, &settings, base.as_ref())?,
+        Some(To::Oft) => to_oft(&adapter, &settings)?,
+        Some(To::Boft) => to_boft(&adapter, &settings, base.as_ref())?,
+        Some(To::Peft) => with_kinds(adapter, &settings, base.as_ref())?,
         _ => adapter,
     };
     match options.to {
-        Some(Form::Record) => {
+        Some(To::Record) => {
             let settings = settings_of(adapter.config(), &settings)?;
             record::write(&adapter, &settings, base.as_ref(), &options.output)?;
         }
-        _ => adapter.save(&options.output)?,
+        _ => {
+            let folder = OutputFolder::create(&options.output)?;
+            adapter
+                .save(folder.temporary())
+                .map_err(|error| folder.named(error.into()))?;
+            folder.finish()?;
+        }
     }
-    println!(
-        "{}: {} layers",
+    print(&format!(
+        "{}: {}\n",
         options.output.display(),
-        adapter.layers().len()
-    );
-    Ok(())
+        plural(adapter.layers().len(), "layer")
+    ))
 }
 
 fn needs_base(what: &str) -> Error {
@@ -84,7 +95,7 @@ fn read(
         source,
     })?;
     for line in report.converted.iter().chain(&report.warnings) {
-        eprintln!("note: {line}");
+        note(&format!("note: {line}"));
     }
     Ok((adapter, settings::read(input)?))
 }
@@ -138,27 +149,23 @@ impl Place {
     fn find(layer: &AdapterLayer, base: &Base) -> Result<Self, Error> {
         let key = join(layer.path(), "weight");
         let refuse = |why: String| Error::tensor(&base.path, &key, why);
-        let (_, entry) = base.entry(&key).ok_or_else(|| {
+        let (shard, entry) = base.entry(&key).ok_or_else(|| {
             refuse(
                 "is not there, and the adapter has a layer of that name; --map bridges names"
                     .into(),
             )
         })?;
-        let kind = record::kind_in(base, layer.path())
-            .ok_or_else(|| refuse("is neither a matrix nor a convolution".into()))?;
-        let d_input: usize = entry.shape[1..].iter().product();
-        let b = layer.block_size();
-        if layer.d_input().is_some_and(|d| d != d_input) || !d_input.is_multiple_of(b) {
-            let why = format!(
-                "is {:?}, and the adapter rotates blocks of {b}",
-                entry.shape
-            );
-            return Err(refuse(why));
-        }
+        let shape = &entry.shape;
+        let d_output = shape.first().copied().unwrap_or(1);
+        let kind = check_shape(layer, shape, d_output).map_err(|why| {
+            let why = format!("is {shape:?}, and the adapter of `{}` {why}", layer.path());
+            Error::tensor(&shard.path, &key, why)
+        })?;
+        shard.check_numbers(entry)?;
         Ok(Self {
             kind,
-            d_input,
-            d_output: entry.shape[0],
+            d_input: shape[1..].iter().product(),
+            d_output,
         })
     }
 

@@ -49,9 +49,18 @@ pub enum Error {
     #[error("{path} cannot be written: {source}", path = path.display())]
     Write { path: PathBuf, source: io::Error },
 
-    /// An adapter that PEFT's format cannot hold, or that cannot be written.
+    /// An adapter that PEFT's format cannot hold.
     #[error(transparent)]
-    Save(#[from] SaveError),
+    Save(SaveError),
+}
+
+impl From<SaveError> for Error {
+    fn from(error: SaveError) -> Self {
+        match error {
+            SaveError::Io { path, source } => Self::write(&path)(source),
+            error => Self::Save(error),
+        }
+    }
 }
 
 impl Error {
@@ -64,7 +73,10 @@ impl Error {
     /// What writing this path failed with.
     pub fn write(path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_path_buf();
-        move |source| Self::Write { path, source }
+        move |source| Self::Write {
+            path,
+            source: plain(source),
+        }
     }
 
     /// What is wrong with this file.
@@ -85,7 +97,7 @@ impl Error {
     /// The exit code: 2 where the input is at fault, 1 otherwise.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Write { .. } | Self::Save(SaveError::Io { .. }) => 1,
+            Self::Write { .. } => 1,
             _ => 2,
         }
     }
@@ -107,6 +119,14 @@ impl Error {
             line.push_str(&format!("; and {} more", parts.len() - LINE_PARTS));
         }
         line
+    }
+}
+
+/// What the system said, without the temporary path that an error of `tempfile` names.
+fn plain(error: io::Error) -> io::Error {
+    match error.get_ref() {
+        Some(_) => error.kind().into(),
+        None => error,
     }
 }
 

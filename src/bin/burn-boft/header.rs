@@ -163,7 +163,7 @@ pub fn to_bytes<'a>(
         start = end;
     }
     let mut header = format!("{{{}}}", pieces.join(",")).into_bytes();
-    // The numbers are aligned for every precision.
+    // As others write it: the numbers start at a multiple of eight bytes, though not each tensor does.
     header.resize(header.len().next_multiple_of(PREFIX as usize), b' ');
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
     bytes.append(&mut header);

@@ -9,13 +9,14 @@ use serde_json::{Value, json};
 use crate::cli::Inspect;
 use crate::error::Error;
 use crate::merge::load;
-use crate::output::check_free;
+use crate::output::{Form, check_free};
 use crate::plot;
 use crate::settings;
+use crate::terminal::{plural, print, shown};
 
 pub fn run(options: &Inspect) -> Result<(), Error> {
     if let Some(path) = &options.plot {
-        check_free(path)?;
+        check_free(path, Form::File)?;
     }
     let adapter = load(&options.adapter)?;
     let json = settings::read(&options.adapter)?;
@@ -26,19 +27,16 @@ pub fn run(options: &Inspect) -> Result<(), Error> {
         .zip(adapter.measure(&Device::flex()))
         .map(|(layer, measure)| Row::new(layer, measure))
         .collect();
-    match options.json {
-        true => println!("{:#}", to_json(&about, &rows)),
-        false => print!("{}", to_text(&about, &rows)),
+    if let Some(path) = &options.plot {
+        let angles: Vec<_> = rows
+            .iter()
+            .map(|row| (shown(&row.measure.path), row.measure.largest_angle))
+            .collect();
+        plot::angles(path, &angles)?;
     }
-    match &options.plot {
-        Some(path) => {
-            let angles: Vec<_> = rows
-                .iter()
-                .map(|row| (row.measure.path.as_str(), row.measure.largest_angle))
-                .collect();
-            plot::angles(path, &angles)
-        }
-        None => Ok(()),
+    match options.json {
+        true => print(&format!("{:#}\n", to_json(&about, &rows))),
+        false => print(&to_text(&about, &rows)),
     }
 }
 
@@ -151,11 +149,11 @@ fn to_text(about: &About, rows: &[Row]) -> String {
                 sum(|row| row.effective)
             ),
         ),
-        ("saved beside", format!("{} tensors", about.tensors)),
+        ("saved beside", plural(about.tensors, "tensor")),
     ];
     let mut text: String = head
         .iter()
-        .map(|(what, value)| format!("{what:12}  {value}\n"))
+        .map(|(what, value)| format!("{what:12}  {}\n", shown(value)))
         .collect();
     text.push_str(&format!(
         "\n{:width$}  {:6}  {:>5}  {:>6}  {:>7}  {:>9}  {:>9}  {:>8}  {:>9}  {:>9}  {}\n",
@@ -183,8 +181,8 @@ fn to_text(about: &About, rows: &[Row]) -> String {
         let scale =
             scale_range.map_or_else(unknown, |(low, high)| format!("{low:.4} to {high:.4}"));
         text.push_str(&format!(
-            "{path:width$}  {:6}  {:>5}  {:>6}  {:>7}  {:>9}  {:>9}  {skew_norm:>8.4}  {orthogonality_defect:>9.2e}  {largest_angle:>9.4}  {scale}\n",
-            row.kind, row.block_size, row.blocks, row.factors, row.stored, row.effective
+            "{:width$}  {:6}  {:>5}  {:>6}  {:>7}  {:>9}  {:>9}  {skew_norm:>8.4}  {orthogonality_defect:>9.2e}  {largest_angle:>9.4}  {scale}\n",
+            shown(path), row.kind, row.block_size, row.blocks, row.factors, row.stored, row.effective
         ));
     }
     text

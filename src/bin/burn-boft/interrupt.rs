@@ -1,4 +1,4 @@
-//! Temporary files do not outlive an interrupt.
+//! Temporary files do not outlive an interrupt, nor another signal that asks the program to end.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ const EXIT_CODE: i32 = 130;
 
 static TEMPORARY: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
-/// Lets an interrupt remove what is temporary before it ends the program.
+/// Lets an interrupt, a request to end and a terminal that closes remove what is temporary before they end the program.
 pub fn handle() {
     // Without a handler an interrupt ends the program all the same.
     _ = ctrlc::set_handler(|| {

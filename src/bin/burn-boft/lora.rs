@@ -17,6 +17,7 @@ use crate::output::OutputFolder;
 use crate::peft::Tensors;
 use crate::rewrite::{Turn, row_bytes};
 use crate::settings;
+use crate::terminal::{plural, print, shown};
 use crate::turn::Forward;
 
 /// Writes `B·A ≈ W' − W` of every layer, by singular values, and prints what that leaves out.
@@ -31,6 +32,7 @@ pub fn write(
     let changes = Changes::find(adapter, base, names)?;
     let mut tensors = Tensors::default();
     let mut targets = Vec::new();
+    let mut text = String::new();
     let mut worst = 0.0f64;
     for (key, change) in &changes.of {
         let Change::Rotate(parts) = change else {
@@ -40,12 +42,12 @@ pub fn write(
             let weight = Weight::read(base, key, rows.clone(), layer, adapter)?;
             let low =
                 LowRank::new(&weight, rank).map_err(|why| Error::tensor(&base.path, key, why))?;
-            println!(
-                "{}: {:.2e} of the change is left out, {:.2e} of the weight",
-                layer.path(),
+            text.push_str(&format!(
+                "{}: {:.2e} of the change is left out, {:.2e} of the weight\n",
+                shown(layer.path()),
                 low.of_change,
                 low.of_weight
-            );
+            ));
             worst = worst.max(low.of_weight);
             low.push(layer.path(), &weight.shape, &mut tensors);
             targets.push(layer.path().to_string());
@@ -64,12 +66,12 @@ pub fn write(
         .write(folder.temporary(), &config)
         .map_err(|error| folder.named(error))?;
     folder.finish()?;
-    println!(
-        "{}: {} layers of rank {rank}, at most {worst:.2e} of a weight left out",
+    text.push_str(&format!(
+        "{}: {} of rank {rank}, at most {worst:.2e} of a weight left out\n",
         output.display(),
-        targets.len()
-    );
-    Ok(())
+        plural(targets.len(), "layer")
+    ));
+    print(&text)
 }
 
 /// PEFT's settings of the LoRA; the scaling is one.
@@ -132,6 +134,7 @@ impl Weight {
         let (shard, entry) = base
             .entry(key)
             .ok_or_else(|| refuse("is not there".into()))?;
+        shard.check_numbers(entry)?;
         let d_input: usize = entry.shape[1..].iter().product();
         let row = row_bytes(entry);
         let mut bytes = vec![0; rows.len() * row as usize];

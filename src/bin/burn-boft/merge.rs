@@ -9,8 +9,9 @@ use crate::changes::{Change, Changes};
 use crate::cli::Merge;
 use crate::error::Error;
 use crate::names::Names;
-use crate::output::{check_free, check_outside};
+use crate::output::{Form, check_free, check_outside};
 use crate::rewrite::rewrite;
+use crate::terminal::{note, plural, print, shown};
 use crate::turn::Forward;
 
 pub fn run(options: &Merge) -> Result<(), Error> {
@@ -22,15 +23,14 @@ pub fn run(options: &Merge) -> Result<(), Error> {
         Some(output) if !options.dry_run => {
             check_output(output, &base, &options.adapter.adapter)?;
             rewrite(&base, &changes, output, &mut Forward::new(&adapter))?;
-            println!(
-                "{}: {}",
+            print(&format!(
+                "{}: {}\n",
                 output.display(),
                 counts(&changes, ["rotated", "replaced", "added"])
-            );
+            ))
         }
-        _ => print!("{}", table(&base, &changes)),
+        _ => print(&table(&base, &changes)),
     }
-    Ok(())
 }
 
 /// Loads an adapter, and says what is worth knowing.
@@ -40,14 +40,18 @@ pub fn load(folder: &Path) -> Result<Adapter, Error> {
         source,
     })?;
     for warning in &report.warnings {
-        eprintln!("warning: {warning}");
+        note(&format!("warning: {warning}"));
     }
     Ok(adapter)
 }
 
 /// Refuses an output that is there, is of another form than the model, or inside one of the inputs.
 pub fn check_output(output: &Path, base: &Base, adapter: &Path) -> Result<(), Error> {
-    check_free(output)?;
+    let form = match base.is_folder() {
+        true => Form::Folder,
+        false => Form::File,
+    };
+    check_free(output, form)?;
     let extension = output
         .extension()
         .is_some_and(|extension| extension == "safetensors");
@@ -68,10 +72,6 @@ pub fn check_output(output: &Path, base: &Base, adapter: &Path) -> Result<(), Er
 
 /// What is done, in numbers.
 pub fn counts(changes: &Changes, [rotated, replaced, added]: [&str; 3]) -> String {
-    let plural = |count: usize, what: &str| match count {
-        1 => format!("1 {what}"),
-        count => format!("{count} {what}s"),
-    };
     let mut parts = vec![format!(
         "{} {rotated}",
         plural(changes.rotations(), "layer")
@@ -99,7 +99,7 @@ fn table(base: &Base, changes: &Changes) -> String {
         };
         let shape = format!("{:?} {}", entry.shape, entry.dtype);
         let mut row =
-            |what: String| rows.push([key.clone(), shape.clone(), shard.name.clone(), what]);
+            |what: String| rows.push([shown(key), shape.clone(), shown(&shard.name), what]);
         match change {
             Change::Rotate(parts) => {
                 for (range, layer) in parts {
@@ -126,9 +126,9 @@ fn table(base: &Base, changes: &Changes) -> String {
     let last = base
         .shards
         .last()
-        .map_or(String::new(), |shard| shard.name.clone());
+        .map_or(String::new(), |shard| shown(&shard.name));
     for (key, tensor) in &changes.added {
-        rows.push([key.clone(), shape_of(tensor), last.clone(), "add".into()]);
+        rows.push([shown(key), shape_of(tensor), last.clone(), "add".into()]);
     }
     let width = |column: usize| {
         rows.iter()
@@ -158,8 +158,7 @@ fn rows_of(count: usize, start: usize, all: usize) -> String {
 }
 
 fn settings(layer: &AdapterLayer) -> String {
-    let (b, m) = (layer.block_size(), layer.n_butterfly_factor());
-    let factors = if m == 1 { "factor" } else { "factors" };
+    let factors = plural(layer.n_butterfly_factor(), "factor");
     let scale = layer.scale().map_or("", |_| ", scale");
-    format!("block size {b}, {m} {factors}{scale}")
+    format!("block size {}, {factors}{scale}", layer.block_size())
 }

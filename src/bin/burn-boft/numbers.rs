@@ -1,5 +1,7 @@
 //! The numbers of a tensor: bytes of a file, and data to compute with.
 
+use std::ops::Range;
+
 use burn::tensor::{DType, TensorData, bf16, f16};
 use safetensors::Dtype;
 
@@ -12,6 +14,13 @@ pub fn decode(dtype: Dtype, bytes: &[u8], shape: Vec<usize>) -> Option<TensorDat
         Dtype::BF16 => TensorData::new(read(bytes, bf16::from_le_bytes), shape),
         _ => return None,
     })
+}
+
+/// Numbers in the order of a tensor, without its axes.
+pub fn part(data: &TensorData, numbers: Range<usize>) -> TensorData {
+    let width = data.dtype().size();
+    let bytes = &data.as_bytes()[numbers.start * width..numbers.end * width];
+    TensorData::from_bytes_vec(bytes.to_vec(), [numbers.len()], data.dtype())
 }
 
 /// The bytes of numbers, in their own precision.

@@ -1,8 +1,8 @@
 //! What is written appears when it is complete: under a temporary name first, then renamed.
 
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::io::{self, BufWriter, ErrorKind, Write};
+use std::path::{Path, PathBuf, is_separator};
 
 use tempfile::{Builder, TempDir, TempPath};
 
@@ -11,26 +11,39 @@ use crate::interrupt;
 
 const PREFIX: &str = ".burn-boft-";
 
-/// Refuses a result that would take the place of something.
-pub fn check_free(path: &Path) -> Result<(), Error> {
+/// What a result is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    File,
+    Folder,
+}
+
+/// Refuses a result that would take the place of something, or that cannot have this name.
+pub fn check_free(path: &Path, form: Form) -> Result<(), Error> {
     let refuse = |reason: &str| {
         let (path, reason) = (path.to_path_buf(), reason.to_string());
         Err(Error::Output { path, reason })
     };
+    if form == Form::File && path.to_string_lossy().ends_with(is_separator) {
+        return refuse("is the name of a folder; name a file");
+    }
     match fs::symlink_metadata(path) {
-        Ok(kind) if kind.is_dir() => {
+        Ok(_) if form == Form::Folder => {
             refuse("is there already; name a folder that is not there yet")
         }
-        Ok(kind) if kind.is_file() || kind.is_symlink() => {
+        Ok(kind) if kind.is_dir() || kind.is_file() || kind.is_symlink() => {
             refuse("is there already; name a file that is not there yet")
         }
         // A device or a pipe.
         Ok(_) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
             let parent = parent(path);
             match parent.is_dir() {
                 true => Ok(()),
-                false => refuse(&format!("has no folder: {} is not there", parent.display())),
+                false => refuse(&format!(
+                    "is to be in {}, which is no folder",
+                    parent.display()
+                )),
             }
         }
         Err(source) => Err(Error::write(path)(source)),
@@ -72,7 +85,7 @@ enum Kind {
 
 impl OutputFile {
     pub fn create(path: &Path) -> Result<Self, Error> {
-        check_free(path)?;
+        check_free(path, Form::File)?;
         let file = match path.exists() {
             true => {
                 let file = File::options().write(true).open(path);
@@ -80,10 +93,7 @@ impl OutputFile {
             }
             false => {
                 let file = temporary(0o666).tempfile_in(parent(path));
-                let (file, temporary) = file
-                    .map_err(plain)
-                    .map_err(Error::write(path))?
-                    .into_parts();
+                let (file, temporary) = file.map_err(Error::write(path))?.into_parts();
                 interrupt::register(&temporary);
                 Kind::Temporary(BufWriter::new(file), temporary)
             }
@@ -125,10 +135,9 @@ pub struct OutputFolder {
 
 impl OutputFolder {
     pub fn create(path: &Path) -> Result<Self, Error> {
-        check_free(path)?;
+        check_free(path, Form::Folder)?;
         let folder = temporary(0o777)
             .tempdir_in(parent(path))
-            .map_err(plain)
             .map_err(Error::write(path))?;
         interrupt::register(folder.path());
         let path = path.to_path_buf();
@@ -193,13 +202,6 @@ fn temporary(mode: u32) -> Builder<'static, 'static> {
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
     builder
-}
-
-/// What the system said, without the temporary path that the error names.
-fn plain(error: io::Error) -> io::Error {
-    let inner = error.get_ref().and_then(|inner| inner.source());
-    let code = inner.and_then(|inner| inner.downcast_ref::<io::Error>()?.raw_os_error());
-    code.map_or(error, io::Error::from_raw_os_error)
 }
 
 /// Makes a rename last, where the system can say so.

@@ -1,6 +1,6 @@
 //! PEFT's files from parts: for adapters that no file holds as they are.
 
-use std::fs;
+use std::env;
 use std::path::Path;
 
 use burn::tensor::{DType, TensorData};
@@ -9,8 +9,10 @@ use serde_json::{Map, Value, json};
 
 use crate::error::Error;
 use crate::header;
+use crate::interrupt;
 use crate::names::join;
 use crate::numbers::{encode, file_dtype};
+use crate::output::OutputFile;
 use crate::settings;
 
 const PREFIX: &str = "base_model.model.";
@@ -81,21 +83,28 @@ impl Tensors {
         });
         let layout: Vec<_> = layout.collect::<Option<_>>().ok_or_else(too_large)?;
         let metadata = json!({"format": "pt"});
-        let mut bytes =
-            header::to_bytes(Some(&metadata), layout.into_iter()).ok_or_else(too_large)?;
+        let header = header::to_bytes(Some(&metadata), layout.into_iter()).ok_or_else(too_large)?;
+        let mut file = OutputFile::create(&path)?;
+        file.write(&header)?;
         for (_, data) in &self.0 {
-            bytes.extend(encode(data).ok_or_else(too_large)?);
+            file.write(&encode(data).ok_or_else(too_large)?)?;
         }
-        fs::write(&path, bytes).map_err(Error::write(&path))?;
-        let path = folder.join(settings::FILE);
-        let json = format!("{:#}\n", Value::Object(config.clone()));
-        fs::write(&path, json).map_err(Error::write(&path))
+        file.finish()?;
+        let mut file = OutputFile::create(&folder.join(settings::FILE))?;
+        file.write(format!("{:#}\n", Value::Object(config.clone())).as_bytes())?;
+        file.finish()
     }
 
     /// The adapter that these files are.
     pub fn into_adapter(self, config: &Map<String, Value>) -> Result<Adapter, Error> {
-        let folder = tempfile::tempdir().map_err(Error::write(&std::env::temp_dir()))?;
-        self.write(folder.path(), config)?;
+        let place = env::temp_dir();
+        let folder = tempfile::tempdir_in(&place).map_err(Error::write(&place))?;
+        interrupt::register(folder.path());
+        self.write(folder.path(), config)
+            .map_err(|error| match error {
+                Error::Write { source, .. } => Error::write(&place)(source),
+                error => error,
+            })?;
         match Adapter::load(folder.path()) {
             Ok((adapter, _)) => Ok(adapter),
             Err(error) => Err(Error::Settings(format!(

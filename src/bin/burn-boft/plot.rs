@@ -16,7 +16,7 @@ const LETTER: usize = 7;
 const FONT: u32 = 20;
 
 /// Draws the largest angle of each layer as an SVG.
-pub fn angles(path: &Path, angles: &[(&str, f64)]) -> Result<(), Error> {
+pub fn angles(path: &Path, angles: &[(String, f64)]) -> Result<(), Error> {
     let mut svg = String::new();
     draw(&mut svg, angles)
         .map_err(|reason| Error::malformed(path, format!("cannot be drawn: {reason}")))?;
@@ -25,7 +25,7 @@ pub fn angles(path: &Path, angles: &[(&str, f64)]) -> Result<(), Error> {
     file.finish()
 }
 
-fn draw(svg: &mut String, angles: &[(&str, f64)]) -> Result<(), String> {
+fn draw(svg: &mut String, angles: &[(String, f64)]) -> Result<(), String> {
     let failed = |error: &dyn std::fmt::Display| error.to_string();
     let height = AROUND + ROW * u32::try_from(angles.len()).map_err(|error| failed(&error))?;
     let longest = angles.iter().map(|(path, _)| path.len()).max().unwrap_or(0);
@@ -33,23 +33,24 @@ fn draw(svg: &mut String, angles: &[(&str, f64)]) -> Result<(), String> {
     let largest = if largest > 0.0 { 1.05 * largest } else { 1.0 };
     let area = SVGBackend::with_string(svg, (WIDTH, height)).into_drawing_area();
     area.fill(&WHITE).map_err(|error| failed(&error))?;
-    let count = angles.len();
+    // A row is two high, with its label in the middle.
+    let labels = (0..angles.len()).map(|row| 2 * row + 1).collect();
+    let rows = (0..2 * angles.len()).with_key_points(labels);
     let mut chart = ChartBuilder::on(&area)
         .caption("largest rotation angle per layer", ("sans-serif", 18))
         .margin(10)
         .x_label_area_size(35)
         .y_label_area_size((LETTER * longest).clamp(40, WIDTH as usize / 2) as u32)
-        .build_cartesian_2d(0.0..largest, (0..count.saturating_sub(1)).into_segmented())
+        .build_cartesian_2d(0.0..largest, rows)
         .map_err(|error| failed(&error))?;
     // The first layer is on top.
-    let label = |row: &SegmentValue<usize>| match row {
-        SegmentValue::CenterOf(row) if *row < count => angles[count - 1 - row].0.to_string(),
-        _ => String::new(),
+    let label = |middle: &usize| {
+        let angle = angles.iter().rev().nth(*middle / 2);
+        angle.map_or(String::new(), |(path, _)| path.clone())
     };
     chart
         .configure_mesh()
         .disable_y_mesh()
-        .y_labels(count.max(1))
         .y_label_formatter(&label)
         .x_desc("radians")
         .label_style(("sans-serif", FONT))
@@ -58,11 +59,7 @@ fn draw(svg: &mut String, angles: &[(&str, f64)]) -> Result<(), String> {
         .map_err(|error| failed(&error))?;
     let bars = angles.iter().rev().enumerate().map(|(row, (_, angle))| {
         let length = if angle.is_finite() { *angle } else { 0.0 };
-        let end = match row + 1 < count {
-            true => SegmentValue::Exact(row + 1),
-            false => SegmentValue::Last,
-        };
-        let ends = [(0.0, SegmentValue::Exact(row)), (length, end)];
+        let ends = [(0.0, 2 * row), (length, 2 * row + 2)];
         let mut bar = Rectangle::new(ends, BLUE.mix(0.6).filled());
         bar.set_margin(2, 2, 0, 0);
         bar

@@ -1,19 +1,19 @@
 //! A model written anew with some of its tensors changed, a few rows in memory at a time.
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use burn::tensor::TensorData;
+use burn::tensor::{DType, TensorData};
 use burn_boft::{AdapterLayer, SavedTensor};
 use indicatif::{ProgressBar, ProgressStyle};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use crate::base::{Base, Shard};
-use crate::changes::{Change, Changes};
+use crate::changes::{Change, Changes, compute_dtype};
 use crate::error::Error;
 use crate::header::{self, Entry};
-use crate::numbers::{burn_dtype, decode, encode, file_dtype, is_finite};
+use crate::numbers::{burn_dtype, decode, encode, file_dtype, is_finite, part};
 use crate::output::{OutputFile, OutputFolder};
 
 /// Bytes that are copied at a time.
@@ -69,13 +69,20 @@ struct Writer<'a> {
 
 impl Writer<'_> {
     fn folder(&mut self, base: &Base, output: &Path) -> Result<(), Error> {
+        // Looked for before the weights are written: that takes long.
+        let others = base.other_files()?;
         let folder = OutputFolder::create(output)?;
-        self.fill(base, &folder)
+        self.fill(base, &others, &folder)
             .map_err(|error| folder.named(error))?;
         folder.finish()
     }
 
-    fn fill(&mut self, base: &Base, folder: &OutputFolder) -> Result<(), Error> {
+    fn fill(
+        &mut self,
+        base: &Base,
+        others: &[PathBuf],
+        folder: &OutputFolder,
+    ) -> Result<(), Error> {
         for (index, shard) in base.shards.iter().enumerate() {
             let file = OutputFile::create(&folder.temporary().join(&shard.name))?;
             self.shard(shard, index + 1 == base.shards.len(), file)?;
@@ -86,8 +93,8 @@ impl Writer<'_> {
             file.write(format!("{:#}\n", Value::Object(index)).as_bytes())?;
             file.finish()?;
         }
-        for file in base.other_files()? {
-            folder.copy(&base.path.join(&file), &file)?;
+        for file in others {
+            folder.copy(&base.path.join(file), file)?;
         }
         Ok(())
     }
@@ -99,19 +106,44 @@ impl Writer<'_> {
             let added = self.changes.added.keys();
             map.extend(added.map(|key| (key.clone(), Value::from(last))));
         }
-        let entries = base.shards.iter().flat_map(|shard| &shard.header.entries);
-        let sizes = entries.map(|entry| {
-            let (dtype, shape) = self.layout(entry);
-            header::byte_count(dtype, &shape).unwrap_or_default()
-        });
-        let added = self.changes.added.values();
-        let added = added.map(|tensor| tensor.data().as_bytes().len() as u64);
-        if let Some(Value::Object(metadata)) = index.get_mut("metadata")
-            && let Some(size) = metadata.get_mut("total_size")
-        {
-            *size = Value::from(sizes.chain(added).sum::<u64>());
+        // What is not new keeps its count: tied weights count once, and buffers only in the size.
+        let bytes = |dtype, shape: &[usize]| header::byte_count(dtype, shape).unwrap_or_default();
+        let numbers = |dtype, shape: &[usize]| match compute_dtype(dtype) {
+            Some(_) => shape.iter().product::<usize>() as u64,
+            None => 0,
+        };
+        if let Some(Value::Object(metadata)) = index.get_mut("metadata") {
+            self.grow(base, metadata, "total_size", bytes);
+            self.grow(base, metadata, "total_parameters", numbers);
         }
         index
+    }
+
+    /// Adds to a total, where it is there, what the output has more of it.
+    fn grow(
+        &self,
+        base: &Base,
+        metadata: &mut Map<String, Value>,
+        total: &str,
+        measure: fn(Dtype, &[usize]) -> u64,
+    ) {
+        let Some((total, before)) = metadata
+            .get_mut(total)
+            .and_then(|total| total.as_f64().map(|before| (total, before as u64)))
+        else {
+            return;
+        };
+        let (mut more, mut less) = (0, 0);
+        for entry in base.shards.iter().flat_map(|shard| &shard.header.entries) {
+            let (dtype, shape) = self.layout(entry);
+            more += measure(dtype, &shape);
+            less += measure(entry.dtype, &entry.shape);
+        }
+        for tensor in self.changes.added.values() {
+            let dtype = file_dtype(tensor.data().dtype());
+            more += dtype.map_or(0, |dtype| measure(dtype, tensor.data().shape()));
+        }
+        *total = Value::from((before + more).saturating_sub(less));
     }
 
     /// The precision and shape of a tensor in the output.
@@ -151,12 +183,11 @@ impl Writer<'_> {
                 None => self.copy(shard, entry, 0..entry.bytes, &mut file)?,
                 Some(Change::Rotate(parts)) => self.rotate(shard, entry, parts, &mut file)?,
                 Some(Change::Replace(parts)) => self.replace(shard, entry, parts, &mut file)?,
-                Some(Change::New(tensor)) => file.write(&rounded(tensor, shard, entry)?)?,
+                Some(Change::New(tensor)) => write_rounded(tensor, shard, entry, &mut file)?,
             }
         }
         for (key, tensor) in added {
-            check_finite(tensor.data(), shard, key)?;
-            file.write(&encode(tensor.data()).unwrap_or_default())?;
+            write_saved(tensor.data(), tensor.data().dtype(), shard, key, &mut file)?;
         }
         file.finish()
     }
@@ -248,7 +279,7 @@ impl Writer<'_> {
                 done as u64 * row..rows.start as u64 * row,
                 file,
             )?;
-            file.write(&rounded(tensor, shard, entry)?)?;
+            write_rounded(tensor, shard, entry, file)?;
             self.progress.inc(rows.len() as u64 * row);
             done = rows.end;
         }
@@ -262,13 +293,33 @@ pub fn row_bytes(entry: &Entry) -> u64 {
     entry.bytes.checked_div(rows).unwrap_or(0)
 }
 
-/// The bytes of a saved tensor in the precision of the one it replaces.
-fn rounded(tensor: &SavedTensor, shard: &Shard, entry: &Entry) -> Result<Vec<u8>, Error> {
-    let refuse = || Error::tensor(&shard.path, &entry.key, format!("is {}", entry.dtype));
-    let dtype = burn_dtype(entry.dtype).ok_or_else(refuse)?;
-    let data = tensor.data().clone().convert_dtype(dtype);
-    check_finite(&data, shard, &entry.key)?;
-    encode(&data).ok_or_else(refuse)
+/// Writes a saved tensor in the precision of the one it replaces.
+fn write_rounded(
+    tensor: &SavedTensor,
+    shard: &Shard,
+    entry: &Entry,
+    file: &mut OutputFile,
+) -> Result<(), Error> {
+    let dtype = burn_dtype(entry.dtype)
+        .ok_or_else(|| Error::tensor(&shard.path, &entry.key, format!("is {}", entry.dtype)))?;
+    write_saved(tensor.data(), dtype, shard, &entry.key, file)
+}
+
+/// Writes numbers in a precision, a few of them in memory once more at a time.
+fn write_saved(
+    data: &TensorData,
+    dtype: DType,
+    shard: &Shard,
+    key: &str,
+    file: &mut OutputFile,
+) -> Result<(), Error> {
+    let count = data.num_elements();
+    for start in (0..count).step_by(COMPUTED) {
+        let numbers = part(data, start..count.min(start + COMPUTED)).convert_dtype(dtype);
+        check_finite(&numbers, shard, key)?;
+        file.write(&encode(&numbers).unwrap_or_default())?;
+    }
+    Ok(())
 }
 
 fn check_finite(data: &TensorData, shard: &Shard, key: &str) -> Result<(), Error> {

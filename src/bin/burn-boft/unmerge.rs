@@ -10,6 +10,7 @@ use crate::error::Error;
 use crate::merge::{check_output, load};
 use crate::names::Names;
 use crate::rewrite::rewrite;
+use crate::terminal::{plural, print};
 use crate::turn::Backward;
 
 pub fn run(options: &Unmerge) -> Result<(), Error> {
@@ -28,14 +29,13 @@ pub fn run(options: &Unmerge) -> Result<(), Error> {
     let mut turn = Backward::new(&adapter);
     rewrite(&base, &changes, &options.output, &mut turn)?;
     let difference = turn.difference;
-    println!(
-        "{}: {} layers restored; merging them again is off by at most {:.1e}, {:.1e} of a weight's norm",
+    print(&format!(
+        "{}: {} restored; merging them again is off by at most {:.1e}, {:.1e} of a weight's norm\n",
         options.output.display(),
-        changes.rotations(),
+        plural(changes.rotations(), "layer"),
         difference.absolute(),
         difference.relative()
-    );
-    Ok(())
+    ))
 }
 
 /// What the merge replaced is not in the adapter.

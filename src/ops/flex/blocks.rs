@@ -1,5 +1,6 @@
 //! The Cayley map and its backward pass, a block at a time in f64.
 
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::Real;
@@ -16,28 +17,74 @@ pub(super) fn cayley<E: Real>(skew: &[E], b: usize) -> Vec<E> {
     let count = skew.len() / packed;
     let mut blocks = vec![E::default(); count * b * b];
     let task = blocks_per_task(b);
+    let arch = Arch::new();
     blocks
         .par_chunks_mut(b * b * task)
         .zip(skew.par_chunks(packed * task))
-        .for_each(|(blocks, skew)| {
-            let mut inverse = vec![0.0; b * b];
-            for (block, skew) in blocks.chunks_mut(b * b).zip(skew.chunks(packed)) {
-                (0..b).for_each(|i| inverse[i * (b + 1)] = 1.0);
-                for (&value, (row, column)) in skew.iter().zip(upper_triangle(b)) {
-                    inverse[row * b + column] = value.into();
-                    inverse[column * b + row] = -value.into();
-                }
-                invert(&mut inverse, b);
-                for (index, (value, inverse)) in block.iter_mut().zip(&inverse).enumerate() {
-                    let identity = if index % (b + 1) == 0 { 1.0 } else { 0.0 };
-                    *value = E::rounded(2.0 * inverse - identity);
-                }
-            }
-        });
+        .for_each(|(blocks, skew)| arch.dispatch(Cayley { blocks, skew, b }));
     blocks
 }
 
+/// Runs a kernel with the common block sizes as constants, for which the compiler unrolls its loops.
+macro_rules! with_block_size {
+    ($size:expr, $b:ident => $run:expr) => {
+        match $size {
+            2 => {
+                let $b = 2;
+                $run
+            }
+            4 => {
+                let $b = 4;
+                $run
+            }
+            8 => {
+                let $b = 8;
+                $run
+            }
+            $b => $run,
+        }
+    };
+}
+
+/// Some blocks of [`cayley`].
+struct Cayley<'a, E> {
+    blocks: &'a mut [E],
+    skew: &'a [E],
+    b: usize,
+}
+
+impl<E: Real> WithSimd for Cayley<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Self { blocks, skew, b } = self;
+        with_block_size!(b, b => cayley_blocks(blocks, skew, b));
+    }
+}
+
+#[inline(always)]
+fn cayley_blocks<E: Real>(blocks: &mut [E], skew: &[E], b: usize) {
+    let mut inverse = vec![0.0; b * b];
+    for (block, skew) in blocks
+        .chunks_exact_mut(b * b)
+        .zip(skew.chunks_exact(b * (b - 1) / 2))
+    {
+        (0..b).for_each(|i| inverse[i * (b + 1)] = 1.0);
+        for (&value, (row, column)) in skew.iter().zip(upper_triangle(b)) {
+            inverse[row * b + column] = value.into();
+            inverse[column * b + row] = -value.into();
+        }
+        invert(&mut inverse, b);
+        for (index, (value, inverse)) in block.iter_mut().zip(&inverse).enumerate() {
+            let identity = if index % (b + 1) == 0 { 1.0 } else { 0.0 };
+            *value = E::rounded(2.0 * inverse - identity);
+        }
+    }
+}
+
 /// Inverts in place, without pivoting: the symmetric part of the matrix is the identity.
+#[inline(always)]
 fn invert(matrix: &mut [f64], b: usize) {
     for k in 0..b {
         let pivot = 1.0 / matrix[k * b + k];
@@ -60,6 +107,7 @@ pub(super) fn cayley_backward<E: Real>(blocks: &[E], gradient: &[E], b: usize) -
     let packed = b * (b - 1) / 2;
     let mut skew = vec![E::default(); blocks.len() / (b * b) * packed];
     let task = blocks_per_task(b);
+    let arch = Arch::new();
     skew.par_chunks_mut(packed * task)
         .zip(
             blocks
@@ -67,31 +115,64 @@ pub(super) fn cayley_backward<E: Real>(blocks: &[E], gradient: &[E], b: usize) -
                 .zip(gradient.par_chunks(b * b * task)),
         )
         .for_each(|(skew, (blocks, gradient))| {
-            let (mut shifted, mut product) = (vec![0.0; b * b], vec![0.0; b * b]);
-            let matrices = blocks.chunks(b * b).zip(gradient.chunks(b * b));
-            for (skew, (block, gradient)) in skew.chunks_mut(packed).zip(matrices) {
-                for row in 0..b {
-                    for column in 0..b {
-                        let identity = if row == column { 1.0 } else { 0.0 };
-                        shifted[column * b + row] = block[row * b + column].into() + identity;
-                    }
-                }
-                for row in 0..b {
-                    for column in 0..b {
-                        product[row * b + column] = (0..b)
-                            .map(|k| shifted[row * b + k] * gradient[k * b + column].into())
-                            .sum();
-                    }
-                }
-                let entry = |row: usize, column: usize| -> f64 {
-                    (0..b)
-                        .map(|k| product[row * b + k] * shifted[k * b + column])
-                        .sum()
-                };
-                for (value, (row, column)) in skew.iter_mut().zip(upper_triangle(b)) {
-                    *value = E::rounded(-0.5 * (entry(row, column) - entry(column, row)));
-                }
-            }
+            arch.dispatch(CayleyBackward {
+                skew,
+                blocks,
+                gradient,
+                b,
+            });
         });
     skew
+}
+
+/// Some blocks of [`cayley_backward`].
+struct CayleyBackward<'a, E> {
+    skew: &'a mut [E],
+    blocks: &'a [E],
+    gradient: &'a [E],
+    b: usize,
+}
+
+impl<E: Real> WithSimd for CayleyBackward<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Self {
+            skew,
+            blocks,
+            gradient,
+            b,
+        } = self;
+        with_block_size!(b, b => skew_gradients(skew, blocks, gradient, b));
+    }
+}
+
+#[inline(always)]
+fn skew_gradients<E: Real>(skew: &mut [E], blocks: &[E], gradient: &[E], b: usize) {
+    let (mut shifted, mut product) = (vec![0.0; b * b], vec![0.0; b * b]);
+    let matrices = blocks.chunks_exact(b * b).zip(gradient.chunks_exact(b * b));
+    for (skew, (block, gradient)) in skew.chunks_exact_mut(b * (b - 1) / 2).zip(matrices) {
+        for row in 0..b {
+            for column in 0..b {
+                let identity = if row == column { 1.0 } else { 0.0 };
+                shifted[column * b + row] = block[row * b + column].into() + identity;
+            }
+        }
+        for row in 0..b {
+            for column in 0..b {
+                product[row * b + column] = (0..b)
+                    .map(|k| shifted[row * b + k] * gradient[k * b + column].into())
+                    .sum();
+            }
+        }
+        let entry = |row: usize, column: usize| -> f64 {
+            (0..b)
+                .map(|k| product[row * b + k] * shifted[k * b + column])
+                .sum()
+        };
+        for (value, (row, column)) in skew.iter_mut().zip(upper_triangle(b)) {
+            *value = E::rounded(-0.5 * (entry(row, column) - entry(column, row)));
+        }
+    }
 }

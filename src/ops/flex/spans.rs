@@ -33,6 +33,11 @@ impl Sizes {
         self.n * self.b / self.span
     }
 
+    /// Spans whose small matrices are enough work to be worth a thread.
+    fn spans_per_task(self) -> usize {
+        (32_768 / (self.m * self.b * self.span * self.span)).max(1)
+    }
+
     /// The place of a factor's block among all blocks, in numbers.
     fn offset(self, stage: usize, block: usize) -> usize {
         (stage * self.n + block) * self.b * self.b
@@ -55,34 +60,32 @@ impl Sizes {
 
 /// `op(R)` of every span, composed in f64.
 pub(super) fn compose<E: Real>(blocks: &[E], sizes: Sizes, transpose: bool) -> Vec<E> {
-    let s = sizes.span;
+    let square = sizes.span * sizes.span;
     let arch = Arch::new();
-    let mut rotations = vec![E::default(); sizes.count() * s * s];
+    let task = sizes.spans_per_task();
+    let mut rotations = vec![E::default(); sizes.count() * square];
     rotations
-        .par_chunks_mut(s * s)
+        .par_chunks_mut(task * square)
         .enumerate()
-        .with_min_len(SPANS)
-        .for_each(|(span, rotation)| {
+        .for_each(|(index, rotations)| {
             arch.dispatch(Compose {
-                rotation,
+                rotations,
                 blocks,
                 sizes,
-                span,
+                first: index * task,
                 transpose,
             });
         });
     rotations
 }
 
-/// Spans of small matrices that one task works on.
-const SPANS: usize = 8;
-
-/// One span of [`compose`].
+/// Some spans of [`compose`].
 struct Compose<'a, E> {
-    rotation: &'a mut [E],
+    rotations: &'a mut [E],
     blocks: &'a [E],
     sizes: Sizes,
-    span: usize,
+    /// The first of the spans.
+    first: usize,
     transpose: bool,
 }
 
@@ -93,21 +96,27 @@ impl<E: Real> WithSimd for Compose<'_, E> {
     fn with_simd<S: Simd>(self, _: S) {
         let s = self.sizes.span;
         let mut product = vec![0.0; s * s];
-        (0..s).for_each(|i| product[i * (s + 1)] = 1.0);
-        for stage in 0..self.sizes.m {
-            multiply_by_stage(
-                &mut product,
-                self.blocks,
-                self.sizes,
-                (stage, self.span),
-                false,
-            );
-        }
-        if self.transpose {
-            transpose(&mut product, s);
-        }
-        for (value, product) in self.rotation.iter_mut().zip(product) {
-            *value = E::rounded(product);
+        let mut rows = vec![0.0; self.sizes.b * s];
+        for (span, rotation) in self.rotations.chunks_exact_mut(s * s).enumerate() {
+            product.fill(0.0);
+            (0..s).for_each(|i| product[i * (s + 1)] = 1.0);
+            for stage in 0..self.sizes.m {
+                let place = (stage, self.first + span);
+                multiply_by_stage(
+                    &mut product,
+                    self.blocks,
+                    self.sizes,
+                    place,
+                    false,
+                    &mut rows,
+                );
+            }
+            if self.transpose {
+                transpose(&mut product, s);
+            }
+            for (value, &product) in rotation.iter_mut().zip(&product) {
+                *value = E::rounded(product);
+            }
         }
     }
 }
@@ -120,12 +129,12 @@ fn multiply_by_stage<E: Real>(
     sizes: Sizes,
     (stage, span): (usize, usize),
     transpose: bool,
+    rows: &mut [f64],
 ) {
     let per_span = sizes.span / sizes.b;
-    let mut rows = vec![0.0; sizes.b * sizes.span];
     for local in 0..per_span {
         let block = &blocks[sizes.offset(stage, span * per_span + local)..];
-        multiply_rows(matrix, block, sizes, (stage, local), transpose, &mut rows);
+        multiply_rows(matrix, block, sizes, (stage, local), transpose, rows);
     }
 }
 
@@ -695,7 +704,7 @@ pub(super) fn block_gradient<E: Real>(mut gram: Vec<f64>, blocks: &[E], sizes: S
     let gradients: Vec<Vec<f64>> = gram
         .par_chunks_mut(s * s)
         .enumerate()
-        .with_min_len(SPANS)
+        .with_min_len(sizes.spans_per_task())
         .map(|(span, gram)| {
             arch.dispatch(BlockGradient {
                 gram,
@@ -739,6 +748,7 @@ impl<E: Real> WithSimd for BlockGradient<'_, E> {
         let Sizes { m, b, span: s, .. } = sizes;
         let per_span = s / b;
         let mut gradients = vec![0.0; m * s * b];
+        let mut rows = vec![0.0; b * s];
         for stage in (0..m).rev() {
             for local in 0..per_span {
                 let block = &blocks[sizes.offset(stage, span * per_span + local)..][..b * b];
@@ -757,7 +767,7 @@ impl<E: Real> WithSimd for BlockGradient<'_, E> {
             if stage > 0 {
                 // Fᵀ·G·F = (Fᵀ·(Fᵀ·G)ᵀ)ᵀ.
                 for _ in 0..2 {
-                    multiply_by_stage(gram, blocks, sizes, (stage, span), true);
+                    multiply_by_stage(gram, blocks, sizes, (stage, span), true, &mut rows);
                     transpose(gram, s);
                 }
             }

@@ -582,6 +582,31 @@ fn blocks_of_one_channel_are_kept_and_not_attached() {
 }
 
 #[test]
+fn a_scale_beside_blocks_of_one_channel_is_not_lost() {
+    let folder = write(
+        &boft_json(json!({"boft_block_size": 1})),
+        &[
+            ("hidden.boft_R", vec![1, 24, 1, 1]),
+            ("hidden.boft_s", vec![16, 1]),
+        ],
+    );
+    let (adapter, report) = Adapter::load(folder.path()).unwrap();
+    assert_eq!(
+        report.warnings,
+        [
+            "`hidden` has blocks of one channel, which do not rotate; its scale can be merged, and not attached"
+        ]
+    );
+    assert!(!adapter.layers()[0].is_identity());
+    let error = adapter.attach(base::<BoftLinear>()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "wrong: the adapter of `hidden`: its blocks of one channel do not rotate, and a scale alone is not attached; \
+         merge it with the tool `burn-boft`, or in PEFT"
+    );
+}
+
+#[test]
 fn a_shared_square_of_old_becomes_blocks_when_it_meets_its_model() {
     let folder = write(
         &json!({"peft_type": "OFT", "r": 0, "oft_block_size": 4, "block_share": true, "module_dropout": 0.1,

@@ -65,10 +65,16 @@ impl AdapterLayer {
         self.scale.as_ref()
     }
 
-    /// Whether it is an adapter at all: blocks of one channel, which PEFT's OFT makes where no other size
-    /// fits, are the identity.
+    /// Whether its sizes leave the weight as it is: blocks of one channel, which PEFT's OFT makes where no other
+    /// size fits, and no scale but ones.
     pub fn is_identity(&self) -> bool {
-        self.block_size < 2
+        let is_one = |scale: &TensorData| scale.iter::<f64>().all(|scale| scale == 1.0);
+        !self.rotates() && self.scale.as_ref().is_none_or(is_one)
+    }
+
+    /// Whether blocks have more than one channel.
+    pub(crate) fn rotates(&self) -> bool {
+        self.block_size > 1
     }
 
     /// The sizes of the rotation in a layer of these widths, or why there are none.
@@ -77,6 +83,13 @@ impl AdapterLayer {
         d_input: usize,
         d_output: usize,
     ) -> Result<ButterflyPlan, String> {
+        if !self.rotates() {
+            return Err(
+                "its blocks of one channel do not rotate, and a scale alone is not attached; merge it with the tool \
+                 `burn-boft`, or in PEFT"
+                    .to_string(),
+            );
+        }
         let (b, m) = (self.block_size, self.n_butterfly_factor());
         match self.d_input() {
             Some(d) if d != d_input => {

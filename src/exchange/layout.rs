@@ -301,9 +301,13 @@ impl LayerReader<'_> {
             }
         };
         let layer = layer.map_err(|why| self.mismatch.wrong.push(why)).ok()?;
-        if layer.is_identity() {
+        if !layer.rotates() {
+            let rest = match layer.is_identity() {
+                true => "nothing is attached there",
+                false => "its scale can be merged, and not attached",
+            };
             self.report.warnings.push(format!(
-                "`{path}` has blocks of one channel, which do not rotate; nothing is attached there"
+                "`{path}` has blocks of one channel, which do not rotate; {rest}"
             ));
         }
         let numbers = [Some(&layer.skew), layer.scale.as_ref()];

@@ -331,7 +331,7 @@ impl Adapter {
         [d_input, d_output]: [usize; 2],
         device: &Device,
     ) -> Result<Option<Blocks>, Mismatch> {
-        if layer.is_identity() {
+        if !layer.rotates() {
             return Ok(None);
         }
         let butterfly = layer.butterfly(d_input, d_output).map_err(|why| Mismatch {

@@ -29,7 +29,7 @@ pub struct Changes<'a> {
     pub of: BTreeMap<String, Change<'a>>,
     /// The tensors that the model does not have yet.
     pub added: BTreeMap<String, &'a SavedTensor>,
-    /// Layers whose blocks of one channel change nothing.
+    /// Layers that change nothing: blocks of one channel, and no scale but ones.
     pub idle: Vec<String>,
 }
 

@@ -38,6 +38,11 @@ pub fn write(
     let mut kinds = Map::new();
     for layer in adapter.layers().iter().filter(|layer| !layer.is_identity()) {
         let path = layer.path();
+        if layer.block_size() == 1 {
+            return Err(Error::Settings(format!(
+                "`{path}` has blocks of one channel and a scale, which no injected layer has alone; merge it"
+            )));
+        }
         tensors.push(tensor(format!("{path}{SKEW}"), layer.skew().clone()));
         if let Some(scale) = layer.scale() {
             tensors.push(tensor(format!("{path}{SCALE}"), scale.clone()));

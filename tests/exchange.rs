@@ -739,12 +739,61 @@ fn biases_that_an_old_file_lost_are_missing() {
 fn a_module_to_save_without_tensors_is_missing_only_where_the_model_has_it() {
     let json = boft_json(json!({"modules_to_save": ["head", "score"]}));
     let folder = write(&json, &hidden());
-    let (adapter, _) = Adapter::load(folder.path()).unwrap();
+    let (adapter, report) = Adapter::load(folder.path()).unwrap();
+    assert_eq!(
+        report.warnings,
+        ["head", "score"].map(|name| format!(
+            "`modules_to_save` names `{name}`, and the file has nothing of it"
+        ))
+    );
     let error = adapter.attach(base::<BoftLinear>()).unwrap_err();
     assert_eq!(
         error.to_string(),
         "missing: `head.weight`, a part of a module to save\n\
          missing: `head.bias`, a part of a module to save"
+    );
+    let saved = saved(&adapter);
+    assert_eq!(
+        settings(saved.path())["modules_to_save"],
+        json!(["head", "score"])
+    );
+}
+
+#[test]
+fn what_the_settings_name_and_the_file_lacks_is_told_once() {
+    let json = boft_json(json!({
+        "bias": "all", "target_modules": ["hidden", "output", "head", "classifier"],
+        "modules_to_save": ["head", "classifier", "score"]
+    }));
+    let classifier = [
+        ("classifier.weight", vec![5, 12]),
+        ("classifier.bias", vec![5]),
+    ];
+    let folder = write(&json, &[hidden(), classifier.to_vec()].concat());
+    let (adapter, report) = Adapter::load(folder.path()).unwrap();
+    assert_eq!(
+        report.warnings,
+        [
+            "`target_modules` names `output`, and the file has no adapter of it",
+            "`modules_to_save` names `head`, and the file has nothing of it",
+            "the configuration trains biases, and the file has none: the layers have none, or PEFT 0.20 or older \
+             trained them and did not save them",
+        ]
+    );
+    assert_eq!(
+        adapter.config().selection().modules_to_save,
+        ["classifier", "head"],
+        "PEFT names `score` beside `classifier` by itself"
+    );
+    let partial = LoadOptions::new().allow_partial(true);
+    let nothing = write(&json, &classifier);
+    let (_, report) = Adapter::load_with(nothing.path(), &partial).unwrap();
+    assert_eq!(
+        (report.missing, report.warnings),
+        (
+            vec!["the file holds no `boft_R` at all".to_string()],
+            Vec::new()
+        )
     );
 }
 

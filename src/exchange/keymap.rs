@@ -259,7 +259,7 @@ pub(crate) fn join(front: &str, name: &str) -> String {
 }
 
 /// Whether a path ends with an ending, at a dot.
-fn ends_with(path: &str, ending: &str) -> bool {
+pub(crate) fn ends_with(path: &str, ending: &str) -> bool {
     path.strip_suffix(ending)
         .is_some_and(|front| front.is_empty() || front.ends_with('.'))
 }

@@ -6,7 +6,7 @@ use burn::tensor::{DType, TensorData};
 use serde_json::{Map, Value};
 
 use super::fused::to_model_names;
-use super::keymap::{KeyMap, join, split};
+use super::keymap::{KeyMap, ends_with, join, split};
 use super::layer::{AdapterLayer, SavedTensor, data, factors, pack, values, wide};
 use super::report::LoadReport;
 use crate::config::{AdapterConfig, Bias, Block, BoftConfig, OftConfig, Selection, TargetModules};
@@ -76,6 +76,7 @@ pub(crate) fn parse(
 ) -> Result<Parsed, KeyMapError> {
     let selection = config.selection().clone();
     let is_boft = matches!(config, AdapterConfig::Boft(_));
+    let adapted = adapted(tensors.keys());
     let mut sorted = Sorted::default();
     for (key, data) in tensors {
         sorted.sort(key, data, is_boft, &selection, report, mismatch);
@@ -87,8 +88,12 @@ pub(crate) fn parse(
         mismatch,
         squares: false,
     };
-    let mut layers: Vec<_> = sorted
-        .slots
+    let Sorted {
+        slots,
+        mut tensors,
+        saved,
+    } = sorted;
+    let mut layers: Vec<_> = slots
         .into_iter()
         .filter_map(|(path, slots)| reader.read(path, slots))
         .collect();
@@ -106,11 +111,20 @@ pub(crate) fn parse(
     }
     let mut config = reader.config;
     let (report, mismatch) = (reader.report, reader.mismatch);
-    check_biases(&layers, &mut sorted.tensors, mismatch);
+    // A file without any layer is told as that.
+    if !adapted.is_empty() {
+        warn_of_lost(&selection, &adapted, &tensors, &saved, report);
+    }
+    check_biases(&layers, &tensors, mismatch);
     reconcile(&mut config, &layers, report);
-    let mut tensors = sorted.tensors;
     to_model_names(names, &mut layers, &mut tensors, mismatch)?;
-    name_in_model(config.selection_mut(), names, &layers, &sorted.saved)?;
+    let lost = lost_modules(&selection, &saved);
+    name_in_model(
+        config.selection_mut(),
+        names,
+        &layers,
+        saved.iter().chain(lost),
+    )?;
     Ok(Parsed {
         config,
         layers,
@@ -206,6 +220,64 @@ impl Sorted {
     }
 }
 
+/// The modules that the keys of a file adapt, whether or not their tensors can be used.
+fn adapted<'a>(keys: impl Iterator<Item = &'a String>) -> BTreeSet<String> {
+    let module = |key: &'a String| match leaf(key.strip_prefix(PREFIX)?) {
+        (_, Leaf::Base(_) | Leaf::Other(_)) => None,
+        (module, _) => Some(module.to_string()),
+    };
+    keys.filter_map(module).collect()
+}
+
+/// Warns of what the settings name and the file has nothing of: PEFT passes over it.
+fn warn_of_lost(
+    selection: &Selection,
+    adapted: &BTreeSet<String>,
+    tensors: &[SavedTensor],
+    saved: &BTreeSet<String>,
+    report: &mut LoadReport,
+) {
+    let warnings = &mut report.warnings;
+    if let Some(TargetModules::Names(names)) = &selection.target_modules {
+        let is_lost = |name: &&String| {
+            !adapted.iter().any(|path| ends_with(path, name))
+                && saved_by(&selection.modules_to_save, name).is_none()
+        };
+        warnings.extend(names.iter().filter(is_lost).map(|name| {
+            format!("`target_modules` names `{name}`, and the file has no adapter of it")
+        }));
+    }
+    let lost = lost_modules(selection, saved);
+    warnings.extend(
+        lost.map(|name| {
+            format!("`modules_to_save` names `{name}`, and the file has nothing of it")
+        }),
+    );
+    let is_trained = |tensor: &SavedTensor| {
+        tensor.name == "bias" && saved_by(&selection.modules_to_save, &tensor.module).is_none()
+    };
+    if selection.bias != Bias::None && !tensors.iter().any(is_trained) {
+        warnings.push(
+            "the configuration trains biases, and the file has none: the layers have none, or PEFT 0.20 or older \
+             trained them and did not save them"
+                .to_string(),
+        );
+    }
+}
+
+/// The modules to save that the file has nothing of.
+fn lost_modules<'a>(
+    selection: &'a Selection,
+    saved: &BTreeSet<String>,
+) -> impl Iterator<Item = &'a String> {
+    /// PEFT names both where it trains a classifier, and a model has one.
+    const HEADS: [&str; 2] = ["classifier", "score"];
+    let is_found = |name: &str| saved.iter().any(|path| path.ends_with(name));
+    let has_head = HEADS.into_iter().any(is_found);
+    let names = selection.modules_to_save.iter();
+    names.filter(move |name| !(is_found(name) || has_head && HEADS.contains(&name.as_str())))
+}
+
 /// Whether PEFT's wrapper of a saved module put this path into the file.
 fn is_stray(module: &str) -> bool {
     matches!(split(module).1, "modules_to_save" | "original_module")
@@ -228,7 +300,7 @@ fn saved_by(modules_to_save: &[String], module: &str) -> Option<String> {
 }
 
 /// Biases of layers that are not adapted belong to `Bias::All`.
-fn check_biases(layers: &[AdapterLayer], tensors: &mut [SavedTensor], mismatch: &mut Mismatch) {
+fn check_biases(layers: &[AdapterLayer], tensors: &[SavedTensor], mismatch: &mut Mismatch) {
     for tensor in tensors {
         let layer = layers.iter().find(|layer| layer.path == tensor.module);
         if let Some(o) = layer.and_then(|layer| layer.d_output)
@@ -580,14 +652,13 @@ fn same<T: PartialEq>(mut values: impl Iterator<Item = T>) -> Option<T> {
 }
 
 /// Says in the model's names which layers are adapted and which modules are saved.
-fn name_in_model(
+fn name_in_model<'a>(
     selection: &mut Selection,
     names: &KeyMap,
     layers: &[AdapterLayer],
-    saved: &BTreeSet<String>,
+    saved: impl Iterator<Item = &'a String>,
 ) -> Result<(), KeyMapError> {
     selection.modules_to_save = saved
-        .iter()
         .map(|name| names.model_path(name))
         .collect::<Result<_, _>>()?;
     if !names.is_identity() {

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use crate::base::Base;
 use crate::cli::{Convert, Form};
 use crate::error::Error;
+use crate::merge::load;
 use crate::names::{Names, join};
 use crate::output::{check_free, check_outside};
 use crate::peft::{Tensors, ones};
@@ -78,15 +79,8 @@ fn read(
         let refused = "--config is for a record; a folder has its own settings".to_string();
         return Err(Error::Settings(refused));
     }
-    let load = LoadOptions::new().with_key_map(names.to_key_map()?);
-    let (adapter, report) = Adapter::load_with(input, &load).map_err(|source| Error::Adapter {
-        folder: input.clone(),
-        source,
-    })?;
-    for line in report.converted.iter().chain(&report.warnings) {
-        eprintln!("note: {line}");
-    }
-    Ok((adapter, settings::read(input)?))
+    let load_options = LoadOptions::new().with_key_map(names.to_key_map()?);
+    Ok((load(input, &load_options)?, settings::read(input)?))
 }
 
 /// The settings as PEFT writes them, with where the adapter comes from.

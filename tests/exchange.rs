@@ -607,6 +607,27 @@ fn a_scale_beside_blocks_of_one_channel_is_not_lost() {
 }
 
 #[test]
+fn the_old_series_is_told_where_it_is_computed_and_not_of_exact_squares() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft/old");
+    let warnings = |name: &str| Adapter::load(fixtures.join(name)).unwrap().1.warnings;
+    assert_eq!(
+        warnings("oft-neumann-4"),
+        [
+            "the Neumann series of PEFT 0.16 and 0.17 is used with 4 terms (peft_version: none); PEFT 0.18 and later \
+             would compute another from the same numbers"
+        ]
+    );
+    for name in [
+        "oft-square",
+        "oft-square-coft",
+        "oft-square-mlp",
+        "oft-square-share",
+    ] {
+        assert_eq!(warnings(name), Vec::<String>::new(), "{name}");
+    }
+}
+
+#[test]
 fn a_shared_square_of_old_becomes_blocks_when_it_meets_its_model() {
     let folder = write(
         &json!({"peft_type": "OFT", "r": 0, "oft_block_size": 4, "block_share": true, "module_dropout": 0.1,

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use burn::tensor::{DType, TensorData};
 use serde_json::{Map, Value};
 
+use super::config_json::warn_of_old_series;
 use super::fused::to_model_names;
 use super::keymap::{KeyMap, ends_with, join, split};
 use super::layer::{AdapterLayer, SavedTensor, data, factors, pack, values, wide};
@@ -111,6 +112,8 @@ pub(crate) fn parse(
     }
     let mut config = reader.config;
     let (report, mismatch) = (reader.report, reader.mismatch);
+    // Of squares the map is exact, whatever a version that had no polynomial does not say.
+    report.warnings.extend(warn_of_old_series(&config, json));
     // A file without any layer is told as that.
     if !adapted.is_empty() {
         warn_of_lost(&selection, &adapted, &tensors, &saved, report);

@@ -323,6 +323,59 @@ fn oft_with_the_exact_map_is_boft_with_one_factor_and_a_scale_of_ones() {
     }
 }
 
+/// PEFT 0.14 and 0.15 wrote one block for a layer on request, and it is read as BOFT, which has no such setting.
+#[test]
+fn a_block_that_a_layer_shares_stays_one_or_is_refused() {
+    let case = Case::open("old/oft-square-share");
+    let folder = case.folder();
+    let mut tensors = read(&case.adapter.join("adapter_model.safetensors"));
+    for (key, tensor) in &mut tensors {
+        if key.ends_with("oft_s") {
+            tensor.numbers.fill(1.0);
+        }
+    }
+    let config = read_json(&case.adapter.join("adapter_config.json"));
+    write_adapter(&folder.path().join("shared"), &config, &tensors);
+    let convert = |input: &str, to: &str, output: &str| {
+        let arguments = [
+            "convert",
+            input,
+            "--to",
+            to,
+            "--output",
+            output,
+            "--base",
+            "base.safetensors",
+        ];
+        run(folder.path(), &arguments)
+    };
+    assert_eq!(convert("shared", "oft", "oft").code, 0);
+    let settings = read_json(&folder.path().join("oft/adapter_config.json"));
+    assert_eq!(settings["block_share"], true);
+    let expected = merged(folder.path(), "shared");
+    assert_models(&merged(folder.path(), "oft"), &expected, 1e-6, "oft");
+    assert!(expected != case.base);
+
+    let refused = convert("shared", "record", "a.bpk");
+    assert_eq!(refused.code, 2);
+    assert!(
+        refused.stderr.ends_with(
+            "error: `layer` has one block for all its channels, as PEFT 0.14 and 0.15 shared it, and BOFT's settings \
+             cannot say that; convert it with --to peft --base first\n"
+        ),
+        "{}",
+        refused.stderr
+    );
+    for (input, to, output) in [
+        ("shared", "peft", "whole"),
+        ("whole", "record", "b.bpk"),
+        ("b.bpk", "peft", "back"),
+    ] {
+        assert_eq!(convert(input, to, output).code, 0, "{input}");
+    }
+    assert_models(&merged(folder.path(), "back"), &expected, 1e-6, "record");
+}
+
 #[test]
 fn what_means_something_else_is_refused() {
     for (name, to, expected) in [

@@ -196,6 +196,8 @@ fn to_oft(adapter: &Adapter, settings: &Map<String, Value>) -> Result<Adapter, E
     }
     let mut oft = OftConfig::new();
     (oft.block, oft.init, oft.selection) = (config.block, config.init, config.selection.clone());
+    // Of PEFT 0.14 and 0.15, whose squares are read as BOFT, one block may serve a layer.
+    oft.block_share = adapter.layers().iter().any(AdapterLayer::block_share);
     assemble(adapter, tensors, &oft.into(), settings)
 }
 

@@ -34,6 +34,7 @@ pub fn write(
     base: Option<&Base>,
     output: &Path,
 ) -> Result<(), Error> {
+    let is_boft = matches!(adapter.config(), AdapterConfig::Boft(_));
     let mut tensors = Vec::new();
     let mut kinds = Map::new();
     for layer in adapter.layers().iter().filter(|layer| !layer.is_identity()) {
@@ -41,6 +42,12 @@ pub fn write(
         if layer.block_size() == 1 {
             return Err(Error::Settings(format!(
                 "`{path}` has blocks of one channel and a scale, which no injected layer has alone; merge it"
+            )));
+        }
+        if is_boft && layer.block_share() {
+            return Err(Error::Settings(format!(
+                "`{path}` has one block for all its channels, as PEFT 0.14 and 0.15 shared it, and BOFT's settings \
+                 cannot say that; convert it with --to peft --base first"
             )));
         }
         tensors.push(tensor(format!("{path}{SKEW}"), layer.skew().clone()));

@@ -356,6 +356,71 @@ fn trained_biases_without_a_place() {
 }
 
 #[test]
+fn saved_modules_without_a_place_of_their_own() {
+    let case = Case::open("cases/boft-mlp-saved-classifier");
+    let folder = case.folder();
+    let merge = |base: &Tensors, adapter: &str, rules: &[&str]| {
+        write(&folder.path().join("base.safetensors"), base);
+        let arguments = [
+            "merge",
+            "--base",
+            "base.safetensors",
+            "--adapter",
+            adapter,
+            "--output",
+            "out",
+        ];
+        refused(folder.path(), &[&arguments, rules].concat())
+    };
+
+    // Two new heads under one name.
+    let prefix = "base_model.model";
+    let mut tensors = read(&case.adapter.join("adapter_model.safetensors"));
+    for name in ["weight", "bias"] {
+        let classifier = tensors[&format!("{prefix}.classifier.{name}")].clone();
+        tensors.insert(format!("{prefix}.score.{name}"), classifier);
+    }
+    let mut config = read_json(&case.adapter.join("adapter_config.json"));
+    config["modules_to_save"] = json!(["classifier", "score"]);
+    write_adapter(&folder.path().join("two"), &config, &tensors);
+    let mut headless = case.base.clone();
+    headless.retain(|key, _| !key.starts_with("classifier."));
+    assert_eq!(
+        merge(&headless, "two", &["--map", "classifier|score=head"]),
+        "base.safetensors: two parts of the adapter change `head.bias`; base.safetensors: two parts of the adapter \
+         change `head.weight`"
+    );
+
+    // A head that the model has under a longer name.
+    let longer = case.base.iter();
+    let longer = longer.map(|(key, tensor)| (format!("model.{key}"), tensor.clone()));
+    assert_eq!(
+        merge(
+            &longer.collect(),
+            case.adapter(),
+            &["--map", "^fc=model.fc"]
+        ),
+        "base.safetensors: the adapter's `classifier.bias` has no `classifier.bias`; it has `model.classifier.bias`, \
+         `model.fc1.bias`, `model.fc2.bias`; --map bridges names; base.safetensors: the adapter's `classifier.weight` \
+         has no `classifier.weight`; it has `model.classifier.weight`, `model.fc1.weight`, `model.fc2.weight`; --map \
+         bridges names"
+    );
+
+    // Heads for other classes have other rows, and nothing else.
+    for shape in [&[5, 15][..], &[80], &[5, 16, 1]] {
+        let mut other = case.base.clone();
+        other.insert("classifier.weight".into(), Tensor::random(shape, 1));
+        assert_eq!(
+            merge(&other, case.adapter(), &[]),
+            format!(
+                "base.safetensors: `classifier.weight` is {shape:?} F32, and the adapter's `classifier.weight` is [5, 16] \
+                 F32"
+            )
+        );
+    }
+}
+
+#[test]
 fn numbers_that_are_not_finite() {
     let place = Place::new();
     let line = "would not be finite: it or the adapter holds NaN, infinity or numbers beyond its precision";

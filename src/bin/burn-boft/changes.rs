@@ -115,11 +115,15 @@ impl<'a> Finder<'a, '_> {
             .place(tensor.module(), tensor.name(), self.base)?;
         let key = join(&place.module, tensor.name());
         let Some((shard, entry)) = self.base.entry(&key) else {
-            let front = format!("{}.", place.module);
-            match owner == Owner::Saved && !self.base.keys().any(|other| other.starts_with(&front))
-            {
+            let (front, end) = (format!("{}.", place.module), format!(".{key}"));
+            let is_near = |other: &str| other.starts_with(&front) || other.ends_with(&end);
+            match owner == Owner::Saved && !self.base.keys().any(is_near) {
                 // A new head of a model that has none.
-                true => _ = self.changes.added.insert(key, tensor),
+                true => {
+                    if self.changes.added.insert(key.clone(), tensor).is_some() {
+                        self.clash(&key);
+                    }
+                }
                 false => self.problems.push(format!(
                     "{}: the adapter's `{}` has no `{key}`{}; --map bridges names",
                     self.base.path.display(),
@@ -142,7 +146,12 @@ impl<'a> Finder<'a, '_> {
         match rows {
             Some(rows) if same_kind => self.insert(key, Part::Rows(rows, tensor)),
             // A new head for other classes.
-            None if same_kind && owner == Owner::Saved && place.part.1 == 1 => {
+            None if same_kind
+                && owner == Owner::Saved
+                && place.part.1 == 1
+                && entry.shape.len() == shape.len()
+                && entry.shape.get(1..) == shape.get(1..) =>
+            {
                 self.insert(key, Part::Whole(tensor));
             }
             _ => self.problems.push(format!(
@@ -160,7 +169,7 @@ impl<'a> Finder<'a, '_> {
     /// Notes a change, unless the tensor has one already that this is not another part of.
     fn insert(&mut self, key: String, part: Part<'a>) {
         let changes = &mut self.changes.of;
-        let clash = match (changes.get_mut(&key), part) {
+        let taken = match (changes.get_mut(&key), part) {
             (None, part) => {
                 let change = match part {
                     Part::Layer(rows, layer) => Change::Rotate(vec![(rows, layer)]),
@@ -174,12 +183,16 @@ impl<'a> Finder<'a, '_> {
             (Some(Change::Replace(parts)), Part::Rows(rows, tensor)) => add(parts, rows, tensor),
             _ => true,
         };
-        if clash {
-            self.problems.push(format!(
-                "{}: two parts of the adapter change `{key}`",
-                self.base.path.display()
-            ));
+        if taken {
+            self.clash(&key);
         }
+    }
+
+    fn clash(&mut self, key: &str) {
+        self.problems.push(format!(
+            "{}: two parts of the adapter change `{key}`",
+            self.base.path.display()
+        ));
     }
 }
 

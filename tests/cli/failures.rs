@@ -421,6 +421,29 @@ fn saved_modules_without_a_place_of_their_own() {
 }
 
 #[test]
+fn counts_of_another_precision() {
+    let case = Case::open("cases/boft-mlp-saved-batch-norm");
+    let folder = case.folder();
+    let mut base = case.base.clone();
+    let key = "norm.num_batches_tracked";
+    base.get_mut(key).unwrap().dtype = Dtype::I32;
+    write(&folder.path().join("base.safetensors"), &base);
+    let merge = [
+        "merge",
+        "--base",
+        "base.safetensors",
+        "--adapter",
+        case.adapter(),
+    ];
+    for last in [&["--dry-run"][..], &["--output", "out"]] {
+        assert_eq!(
+            refused(folder.path(), &[&merge, last].concat()),
+            format!("base.safetensors: `{key}` is [] I32, and the adapter's `{key}` is [] I64")
+        );
+    }
+}
+
+#[test]
 fn numbers_that_are_not_finite() {
     let place = Place::new();
     let line = "would not be finite: it or the adapter holds NaN, infinity or numbers beyond its precision";

@@ -134,7 +134,6 @@ impl<'a> Finder<'a, '_> {
             return Ok(());
         };
         let shape = tensor.data().shape().to_vec();
-        let is_float = |dtype: Dtype| compute_dtype(dtype).is_some();
         let rows = rows(entry, place.part).ok().filter(|rows| {
             let mut expected = entry.shape.clone();
             if let Some(first) = expected.first_mut() {
@@ -142,7 +141,11 @@ impl<'a> Finder<'a, '_> {
             }
             expected == shape
         });
-        let same_kind = is_float(entry.dtype) == (tensor.data().dtype() != DType::I64);
+        // Counts are I64; floats are rounded to one another.
+        let same_kind = match tensor.data().dtype() {
+            DType::I64 => entry.dtype == Dtype::I64,
+            _ => compute_dtype(entry.dtype).is_some(),
+        };
         match rows {
             Some(rows) if same_kind => self.insert(key, Part::Rows(rows, tensor)),
             // A new head for other classes.

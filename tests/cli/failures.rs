@@ -321,6 +321,42 @@ fn bases_without_the_layer_or_with_another() {
     );
 }
 
+/// Suggestions are looked for as often as they are shown, not for every layer: that took minutes here.
+#[test]
+fn a_wrong_prefix_in_a_large_model_is_told_at_once() {
+    const LAYERS: usize = 5000;
+    let folder = tempfile::tempdir().unwrap();
+    let name = |layer: usize| format!("layers.{layer}.self_attn.q_proj");
+    let base = (0..LAYERS).map(|layer| {
+        let key = format!("model.{}.weight", name(layer));
+        (key, Tensor::new(&[1, 2], vec![1.0, 2.0]))
+    });
+    write(&folder.path().join("base.safetensors"), &base.collect());
+    let config = json!({"peft_type": "OFT", "oft_block_size": 2, "target_modules": ["q_proj"], "peft_version": "0.21.2"});
+    let adapter = (0..LAYERS).map(|layer| {
+        let key = format!("base_model.model.{}.oft_R.weight", name(layer));
+        (key, Tensor::new(&[1, 1], vec![0.5]))
+    });
+    write_adapter(&folder.path().join("adapter"), &config, &adapter.collect());
+    let start = std::time::Instant::now();
+    let line = refused(
+        folder.path(),
+        &[
+            "merge",
+            "--base",
+            "base.safetensors",
+            "--adapter",
+            "adapter",
+            "--dry-run",
+        ],
+    );
+    let first = "base.safetensors: the adapter of `layers.0.self_attn.q_proj` has no `layers.0.self_attn.q_proj.weight`; \
+                 it has `model.layers.0.self_attn.q_proj.weight`, ";
+    assert!(line.starts_with(first), "{line}");
+    assert!(line.ends_with("; and 4997 more"), "{line}");
+    assert!(start.elapsed().as_secs() < 20, "{:?}", start.elapsed());
+}
+
 #[test]
 fn trained_biases_without_a_place() {
     let case = Case::open("cases/boft-mlp-bias-only");

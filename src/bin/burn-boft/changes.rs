@@ -8,7 +8,7 @@ use burn_boft::{Adapter, AdapterLayer, LayerKind, SavedTensor};
 use safetensors::Dtype;
 
 use crate::base::Base;
-use crate::error::Error;
+use crate::error::{Error, LINE_PARTS};
 use crate::header::Entry;
 use crate::names::{Names, join, nearest};
 
@@ -78,6 +78,14 @@ struct Finder<'a, 'b> {
 }
 
 impl<'a> Finder<'a, '_> {
+    /// The nearest keys for a message, as long as it is one that is shown: each takes a look at all keys.
+    fn nearest(&self, key: &str) -> String {
+        match self.problems.len() < LINE_PARTS {
+            true => nearest(key, self.base),
+            false => String::new(),
+        }
+    }
+
     fn layer(&mut self, layer: &'a AdapterLayer) -> Result<(), Error> {
         if layer.is_identity() {
             self.changes.idle.push(layer.path().to_string());
@@ -90,7 +98,7 @@ impl<'a> Finder<'a, '_> {
                 "{}: the adapter of `{}` has no `{key}`{}; --map bridges names",
                 self.base.path.display(),
                 layer.path(),
-                nearest(&key, self.base)
+                self.nearest(&key)
             ));
             return Ok(());
         };
@@ -128,7 +136,7 @@ impl<'a> Finder<'a, '_> {
                     "{}: the adapter's `{}` has no `{key}`{}; --map bridges names",
                     self.base.path.display(),
                     join(tensor.module(), tensor.name()),
-                    nearest(&key, self.base)
+                    self.nearest(&key)
                 )),
             }
             return Ok(());

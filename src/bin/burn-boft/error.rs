@@ -7,7 +7,7 @@ use burn_boft::{LoadError, Mismatch, SaveError};
 use thiserror::Error;
 
 /// Problems that a message lists, and its longest length.
-const LINE_PARTS: usize = 3;
+pub const LINE_PARTS: usize = 3;
 const LINE_LENGTH: usize = 1000;
 
 /// Everything that can end the program.

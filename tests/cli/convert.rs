@@ -565,6 +565,33 @@ fn what_is_saved_travels_with_a_lora() {
 }
 
 #[test]
+fn what_pytorch_itself_calls_gamma_is_in_no_record() {
+    let case = Case::open("cases/boft-mlp-saved-batch-norm");
+    let folder = case.folder();
+    let tensors = read(&case.adapter.join("adapter_model.safetensors")).into_iter();
+    let tensors = tensors.map(|(key, tensor)| (key.replace("norm.weight", "norm.gamma"), tensor));
+    let config = read_json(&case.adapter.join("adapter_config.json"));
+    write_adapter(&folder.path().join("gamma"), &config, &tensors.collect());
+    assert_eq!(
+        refused(
+            folder.path(),
+            &[
+                "convert",
+                "gamma",
+                "--to",
+                "record",
+                "--output",
+                "a.bpk",
+                "--base",
+                "base.safetensors"
+            ]
+        ),
+        "`norm.gamma` has a name that means `weight` in Burn's norms, and would come back as that; keep the adapter in \
+         PEFT's folder"
+    );
+}
+
+#[test]
 fn records_that_are_none_are_refused() {
     let case = Case::open("cases/boft-linear-m1-b4");
     let folder = case.folder();

@@ -111,6 +111,12 @@ fn saved(adapter: &Adapter, base: Option<&Base>) -> Result<Vec<Tensor>, Error> {
         if saved.data().dtype() == DType::I64 {
             continue;
         }
+        if let Some((torch, _)) = NORM.iter().find(|(_, burn)| *burn == name) {
+            return Err(Error::Settings(format!(
+                "`{module}.{name}` has a name that means `{torch}` in Burn's norms, and would come back as that; keep the \
+                 adapter in PEFT's folder"
+            )));
+        }
         let rank = weights.get(module).copied().or_else(|| {
             let (_, entry) = base?.entry(&join(module, "weight"))?;
             Some(entry.shape.len())

@@ -533,6 +533,63 @@ fn a_lora_of_full_rank_is_the_adapter_and_a_lower_one_leaves_out_what_is_said() 
     }
 }
 
+/// The LoRA keeps the names of the adapter, and its changes are those of the layers that the rules find.
+#[test]
+fn rules_find_the_layers_of_a_lora_in_the_model() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/dinov2");
+    let folder = tempfile::tempdir().unwrap();
+    let (base, expected) = (
+        read(&fixtures.join("base.safetensors")),
+        read(&fixtures.join("merged.safetensors")),
+    );
+    write(&folder.path().join("base.safetensors"), &base);
+    let adapter = fixtures.join("transformers-5");
+    let convert = [
+        "convert",
+        adapter.to_str().unwrap(),
+        "--to-lora",
+        "12",
+        "--base",
+        "base.safetensors",
+        "--output",
+        "lora",
+        "--map",
+        "dinov2",
+    ];
+    succeed(folder.path(), &convert);
+    let lora = read(&folder.path().join("lora/adapter_model.safetensors"));
+    let path = |key: &str| {
+        let module = key.strip_suffix(".lora_A.weight")?;
+        Some(module.strip_prefix("base_model.model.")?.to_string())
+    };
+    let mut paths: Vec<_> = lora.keys().filter_map(|key| path(key)).collect();
+    let file = read(&adapter.join("adapter_model.safetensors"));
+    let adapted = file.keys().filter_map(|key| {
+        let module = key.strip_suffix(".boft_R")?;
+        Some(module.strip_prefix("base_model.model.")?.to_string())
+    });
+    assert_eq!(paths, adapted.collect::<Vec<_>>());
+    paths.retain(|path| path.contains(".mlp."));
+
+    // The two halves of the layer that the file has in one.
+    for (half, part) in ["gate_proj", "up_proj"].iter().enumerate() {
+        let path = paths.iter().find(|path| path.ends_with(part)).unwrap();
+        let whole = path.replace(part, "weights_in.weight");
+        let rows = |tensors: &Tensors| {
+            let whole = &tensors[&whole];
+            let [o, d] = [whole.shape[0] / 2, whole.shape[1]];
+            let numbers = whole.numbers[half * o * d..(half + 1) * o * d].to_vec();
+            Tensor::new(&[o, d], numbers)
+        };
+        let layer = [(format!("{path}.weight"), rows(&base))].into();
+        let mut own = lora.clone();
+        own.retain(|key, _| key.contains(path.as_str()));
+        let found = &with_lora(&layer, &own, 12)[&format!("{path}.weight")];
+        assert!(difference(found, &rows(&expected)) < 1e-5, "{path}");
+        assert!(difference(&rows(&base), &rows(&expected)) > 0.01, "{path}");
+    }
+}
+
 #[test]
 fn what_is_saved_travels_with_a_lora() {
     let case = Case::open("cases/boft-mlp-bias-only-saved");

@@ -628,6 +628,34 @@ fn the_old_series_is_told_where_it_is_computed_and_not_of_exact_squares() {
 }
 
 #[test]
+fn an_old_square_is_written_when_its_model_has_told_its_kind() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft/old");
+    let (adapter, _) = Adapter::load(fixtures.join("oft-square-conv")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let error = adapter.save(folder.path()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "PEFT's format cannot hold `conv1`: its file does not tell a linear layer from a convolution, whose scales PEFT \
+         stores differently; attach the adapter to its model and extract it there"
+    );
+
+    #[derive(Module, Debug)]
+    struct Model {
+        conv1: Conv2d,
+    }
+    let model = Model {
+        conv1: Conv2dConfig::new([4, 6], [3, 3]).init(&device()),
+    };
+    let model = adapter.attach(model).unwrap();
+    let adapter = Adapter::extract(&model, adapter.config()).unwrap();
+    let folder = saved(&adapter);
+    assert_eq!(
+        shapes(folder.path())[1],
+        ("conv1.boft_s".to_string(), vec![1, 6])
+    );
+}
+
+#[test]
 fn a_shared_square_of_old_becomes_blocks_when_it_meets_its_model() {
     let folder = write(
         &json!({"peft_type": "OFT", "r": 0, "oft_block_size": 4, "block_share": true, "module_dropout": 0.1,

@@ -189,7 +189,8 @@ impl Adapter {
         let parsed = layout::parse(config, &json, tensors, &options.names, found)?;
         let strict = !options.allow_partial || !mismatch.wrong.is_empty();
         if strict && !mismatch.is_empty() {
-            return Err(mismatch.into());
+            let path = folder.join(files::TENSORS);
+            return Err(LoadError::Mismatch { path, mismatch });
         }
         report.missing = mismatch.missing;
         report.unexpected = mismatch.unexpected;

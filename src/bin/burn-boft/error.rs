@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use burn_boft::{LoadError, Mismatch, SaveError};
+use burn_boft::{LoadError, SaveError};
 use thiserror::Error;
 
 /// Problems that a message lists, and its longest length.
@@ -26,8 +26,8 @@ pub enum Error {
     Malformed { path: PathBuf, reason: String },
 
     /// An adapter that cannot be loaded.
-    #[error("{}{source}", place(folder, source))]
-    Adapter { folder: PathBuf, source: LoadError },
+    #[error(transparent)]
+    Adapter(#[from] LoadError),
 
     /// An adapter and a base that do not fit, every reason on a line of its own.
     #[error("{}", .0.join("\n"))]
@@ -107,16 +107,6 @@ impl Error {
             line.push_str(&format!("; and {} more", parts.len() - LINE_PARTS));
         }
         line
-    }
-}
-
-/// The file that an adapter's error is about, where the error does not name it.
-fn place(folder: &Path, error: &LoadError) -> String {
-    match error {
-        LoadError::Mismatch(Mismatch { .. }) => {
-            format!("{}: ", folder.join("adapter_model.safetensors").display())
-        }
-        _ => String::new(),
     }
 }
 

@@ -35,11 +35,7 @@ pub fn run(options: &Merge) -> Result<(), Error> {
 
 /// Loads an adapter, and says what is worth knowing.
 pub fn load(folder: &Path, options: &LoadOptions) -> Result<Adapter, Error> {
-    let loaded = Adapter::load_with(folder, options);
-    let (adapter, report) = loaded.map_err(|source| Error::Adapter {
-        folder: folder.to_path_buf(),
-        source,
-    })?;
+    let (adapter, report) = Adapter::load_with(folder, options)?;
     for note in &report.converted {
         eprintln!("note: {note}");
     }

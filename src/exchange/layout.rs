@@ -303,7 +303,11 @@ fn saved_by(modules_to_save: &[String], module: &str) -> Option<String> {
 }
 
 /// Biases of layers that are not adapted belong to `Bias::All`.
-fn check_biases(layers: &[AdapterLayer], tensors: &[SavedTensor], mismatch: &mut Mismatch) {
+pub(super) fn check_biases(
+    layers: &[AdapterLayer],
+    tensors: &[SavedTensor],
+    mismatch: &mut Mismatch,
+) {
     for tensor in tensors {
         let layer = layers.iter().find(|layer| layer.path == tensor.module);
         if let Some(o) = layer.and_then(|layer| layer.d_output)
@@ -582,14 +586,18 @@ fn read_scale(
 }
 
 /// The block size whose strict upper triangle has this many numbers; no numbers are blocks of one.
-fn block_size(packed: usize) -> Option<usize> {
+pub(super) fn block_size(packed: usize) -> Option<usize> {
     let root = packed.checked_mul(8)?.checked_add(1)?.isqrt();
     let b = root.div_ceil(2);
     (b > 0 && b.checked_mul(b - 1)? / 2 == packed).then_some(b)
 }
 
 /// Lets the configuration say what the tensors are: they decide, and the report tells.
-fn reconcile(config: &mut AdapterConfig, layers: &[AdapterLayer], report: &mut LoadReport) {
+pub(super) fn reconcile(
+    config: &mut AdapterConfig,
+    layers: &[AdapterLayer],
+    report: &mut LoadReport,
+) {
     if let AdapterConfig::Boft(boft) = config {
         let said = boft.n_butterfly_factor;
         let differ = layers

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use burn_boft::{LoadError, SaveError};
+use burn_boft::{LoadError, Mismatch, SaveError};
 use thiserror::Error;
 
 /// Problems that a message lists, and its longest length.
@@ -48,6 +48,10 @@ pub enum Error {
     /// A result that cannot be written.
     #[error("{path} cannot be written: {source}", path = path.display())]
     Write { path: PathBuf, source: io::Error },
+
+    /// Numbers that make no adapter.
+    #[error(transparent)]
+    Mismatch(#[from] Mismatch),
 
     /// An adapter that PEFT's format cannot hold, or that cannot be written.
     #[error(transparent)]

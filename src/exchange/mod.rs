@@ -21,7 +21,7 @@ use serde_json::{Map, Value};
 
 #[cfg(feature = "train")]
 pub use checkpoint::AdapterCheckpointer;
-pub use keymap::{KeyMap, Transformers};
+pub use keymap::{KeyMap, Place, Transformers};
 pub use layer::{AdapterLayer, SavedTensor};
 pub use measure::LayerMeasure;
 pub use report::LoadReport;

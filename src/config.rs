@@ -140,6 +140,13 @@ pub struct Selection {
     pub bias: Bias,
 }
 
+impl Selection {
+    /// Whether `modules_to_save` lists the module at `path` or one that holds it.
+    pub fn saves(&self, path: &str) -> bool {
+        crate::target::is_saved(&self.modules_to_save, path)
+    }
+}
+
 /// Settings of BOFT: a butterfly of orthogonal blocks on each layer's input axis.
 ///
 /// | Name | Default | Purpose | Range |

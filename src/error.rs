@@ -454,8 +454,14 @@ pub enum LoadError {
     #[error(transparent)]
     KeyMap(#[from] KeyMapError),
     /// Tensors are missing, unexpected or wrong.
-    #[error(transparent)]
-    Mismatch(#[from] Mismatch),
+    #[error("{}: {mismatch}", path.display())]
+    Mismatch {
+        /// The file.
+        path: PathBuf,
+        /// Which tensors, and why.
+        #[source]
+        mismatch: Mismatch,
+    },
 }
 
 /// The name of an adapter is not a folder's name.

@@ -87,8 +87,8 @@ pub use error::{
 #[cfg(feature = "train")]
 pub use exchange::AdapterCheckpointer;
 pub use exchange::{
-    Adapter, AdapterLayer, KeyMap, LayerMeasure, LoadOptions, LoadReport, SaveOptions, SavedTensor,
-    Transformers,
+    Adapter, AdapterLayer, KeyMap, LayerMeasure, LoadOptions, LoadReport, Place, SaveOptions,
+    SavedTensor, Transformers,
 };
 pub use inject::{inject, merge, plan, project, unload};
 pub use linear::{Linear as BoftLinear, LinearConfig as BoftLinearConfig};

@@ -194,6 +194,10 @@ impl Display for Diagnosis {
 
 /// Measures every rotation of a model, multiplicative dropout off.
 ///
+/// # Numerics
+///
+/// Numbers that are not finite make measurements that are NaN.
+///
 /// The energy costs `d_output²·d_input` multiplications per layer, on the model's device.
 ///
 /// # References
@@ -325,10 +329,12 @@ fn skew_norm(skew: &Tensor<3>, b: usize) -> f64 {
         }
         length
     };
+    // `f64::max` would pass over NaN.
+    let larger = |a: f64, b: f64| if b > a || b.is_nan() { b } else { a };
     numbers
         .chunks(b * (b - 1) / 2)
         .map(block_norm)
-        .fold(0.0, f64::max)
+        .fold(0.0, larger)
 }
 
 /// `Σ_{i≠j} ‖ŵ_i − ŵ_j‖⁻¹` over the normalised columns.

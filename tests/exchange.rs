@@ -11,8 +11,9 @@ use burn::nn::conv::{Conv2d, Conv2dConfig};
 use burn::nn::{self, BatchNorm, BatchNormConfig};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use burn_boft::{
-    Adapter, AdapterConfig, Bias, BoftConfig, BoftLinear, Cayley, Init, KeyMap, LayerKind,
-    LoadError, LoadOptions, OftConfig, SaveOptions, Transformers, inject, merge, unload,
+    Adapter, AdapterConfig, AdapterLayer, Bias, BoftConfig, BoftLinear, Cayley, Init, KeyMap,
+    LayerKind, LoadError, LoadOptions, OftConfig, SaveOptions, SavedTensor, Transformers, inject,
+    merge, unload,
 };
 use common::models::{INPUT, Layer, Net, distance, linear, numbers, rows, set, trainable};
 use common::noise;
@@ -31,6 +32,15 @@ fn device() -> Device {
 fn boft() -> BoftConfig {
     BoftConfig::new()
         .with_n_butterfly_factor(2)
+        .with_init(INIT)
+        .with_target_modules(["hidden", "output"])
+        .with_bias(Bias::AdapterOnly)
+        .with_modules_to_save(["head"])
+}
+
+fn oft() -> OftConfig {
+    OftConfig::new()
+        .with_block_size(4)
         .with_init(INIT)
         .with_target_modules(["hidden", "output"])
         .with_bias(Bias::AdapterOnly)
@@ -146,6 +156,13 @@ fn refusal(folder: &Path) -> String {
     error.replace(&folder.display().to_string(), "…")
 }
 
+/// What a load says of the tensors, after the file's name.
+fn amiss(folder: &Path) -> String {
+    let refusal = refusal(folder);
+    let amiss = refusal.strip_prefix(&format!("…/{TENSORS}: "));
+    amiss.unwrap_or_else(|| panic!("{refusal}")).to_string()
+}
+
 // ---------------------------------------------------------------------------------------------------------
 // There and back
 // ---------------------------------------------------------------------------------------------------------
@@ -217,6 +234,89 @@ fn every_adapter_goes_there_and_back() {
             .with_cayley(Cayley::Neumann { terms: 6 }),
     );
     goes_there_and_back::<BoftLinear>(oft().with_cayley(Cayley::Neumann016 { terms: 3 }));
+}
+
+#[test]
+fn an_adapter_of_parts_is_the_one_that_they_were_taken_from() {
+    for config in [AdapterConfig::from(boft()), oft().into()] {
+        let adapter = Adapter::extract(&adapted::<BoftLinear>(config.clone()), config).unwrap();
+        let adapter = adapter.with_base_model("some/model");
+        let layers = adapter.layers().iter().rev().map(|layer| {
+            let (skew, scale) = (layer.skew().clone(), layer.scale().cloned());
+            AdapterLayer::new(layer.path(), layer.kind(), skew, scale).unwrap()
+        });
+        let tensors = adapter
+            .tensors()
+            .iter()
+            .map(|tensor| SavedTensor::new(tensor.module(), tensor.name(), tensor.data().clone()));
+        let parts = Adapter::from_parts(
+            adapter.config().clone(),
+            layers.collect(),
+            tensors.collect(),
+        );
+        let parts = parts.unwrap().with_about(&adapter.settings());
+        assert_eq!(parts.settings(), adapter.settings());
+        let (own, again) = (saved(&adapter), saved(&parts));
+        assert_eq!(stored(own.path()), stored(again.path()));
+        let outputs = [&adapter, &parts]
+            .map(|adapter| outputs(&adapter.attach(base::<BoftLinear>()).unwrap()));
+        let [one, other] = outputs;
+        assert_eq!(distance(one, other), 0.0);
+    }
+}
+
+#[test]
+fn parts_that_make_no_adapter_are_refused() {
+    let data =
+        |shape: &[usize]| TensorData::new(vec![0.5f32; shape.iter().product()], shape.to_vec());
+    let layer = |skew: TensorData, scale: Option<TensorData>| {
+        AdapterLayer::new("hidden", None, skew, scale)
+    };
+    let refused = |skew: TensorData, scale| layer(skew, scale).unwrap_err().to_string();
+    let of = "wrong: the adapter of `hidden` has numbers";
+    for (shape, why) in [
+        (
+            &[6, 6][..],
+            "factors, blocks and packed numbers are three axes",
+        ),
+        (&[1, 6, 5], "no block has 5 numbers, b(b−1)/2"),
+        (
+            &[2, 3, 6],
+            "2 factors of block size 4 and 3 blocks do not fit",
+        ),
+        (
+            &[0, 3, 6],
+            "0 factors of block size 4 and 3 blocks do not fit",
+        ),
+    ] {
+        let expected = format!("{of} {shape:?} F32: {why}");
+        assert_eq!(refused(data(shape), None), expected);
+    }
+    assert_eq!(
+        refused(data(&[1, 6, 6]), Some(data(&[16, 1]))),
+        format!("{of} [16, 1] F32: a scale has one axis")
+    );
+    assert_eq!(
+        refused(TensorData::new(vec![1i64; 6], [1, 1, 6]), None),
+        format!("{of} [1, 1, 6] I64: an adapter computes with floats")
+    );
+    let scaled = layer(data(&[1, 6, 6]), Some(data(&[16]))).unwrap();
+    let bias = SavedTensor::new("hidden", "bias", data(&[15]));
+    let flag = SavedTensor::new("head", "flag", TensorData::new(vec![true], [1]));
+    let error = Adapter::from_parts(oft(), vec![scaled.clone()], vec![bias, flag]).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "wrong: the adapter of `hidden` has a scale, several factors or blocks that are not shared, and the settings say \
+         OFT without\n\
+         wrong: `head.flag` is Bool(Native), which no file keeps\n\
+         wrong: the bias of `hidden` is [15], where its adapter has 16 outputs"
+    );
+    let adapter = Adapter::from_parts(boft(), vec![scaled], Vec::new()).unwrap();
+    assert_eq!(
+        adapter.settings()["boft_n_butterfly_factor"],
+        1,
+        "as the numbers say"
+    );
 }
 
 #[test]
@@ -582,6 +682,80 @@ fn blocks_of_one_channel_are_kept_and_not_attached() {
 }
 
 #[test]
+fn a_scale_beside_blocks_of_one_channel_is_not_lost() {
+    let folder = write(
+        &boft_json(json!({"boft_block_size": 1})),
+        &[
+            ("hidden.boft_R", vec![1, 24, 1, 1]),
+            ("hidden.boft_s", vec![16, 1]),
+        ],
+    );
+    let (adapter, report) = Adapter::load(folder.path()).unwrap();
+    assert_eq!(
+        report.warnings,
+        [
+            "`hidden` has blocks of one channel, which do not rotate; its scale can be merged, and not attached"
+        ]
+    );
+    assert!(!adapter.layers()[0].is_identity());
+    let error = adapter.attach(base::<BoftLinear>()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "wrong: the adapter of `hidden`: its blocks of one channel do not rotate, and a scale alone is not attached; \
+         merge it with the tool `burn-boft`, or in PEFT"
+    );
+}
+
+#[test]
+fn the_old_series_is_told_where_it_is_computed_and_not_of_exact_squares() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft/old");
+    let warnings = |name: &str| Adapter::load(fixtures.join(name)).unwrap().1.warnings;
+    assert_eq!(
+        warnings("oft-neumann-4"),
+        [
+            "the Neumann series of PEFT 0.16 and 0.17 is used with 4 terms (peft_version: none); PEFT 0.18 and later \
+             would compute another from the same numbers"
+        ]
+    );
+    for name in [
+        "oft-square",
+        "oft-square-coft",
+        "oft-square-mlp",
+        "oft-square-share",
+    ] {
+        assert_eq!(warnings(name), Vec::<String>::new(), "{name}");
+    }
+}
+
+#[test]
+fn an_old_square_is_written_when_its_model_has_told_its_kind() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft/old");
+    let (adapter, _) = Adapter::load(fixtures.join("oft-square-conv")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let error = adapter.save(folder.path()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "PEFT's format cannot hold `conv1`: its file does not tell a linear layer from a convolution, whose scales PEFT \
+         stores differently; attach the adapter to its model and extract it there"
+    );
+
+    #[derive(Module, Debug)]
+    struct Model {
+        conv1: Conv2d,
+    }
+    let model = Model {
+        conv1: Conv2dConfig::new([4, 6], [3, 3]).init(&device()),
+    };
+    let model = adapter.attach(model).unwrap();
+    let adapter = Adapter::extract(&model, adapter.config()).unwrap();
+    let folder = saved(&adapter);
+    assert_eq!(
+        shapes(folder.path())[1],
+        ("conv1.boft_s".to_string(), vec![1, 6])
+    );
+}
+
+#[test]
 fn a_shared_square_of_old_becomes_blocks_when_it_meets_its_model() {
     let folder = write(
         &json!({"peft_type": "OFT", "r": 0, "oft_block_size": 4, "block_share": true, "module_dropout": 0.1,
@@ -634,7 +808,7 @@ fn anything_missing_or_unexpected_is_an_error_that_lists_all_of_it() {
     );
     let tensors = fs::read(folder.path().join(TENSORS)).unwrap();
     assert_eq!(
-        refusal(folder.path()),
+        amiss(folder.path()),
         "missing: `base_model.model.hidden.boft_s`\n\
          missing: `base_model.model.output.boft_R`\n\
          unexpected: `base_model.model.emb.oft_embedding_R.weight`: an adapter of an embedding; only linear layers and \
@@ -714,12 +888,61 @@ fn biases_that_an_old_file_lost_are_missing() {
 fn a_module_to_save_without_tensors_is_missing_only_where_the_model_has_it() {
     let json = boft_json(json!({"modules_to_save": ["head", "score"]}));
     let folder = write(&json, &hidden());
-    let (adapter, _) = Adapter::load(folder.path()).unwrap();
+    let (adapter, report) = Adapter::load(folder.path()).unwrap();
+    assert_eq!(
+        report.warnings,
+        ["head", "score"].map(|name| format!(
+            "`modules_to_save` names `{name}`, and the file has nothing of it"
+        ))
+    );
     let error = adapter.attach(base::<BoftLinear>()).unwrap_err();
     assert_eq!(
         error.to_string(),
         "missing: `head.weight`, a part of a module to save\n\
          missing: `head.bias`, a part of a module to save"
+    );
+    let saved = saved(&adapter);
+    assert_eq!(
+        settings(saved.path())["modules_to_save"],
+        json!(["head", "score"])
+    );
+}
+
+#[test]
+fn what_the_settings_name_and_the_file_lacks_is_told_once() {
+    let json = boft_json(json!({
+        "bias": "all", "target_modules": ["hidden", "output", "head", "classifier"],
+        "modules_to_save": ["head", "classifier", "score"]
+    }));
+    let classifier = [
+        ("classifier.weight", vec![5, 12]),
+        ("classifier.bias", vec![5]),
+    ];
+    let folder = write(&json, &[hidden(), classifier.to_vec()].concat());
+    let (adapter, report) = Adapter::load(folder.path()).unwrap();
+    assert_eq!(
+        report.warnings,
+        [
+            "`target_modules` names `output`, and the file has no adapter of it",
+            "`modules_to_save` names `head`, and the file has nothing of it",
+            "the configuration trains biases, and the file has none: the layers have none, or PEFT 0.20 or older \
+             trained them and did not save them",
+        ]
+    );
+    assert_eq!(
+        adapter.config().selection().modules_to_save,
+        ["classifier", "head"],
+        "PEFT names `score` beside `classifier` by itself"
+    );
+    let partial = LoadOptions::new().allow_partial(true);
+    let nothing = write(&json, &classifier);
+    let (_, report) = Adapter::load_with(nothing.path(), &partial).unwrap();
+    assert_eq!(
+        (report.missing, report.warnings),
+        (
+            vec!["the file holds no `boft_R` at all".to_string()],
+            Vec::new()
+        )
     );
 }
 
@@ -941,8 +1164,7 @@ fn hostile_tensor_files_are_errors() {
 
 #[test]
 fn tensors_that_cannot_be_are_all_told() {
-    let boft =
-        |tensors: &[(&str, Vec<usize>)]| refusal(write(&boft_json(json!({})), tensors).path());
+    let boft = |tensors: &[(&str, Vec<usize>)]| amiss(write(&boft_json(json!({})), tensors).path());
     for (shape, why) in [
         (
             vec![6, 4, 4],
@@ -985,7 +1207,7 @@ fn tensors_that_cannot_be_are_all_told() {
         let mut json = json!({"peft_type": "OFT", "oft_block_size": 4, "peft_version": "0.21.2"});
         let object = json.as_object_mut().unwrap();
         object.extend(fields.as_object().unwrap().clone());
-        refusal(write(&json, tensors).path())
+        amiss(write(&json, tensors).path())
     };
     let packed = |shape: &[usize], why: &str| {
         format!("wrong: `base_model.model.hidden.oft_R.weight` is {shape:?}: {why}")
@@ -1302,8 +1524,11 @@ fn two_rotations_fit_no_fused_layer() {
         .with_key_map(KeyMap::dinov2(Transformers::V5))
         .allow_partial(true);
     let error = Adapter::load_with(folder.path(), &names).unwrap_err();
+    let LoadError::Mismatch { mismatch, .. } = error else {
+        panic!("{error}");
+    };
     assert_eq!(
-        error.to_string(),
+        mismatch.to_string(),
         "wrong: `encoder.layer.0.mlp.gate_proj` and `encoder.layer.0.mlp.up_proj` are one layer here, \
          `encoder.layer.0.mlp.weights_in`, and one layer has one rotation where theirs differ; merge the adapter in \
          PEFT instead\n\

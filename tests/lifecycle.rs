@@ -21,7 +21,7 @@ use burn_boft::{
     unload,
 };
 use common::models::{
-    INPUT, Layer, Net, OUTPUT, distance, gradients, linear, numbers, rows, trainable,
+    INPUT, Layer, Net, OUTPUT, distance, gradients, linear, numbers, rows, set, trainable,
 };
 use common::{devices, host};
 
@@ -465,6 +465,27 @@ fn a_thousand_steps_keep_every_rotation_orthogonal() {
             let energy = layer.energy_after / layer.energy_before - 1.0;
             assert!(energy.abs() <= 1e-5, "{backend}: {layer:?}");
         }
+    }
+}
+
+#[test]
+fn a_number_that_is_none_shows_in_every_measurement() {
+    for (backend, device) in devices() {
+        let model = inject(Net::<BoftLinear>::new(1, &device), config()).unwrap();
+        let model = set(model, "hidden.weight.boft.skew", |mut numbers| {
+            numbers[3] = f64::NAN;
+            numbers
+        });
+        let layer = &diagnose(&model).layers[0];
+        for number in [
+            layer.orthogonality_defect,
+            layer.skew_norm,
+            layer.largest_angle,
+            layer.energy_after,
+        ] {
+            assert!(number.is_nan(), "{backend}: {layer:?}");
+        }
+        assert!(layer.energy_before.is_finite());
     }
 }
 

@@ -159,10 +159,10 @@ impl Method {
             Self::Cayley => {
                 let skews = skews(&model);
                 Box::new(move || {
-                    for (skew, b) in &skews {
-                        let blocks = Blocks::cayley(skew.clone(), *b).values();
-                        std::hint::black_box(blocks.sum().backward());
-                    }
+                    let sums = skews
+                        .iter()
+                        .map(|(skew, b)| Blocks::cayley(skew.clone(), *b).values().sum());
+                    std::hint::black_box(sums.reduce(Tensor::add).map(|sum| sum.backward()));
                     device.sync().expect("the device finishes its work");
                 })
             }

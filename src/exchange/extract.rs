@@ -3,11 +3,11 @@
 use std::collections::{HashMap, HashSet};
 
 use burn::module::{Module, ModuleVisitor, Param};
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::tensor::{Tensor, TensorData};
 use serde_json::Map;
 
 use super::Adapter;
-use super::layer::{AdapterLayer, SavedTensor, data, values, wide};
+use super::layer::{AdapterLayer, SavedTensor, data, is_float, values, wide};
 use crate::adapter::AdapterSettings;
 use crate::config::AdapterConfig;
 use crate::error::ExtractError;
@@ -216,7 +216,7 @@ impl ModuleVisitor for Reader<'_> {
         };
         let tensor = param.base();
         let dtype = tensor.dtype();
-        if !matches!(dtype, DType::F64 | DType::F32 | DType::F16 | DType::BF16) {
+        if !is_float(dtype) {
             self.refused.get_or_insert(ExtractError::DType {
                 path: parameter.path.clone(),
                 dtype,

@@ -40,6 +40,15 @@ pub struct KeyMap {
     fused: Vec<Fused>,
 }
 
+/// Where a module may be, by [`KeyMap::places`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The path of the module that it is, or is a part of.
+    pub module: String,
+    /// Which part, of how many equal shares of the output: `(0, 1)` is the whole.
+    pub part: (usize, usize),
+}
+
 /// A layer of the model that is several layers in the file, halves of its output one after the other.
 #[derive(Debug, Clone)]
 struct Fused {
@@ -148,6 +157,26 @@ impl KeyMap {
             written: true,
         });
         self
+    }
+
+    /// Where a module may be when it is not said whose naming is in use: its own name first.
+    ///
+    /// # Errors
+    ///
+    /// [`KeyMapError::Undecided`] where a pattern has no answer.
+    pub fn places(&self, module: &str) -> Result<Vec<Place>, KeyMapError> {
+        let place = |module: String, part| Place { module, part };
+        let mut places = vec![place(module.to_string(), (0, 1))];
+        for name in [self.model_path(module)?, apply(&self.aliases, module)?] {
+            if name != module {
+                places.push(place(name, (0, 1)));
+            }
+        }
+        if let Some(part) = self.part(module) {
+            let whole = self.model_path(&part.whole)?;
+            places.push(place(whole, (part.index, part.parts.len())));
+        }
+        Ok(places)
     }
 
     /// The path in the model of a module of the file, or of the whole that it is a part of.
@@ -259,7 +288,7 @@ pub(crate) fn join(front: &str, name: &str) -> String {
 }
 
 /// Whether a path ends with an ending, at a dot.
-fn ends_with(path: &str, ending: &str) -> bool {
+pub(crate) fn ends_with(path: &str, ending: &str) -> bool {
     path.strip_suffix(ending)
         .is_some_and(|front| front.is_empty() || front.ends_with('.'))
 }
@@ -317,6 +346,36 @@ mod tests {
             assert_eq!(names.part("gate_proj"), None, "of no mlp");
             assert_eq!(names.part(&path("mlp.gate_project")), None);
             assert_eq!(names.part(&whole), None);
+        }
+    }
+
+    #[test]
+    fn a_module_is_looked_for_under_all_its_names() {
+        let names = KeyMap::dinov2(Transformers::V5);
+        let place = |ending: &str, part| Place {
+            module: path(ending),
+            part,
+        };
+        let whole = |ending: &str| place(ending, (0, 1));
+        for (ending, expected) in [
+            (
+                "attention.q_proj",
+                vec![
+                    whole("attention.q_proj"),
+                    whole("attention.attention.query"),
+                ],
+            ),
+            (
+                "mlp.weights_out",
+                vec![whole("mlp.weights_out"), whole("mlp.down_proj")],
+            ),
+            (
+                "mlp.up_proj",
+                vec![whole("mlp.up_proj"), place("mlp.weights_in", (1, 2))],
+            ),
+            ("mlp.weights_in", vec![whole("mlp.weights_in")]),
+        ] {
+            assert_eq!(names.places(&path(ending)).unwrap(), expected);
         }
     }
 

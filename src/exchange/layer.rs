@@ -2,6 +2,8 @@
 
 use burn::tensor::{DType, TensorData};
 
+use super::layout::block_size;
+use crate::error::Mismatch;
 use crate::ops::upper_triangle;
 use crate::plan::{ButterflyPlan, LayerKind, fits};
 
@@ -18,6 +20,57 @@ pub struct AdapterLayer {
 }
 
 impl AdapterLayer {
+    /// A layer of packed numbers: `skew` is `[m, n, b(b−1)/2]`, `scale` is `[o]`.
+    ///
+    /// # Errors
+    ///
+    /// [`Mismatch`]: shapes that no adapter has, and numbers that are not floats.
+    pub fn new(
+        path: impl Into<String>,
+        kind: Option<LayerKind>,
+        skew: TensorData,
+        scale: Option<TensorData>,
+    ) -> Result<Self, Mismatch> {
+        let path = path.into();
+        let wrong = |data: &TensorData, why: String| Mismatch {
+            wrong: vec![format!(
+                "the adapter of `{path}` has numbers {:?} {:?}: {why}",
+                &**data.shape(),
+                data.dtype()
+            )],
+            ..Mismatch::default()
+        };
+        for data in [Some(&skew), scale.as_ref()].into_iter().flatten() {
+            if !is_float(data.dtype()) {
+                return Err(wrong(data, "an adapter computes with floats".into()));
+            }
+        }
+        let [m, n, packed] = skew.shape()[..] else {
+            let why = "factors, blocks and packed numbers are three axes";
+            return Err(wrong(&skew, why.into()));
+        };
+        let b = block_size(packed)
+            .ok_or_else(|| wrong(&skew, format!("no block has {packed} numbers, b(b−1)/2")))?;
+        let is_rotation = || b == 1 || n.checked_mul(b).is_some_and(|d| fits(d, b, m));
+        if m == 0 || n == 0 || !is_rotation() {
+            let why = format!("{} of block size {b} and {n} blocks do not fit", factors(m));
+            return Err(wrong(&skew, why));
+        }
+        if let Some(scale) = scale.as_ref().filter(|scale| scale.rank() != 1) {
+            return Err(wrong(scale, "a scale has one axis".into()));
+        }
+        let dtype = wide(skew.dtype());
+        Ok(Self {
+            path,
+            kind,
+            block_size: b,
+            block_share: false,
+            d_output: scale.as_ref().map(TensorData::num_elements),
+            skew: skew.convert_dtype(dtype),
+            scale: scale.map(|scale| scale.convert_dtype(dtype)),
+        })
+    }
+
     /// The layer's dotted path in the model.
     pub fn path(&self) -> &str {
         &self.path
@@ -65,10 +118,16 @@ impl AdapterLayer {
         self.scale.as_ref()
     }
 
-    /// Whether it is an adapter at all: blocks of one channel, which PEFT's OFT makes where no other size
-    /// fits, are the identity.
+    /// Whether its sizes leave the weight as it is: blocks of one channel, which PEFT's OFT makes where no other
+    /// size fits, and no scale but ones.
     pub fn is_identity(&self) -> bool {
-        self.block_size < 2
+        let is_one = |scale: &TensorData| scale.iter::<f64>().all(|scale| scale == 1.0);
+        !self.rotates() && self.scale.as_ref().is_none_or(is_one)
+    }
+
+    /// Whether blocks have more than one channel.
+    pub(crate) fn rotates(&self) -> bool {
+        self.block_size > 1
     }
 
     /// The sizes of the rotation in a layer of these widths, or why there are none.
@@ -77,6 +136,13 @@ impl AdapterLayer {
         d_input: usize,
         d_output: usize,
     ) -> Result<ButterflyPlan, String> {
+        if !self.rotates() {
+            return Err(
+                "its blocks of one channel do not rotate, and a scale alone is not attached; merge it with the tool \
+                 `burn-boft`, or in PEFT"
+                    .to_string(),
+            );
+        }
         let (b, m) = (self.block_size, self.n_butterfly_factor());
         match self.d_input() {
             Some(d) if d != d_input => {
@@ -120,6 +186,15 @@ pub struct SavedTensor {
 }
 
 impl SavedTensor {
+    /// A tensor of a module, named and turned as PyTorch's is.
+    pub fn new(module: impl Into<String>, name: impl Into<String>, data: TensorData) -> Self {
+        Self {
+            module: module.into(),
+            name: name.into(),
+            data,
+        }
+    }
+
     /// The dotted path in the model of the module that owns it.
     pub fn module(&self) -> &str {
         &self.module
@@ -174,6 +249,11 @@ pub(crate) fn values(data: &TensorData) -> Vec<f64> {
 /// Data of a float precision.
 pub(crate) fn data(values: Vec<f64>, shape: Vec<usize>, dtype: DType) -> TensorData {
     TensorData::new(values, shape).convert_dtype(dtype)
+}
+
+/// Whether a precision is one of floats that files hold.
+pub(crate) fn is_float(dtype: DType) -> bool {
+    matches!(dtype, DType::F64 | DType::F32 | DType::F16 | DType::BF16)
 }
 
 /// The precision that adapters compute in: f32 or f64.

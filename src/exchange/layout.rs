@@ -5,8 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use burn::tensor::{DType, TensorData};
 use serde_json::{Map, Value};
 
+use super::config_json::warn_of_old_series;
 use super::fused::to_model_names;
-use super::keymap::{KeyMap, join, split};
+use super::keymap::{KeyMap, ends_with, join, split};
 use super::layer::{AdapterLayer, SavedTensor, data, factors, pack, values, wide};
 use super::report::LoadReport;
 use crate::config::{AdapterConfig, Bias, Block, BoftConfig, OftConfig, Selection, TargetModules};
@@ -76,6 +77,7 @@ pub(crate) fn parse(
 ) -> Result<Parsed, KeyMapError> {
     let selection = config.selection().clone();
     let is_boft = matches!(config, AdapterConfig::Boft(_));
+    let adapted = adapted(tensors.keys());
     let mut sorted = Sorted::default();
     for (key, data) in tensors {
         sorted.sort(key, data, is_boft, &selection, report, mismatch);
@@ -87,8 +89,12 @@ pub(crate) fn parse(
         mismatch,
         squares: false,
     };
-    let mut layers: Vec<_> = sorted
-        .slots
+    let Sorted {
+        slots,
+        mut tensors,
+        saved,
+    } = sorted;
+    let mut layers: Vec<_> = slots
         .into_iter()
         .filter_map(|(path, slots)| reader.read(path, slots))
         .collect();
@@ -106,11 +112,22 @@ pub(crate) fn parse(
     }
     let mut config = reader.config;
     let (report, mismatch) = (reader.report, reader.mismatch);
-    check_biases(&layers, &mut sorted.tensors, mismatch);
+    // Of squares the map is exact, whatever a version that had no polynomial does not say.
+    report.warnings.extend(warn_of_old_series(&config, json));
+    // A file without any layer is told as that.
+    if !adapted.is_empty() {
+        warn_of_lost(&selection, &adapted, &tensors, &saved, report);
+    }
+    check_biases(&layers, &tensors, mismatch);
     reconcile(&mut config, &layers, report);
-    let mut tensors = sorted.tensors;
     to_model_names(names, &mut layers, &mut tensors, mismatch)?;
-    name_in_model(config.selection_mut(), names, &layers, &sorted.saved)?;
+    let lost = lost_modules(&selection, &saved);
+    name_in_model(
+        config.selection_mut(),
+        names,
+        &layers,
+        saved.iter().chain(lost),
+    )?;
     Ok(Parsed {
         config,
         layers,
@@ -206,6 +223,64 @@ impl Sorted {
     }
 }
 
+/// The modules that the keys of a file adapt, whether or not their tensors can be used.
+fn adapted<'a>(keys: impl Iterator<Item = &'a String>) -> BTreeSet<String> {
+    let module = |key: &'a String| match leaf(key.strip_prefix(PREFIX)?) {
+        (_, Leaf::Base(_) | Leaf::Other(_)) => None,
+        (module, _) => Some(module.to_string()),
+    };
+    keys.filter_map(module).collect()
+}
+
+/// Warns of what the settings name and the file has nothing of: PEFT passes over it.
+fn warn_of_lost(
+    selection: &Selection,
+    adapted: &BTreeSet<String>,
+    tensors: &[SavedTensor],
+    saved: &BTreeSet<String>,
+    report: &mut LoadReport,
+) {
+    let warnings = &mut report.warnings;
+    if let Some(TargetModules::Names(names)) = &selection.target_modules {
+        let is_lost = |name: &&String| {
+            !adapted.iter().any(|path| ends_with(path, name))
+                && saved_by(&selection.modules_to_save, name).is_none()
+        };
+        warnings.extend(names.iter().filter(is_lost).map(|name| {
+            format!("`target_modules` names `{name}`, and the file has no adapter of it")
+        }));
+    }
+    let lost = lost_modules(selection, saved);
+    warnings.extend(
+        lost.map(|name| {
+            format!("`modules_to_save` names `{name}`, and the file has nothing of it")
+        }),
+    );
+    let is_trained = |tensor: &SavedTensor| {
+        tensor.name == "bias" && saved_by(&selection.modules_to_save, &tensor.module).is_none()
+    };
+    if selection.bias != Bias::None && !tensors.iter().any(is_trained) {
+        warnings.push(
+            "the configuration trains biases, and the file has none: the layers have none, or PEFT 0.20 or older \
+             trained them and did not save them"
+                .to_string(),
+        );
+    }
+}
+
+/// The modules to save that the file has nothing of.
+fn lost_modules<'a>(
+    selection: &'a Selection,
+    saved: &BTreeSet<String>,
+) -> impl Iterator<Item = &'a String> {
+    /// PEFT names both where it trains a classifier, and a model has one.
+    const HEADS: [&str; 2] = ["classifier", "score"];
+    let is_found = |name: &str| saved.iter().any(|path| path.ends_with(name));
+    let has_head = HEADS.into_iter().any(is_found);
+    let names = selection.modules_to_save.iter();
+    names.filter(move |name| !(is_found(name) || has_head && HEADS.contains(&name.as_str())))
+}
+
 /// Whether PEFT's wrapper of a saved module put this path into the file.
 fn is_stray(module: &str) -> bool {
     matches!(split(module).1, "modules_to_save" | "original_module")
@@ -228,7 +303,11 @@ fn saved_by(modules_to_save: &[String], module: &str) -> Option<String> {
 }
 
 /// Biases of layers that are not adapted belong to `Bias::All`.
-fn check_biases(layers: &[AdapterLayer], tensors: &mut [SavedTensor], mismatch: &mut Mismatch) {
+pub(super) fn check_biases(
+    layers: &[AdapterLayer],
+    tensors: &[SavedTensor],
+    mismatch: &mut Mismatch,
+) {
     for tensor in tensors {
         let layer = layers.iter().find(|layer| layer.path == tensor.module);
         if let Some(o) = layer.and_then(|layer| layer.d_output)
@@ -301,9 +380,13 @@ impl LayerReader<'_> {
             }
         };
         let layer = layer.map_err(|why| self.mismatch.wrong.push(why)).ok()?;
-        if layer.is_identity() {
+        if !layer.rotates() {
+            let rest = match layer.is_identity() {
+                true => "nothing is attached there",
+                false => "its scale can be merged, and not attached",
+            };
             self.report.warnings.push(format!(
-                "`{path}` has blocks of one channel, which do not rotate; nothing is attached there"
+                "`{path}` has blocks of one channel, which do not rotate; {rest}"
             ));
         }
         let numbers = [Some(&layer.skew), layer.scale.as_ref()];
@@ -503,14 +586,18 @@ fn read_scale(
 }
 
 /// The block size whose strict upper triangle has this many numbers; no numbers are blocks of one.
-fn block_size(packed: usize) -> Option<usize> {
+pub(super) fn block_size(packed: usize) -> Option<usize> {
     let root = packed.checked_mul(8)?.checked_add(1)?.isqrt();
     let b = root.div_ceil(2);
     (b > 0 && b.checked_mul(b - 1)? / 2 == packed).then_some(b)
 }
 
 /// Lets the configuration say what the tensors are: they decide, and the report tells.
-fn reconcile(config: &mut AdapterConfig, layers: &[AdapterLayer], report: &mut LoadReport) {
+pub(super) fn reconcile(
+    config: &mut AdapterConfig,
+    layers: &[AdapterLayer],
+    report: &mut LoadReport,
+) {
     if let AdapterConfig::Boft(boft) = config {
         let said = boft.n_butterfly_factor;
         let differ = layers
@@ -576,14 +663,13 @@ fn same<T: PartialEq>(mut values: impl Iterator<Item = T>) -> Option<T> {
 }
 
 /// Says in the model's names which layers are adapted and which modules are saved.
-fn name_in_model(
+fn name_in_model<'a>(
     selection: &mut Selection,
     names: &KeyMap,
     layers: &[AdapterLayer],
-    saved: &BTreeSet<String>,
+    saved: impl Iterator<Item = &'a String>,
 ) -> Result<(), KeyMapError> {
     selection.modules_to_save = saved
-        .iter()
         .map(|name| names.model_path(name))
         .collect::<Result<_, _>>()?;
     if !names.is_identity() {

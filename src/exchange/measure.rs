@@ -53,10 +53,7 @@ impl Adapter {
     fn measure_rotation(&self, layer: &AdapterLayer, device: &Device) -> Option<[f64; 3]> {
         // One block stands for all that share it.
         let d_input = layer.d_input().unwrap_or(layer.block_size);
-        let butterfly = layer
-            .butterfly(d_input, layer.d_output.unwrap_or(1))
-            .ok()
-            .filter(|_| !layer.is_identity())?;
+        let butterfly = layer.butterfly(d_input, layer.d_output.unwrap_or(1)).ok()?;
         if !values(&layer.skew).iter().all(|value| value.is_finite()) {
             return Some([f64::NAN; 3]);
         }

@@ -16,12 +16,12 @@ mod write;
 
 use std::path::Path;
 
-use burn::tensor::{Device, FloatDType, Tensor};
+use burn::tensor::{DType, Device, FloatDType, Tensor};
 use serde_json::{Map, Value};
 
 #[cfg(feature = "train")]
 pub use checkpoint::AdapterCheckpointer;
-pub use keymap::{KeyMap, Transformers};
+pub use keymap::{KeyMap, Place, Transformers};
 pub use layer::{AdapterLayer, SavedTensor};
 pub use measure::LayerMeasure;
 pub use report::LoadReport;
@@ -136,6 +136,57 @@ impl SaveOptions {
 }
 
 impl Adapter {
+    /// Makes an adapter of settings and numbers that are in no file of PEFT's.
+    ///
+    /// The numbers say how many factors and which block sizes there are, and the settings follow.
+    ///
+    /// # Errors
+    ///
+    /// [`Mismatch`]: layers that the kind of adapter does not have, biases that do not fit their layer, and tensors
+    /// that no file keeps.
+    pub fn from_parts(
+        config: impl Into<AdapterConfig>,
+        mut layers: Vec<AdapterLayer>,
+        tensors: Vec<SavedTensor>,
+    ) -> Result<Self, Mismatch> {
+        let mut config = config.into();
+        let mut mismatch = Mismatch::default();
+        if let AdapterConfig::Oft(oft) = &config {
+            for layer in &mut layers {
+                let [m, rows, _] = layer.skew.shape().dims::<3>();
+                if m != 1 || layer.scale.is_some() || (oft.block_share && rows != 1) {
+                    mismatch.wrong.push(format!(
+                        "the adapter of `{}` has a scale, several factors or blocks that are not shared, and the \
+                         settings say OFT without",
+                        layer.path
+                    ));
+                }
+                layer.block_share = oft.block_share;
+            }
+        }
+        for tensor in &tensors {
+            let (module, name, dtype) = (&tensor.module, &tensor.name, tensor.data.dtype());
+            if !layer::is_float(dtype) && dtype != DType::I64 {
+                let why = format!("`{module}.{name}` is {dtype:?}, which no file keeps");
+                mismatch.wrong.push(why);
+            }
+        }
+        layout::check_biases(&layers, &tensors, &mut mismatch);
+        if !mismatch.is_empty() {
+            return Err(mismatch);
+        }
+        layout::reconcile(&mut config, &layers, &mut LoadReport::default());
+        let mut adapter = Self {
+            config,
+            layers,
+            tensors,
+            about: Map::new(),
+            promised: None,
+        };
+        adapter.sort();
+        Ok(adapter)
+    }
+
     /// Reads the folder of an adapter that PEFT or [`Adapter::save`] wrote.
     ///
     /// The tensors say how many factors and which block sizes there are; where the configuration says
@@ -189,26 +240,23 @@ impl Adapter {
         let parsed = layout::parse(config, &json, tensors, &options.names, found)?;
         let strict = !options.allow_partial || !mismatch.wrong.is_empty();
         if strict && !mismatch.is_empty() {
-            return Err(mismatch.into());
+            let path = folder.join(files::TENSORS);
+            return Err(LoadError::Mismatch { path, mismatch });
         }
         report.missing = mismatch.missing;
         report.unexpected = mismatch.unexpected;
-        let about = config_json::ABOUT
-            .iter()
-            .filter_map(|key| Some((key.to_string(), json.get(*key)?.clone())))
-            .collect();
         let mut adapter = Self {
             config: parsed.config,
             layers: parsed.layers,
             tensors: parsed.tensors,
-            about,
+            about: Map::new(),
             promised: Some(Promise {
                 selection,
                 names: options.names.clone(),
             }),
         };
         adapter.sort();
-        Ok((adapter, report))
+        Ok((adapter.with_about(&json), report))
     }
 
     /// Writes the folder of an adapter for PEFT 0.18 and later.
@@ -307,6 +355,28 @@ impl Adapter {
         &self.tensors
     }
 
+    /// The settings as PEFT's `adapter_config.json` says them.
+    pub fn settings(&self) -> Map<String, Value> {
+        let settings = config_json::write(&self.config, &self.about).into_iter();
+        settings
+            .map(|(key, value)| (key.to_string(), value))
+            .collect()
+    }
+
+    /// Where it comes from, as PEFT's settings say it: the model that it is for, its revision, the task.
+    pub fn about(&self) -> &Map<String, Value> {
+        &self.about
+    }
+
+    /// Takes over from PEFT's settings where it comes from; other settings are left out.
+    pub fn with_about(mut self, settings: &Map<String, Value>) -> Self {
+        let about = config_json::ABOUT
+            .iter()
+            .filter_map(|key| Some((key.to_string(), settings.get(*key)?.clone())));
+        self.about = about.collect();
+        self
+    }
+
     /// PEFT's `base_model_name_or_path`: the model that the adapter is for.
     pub fn base_model(&self) -> Option<&str> {
         self.about.get("base_model_name_or_path")?.as_str()
@@ -331,7 +401,7 @@ impl Adapter {
         [d_input, d_output]: [usize; 2],
         device: &Device,
     ) -> Result<Option<Blocks>, Mismatch> {
-        if layer.is_identity() {
+        if !layer.rotates() {
             return Ok(None);
         }
         let butterfly = layer.butterfly(d_input, d_output).map_err(|why| Mismatch {

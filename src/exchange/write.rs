@@ -119,6 +119,14 @@ fn write_boft(layer: &AdapterLayer, parts: usize) -> Result<Entries, String> {
             scale.len()
         ));
     }
+    // One number has the same shape in either.
+    if layer.kind.is_none() && scale.len() > 1 {
+        return Err(
+            "its file does not tell a linear layer from a convolution, whose scales PEFT stores differently; attach the \
+             adapter to its model and extract it there"
+                .to_string(),
+        );
+    }
     let each = scale.len() / parts;
     let scales = scale.chunks(each.max(1)).map(|scale| {
         let shape = match layer.kind {

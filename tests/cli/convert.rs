@@ -324,6 +324,59 @@ fn oft_with_the_exact_map_is_boft_with_one_factor_and_a_scale_of_ones() {
     }
 }
 
+/// PEFT 0.14 and 0.15 wrote one block for a layer on request, and it is read as BOFT, which has no such setting.
+#[test]
+fn a_block_that_a_layer_shares_stays_one_or_is_refused() {
+    let case = Case::open("old/oft-square-share");
+    let folder = case.folder();
+    let mut tensors = read(&case.adapter.join("adapter_model.safetensors"));
+    for (key, tensor) in &mut tensors {
+        if key.ends_with("oft_s") {
+            tensor.numbers.fill(1.0);
+        }
+    }
+    let config = read_json(&case.adapter.join("adapter_config.json"));
+    write_adapter(&folder.path().join("shared"), &config, &tensors);
+    let convert = |input: &str, to: &str, output: &str| {
+        let arguments = [
+            "convert",
+            input,
+            "--to",
+            to,
+            "--output",
+            output,
+            "--base",
+            "base.safetensors",
+        ];
+        run(folder.path(), &arguments)
+    };
+    assert_eq!(convert("shared", "oft", "oft").code, 0);
+    let settings = read_json(&folder.path().join("oft/adapter_config.json"));
+    assert_eq!(settings["block_share"], true);
+    let expected = merged(folder.path(), "shared");
+    assert_models(&merged(folder.path(), "oft"), &expected, 1e-6, "oft");
+    assert!(expected != case.base);
+
+    let refused = convert("shared", "record", "a.bpk");
+    assert_eq!(refused.code, 2);
+    assert!(
+        refused.stderr.ends_with(
+            "error: `layer` has one block for all its channels, as PEFT 0.14 and 0.15 shared it, and BOFT's settings \
+             cannot say that; convert it with --to peft --base first\n"
+        ),
+        "{}",
+        refused.stderr
+    );
+    for (input, to, output) in [
+        ("shared", "peft", "whole"),
+        ("whole", "record", "b.bpk"),
+        ("b.bpk", "peft", "back"),
+    ] {
+        assert_eq!(convert(input, to, output).code, 0, "{input}");
+    }
+    assert_models(&merged(folder.path(), "back"), &expected, 1e-6, "record");
+}
+
 #[test]
 fn what_means_something_else_is_refused() {
     for (name, to, expected) in [
@@ -481,6 +534,63 @@ fn a_lora_of_full_rank_is_the_adapter_and_a_lower_one_leaves_out_what_is_said() 
     }
 }
 
+/// The LoRA keeps the names of the adapter, and its changes are those of the layers that the rules find.
+#[test]
+fn rules_find_the_layers_of_a_lora_in_the_model() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/dinov2");
+    let folder = tempfile::tempdir().unwrap();
+    let (base, expected) = (
+        read(&fixtures.join("base.safetensors")),
+        read(&fixtures.join("merged.safetensors")),
+    );
+    write(&folder.path().join("base.safetensors"), &base);
+    let adapter = fixtures.join("transformers-5");
+    let convert = [
+        "convert",
+        adapter.to_str().unwrap(),
+        "--to-lora",
+        "12",
+        "--base",
+        "base.safetensors",
+        "--output",
+        "lora",
+        "--map",
+        "dinov2",
+    ];
+    succeed(folder.path(), &convert);
+    let lora = read(&folder.path().join("lora/adapter_model.safetensors"));
+    let path = |key: &str| {
+        let module = key.strip_suffix(".lora_A.weight")?;
+        Some(module.strip_prefix("base_model.model.")?.to_string())
+    };
+    let mut paths: Vec<_> = lora.keys().filter_map(|key| path(key)).collect();
+    let file = read(&adapter.join("adapter_model.safetensors"));
+    let adapted = file.keys().filter_map(|key| {
+        let module = key.strip_suffix(".boft_R")?;
+        Some(module.strip_prefix("base_model.model.")?.to_string())
+    });
+    assert_eq!(paths, adapted.collect::<Vec<_>>());
+    paths.retain(|path| path.contains(".mlp."));
+
+    // The two halves of the layer that the file has in one.
+    for (half, part) in ["gate_proj", "up_proj"].iter().enumerate() {
+        let path = paths.iter().find(|path| path.ends_with(part)).unwrap();
+        let whole = path.replace(part, "weights_in.weight");
+        let rows = |tensors: &Tensors| {
+            let whole = &tensors[&whole];
+            let [o, d] = [whole.shape[0] / 2, whole.shape[1]];
+            let numbers = whole.numbers[half * o * d..(half + 1) * o * d].to_vec();
+            Tensor::new(&[o, d], numbers)
+        };
+        let layer = [(format!("{path}.weight"), rows(&base))].into();
+        let mut own = lora.clone();
+        own.retain(|key, _| key.contains(path.as_str()));
+        let found = &with_lora(&layer, &own, 12)[&format!("{path}.weight")];
+        assert!(difference(found, &rows(&expected)) < 1e-5, "{path}");
+        assert!(difference(&rows(&base), &rows(&expected)) > 0.01, "{path}");
+    }
+}
+
 #[test]
 fn what_is_saved_travels_with_a_lora() {
     let case = Case::open("cases/boft-mlp-bias-only-saved");
@@ -509,6 +619,33 @@ fn what_is_saved_travels_with_a_lora() {
     assert_eq!(
         (&config["bias"], &config["modules_to_save"]),
         (&json!("lora_only"), &json!(["classifier"]))
+    );
+}
+
+#[test]
+fn what_pytorch_itself_calls_gamma_is_in_no_record() {
+    let case = Case::open("cases/boft-mlp-saved-batch-norm");
+    let folder = case.folder();
+    let tensors = read(&case.adapter.join("adapter_model.safetensors")).into_iter();
+    let tensors = tensors.map(|(key, tensor)| (key.replace("norm.weight", "norm.gamma"), tensor));
+    let config = read_json(&case.adapter.join("adapter_config.json"));
+    write_adapter(&folder.path().join("gamma"), &config, &tensors.collect());
+    assert_eq!(
+        refused(
+            folder.path(),
+            &[
+                "convert",
+                "gamma",
+                "--to",
+                "record",
+                "--output",
+                "a.bpk",
+                "--base",
+                "base.safetensors"
+            ]
+        ),
+        "`norm.gamma` has a name that means `weight` in Burn's norms, and would come back as that; keep the adapter in \
+         PEFT's folder"
     );
 }
 

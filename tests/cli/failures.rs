@@ -382,6 +382,42 @@ fn bases_without_the_layer_or_with_another() {
     );
 }
 
+/// Suggestions are looked for as often as they are shown, not for every layer: that took minutes here.
+#[test]
+fn a_wrong_prefix_in_a_large_model_is_told_at_once() {
+    const LAYERS: usize = 5000;
+    let folder = tempfile::tempdir().unwrap();
+    let name = |layer: usize| format!("layers.{layer}.self_attn.q_proj");
+    let base = (0..LAYERS).map(|layer| {
+        let key = format!("model.{}.weight", name(layer));
+        (key, Tensor::new(&[1, 2], vec![1.0, 2.0]))
+    });
+    write(&folder.path().join("base.safetensors"), &base.collect());
+    let config = json!({"peft_type": "OFT", "oft_block_size": 2, "target_modules": ["q_proj"], "peft_version": "0.21.2"});
+    let adapter = (0..LAYERS).map(|layer| {
+        let key = format!("base_model.model.{}.oft_R.weight", name(layer));
+        (key, Tensor::new(&[1, 1], vec![0.5]))
+    });
+    write_adapter(&folder.path().join("adapter"), &config, &adapter.collect());
+    let start = std::time::Instant::now();
+    let line = refused(
+        folder.path(),
+        &[
+            "merge",
+            "--base",
+            "base.safetensors",
+            "--adapter",
+            "adapter",
+            "--dry-run",
+        ],
+    );
+    let first = "base.safetensors: the adapter of `layers.0.self_attn.q_proj` has no `layers.0.self_attn.q_proj.weight`; \
+                 it has `model.layers.0.self_attn.q_proj.weight`, ";
+    assert!(line.starts_with(first), "{line}");
+    assert!(line.ends_with("; and 4997 more"), "{line}");
+    assert!(start.elapsed().as_secs() < 20, "{:?}", start.elapsed());
+}
+
 #[test]
 fn trained_biases_without_a_place() {
     let case = Case::open("cases/boft-mlp-bias-only");
@@ -414,6 +450,94 @@ fn trained_biases_without_a_place() {
         merge(base),
         "base.safetensors: `fc1.bias` is [7] F32, and the adapter's `fc1.bias` is [20] F32"
     );
+}
+
+#[test]
+fn saved_modules_without_a_place_of_their_own() {
+    let case = Case::open("cases/boft-mlp-saved-classifier");
+    let folder = case.folder();
+    let merge = |base: &Tensors, adapter: &str, rules: &[&str]| {
+        write(&folder.path().join("base.safetensors"), base);
+        let arguments = [
+            "merge",
+            "--base",
+            "base.safetensors",
+            "--adapter",
+            adapter,
+            "--output",
+            "out",
+        ];
+        refused(folder.path(), &[&arguments, rules].concat())
+    };
+
+    // Two new heads under one name.
+    let prefix = "base_model.model";
+    let mut tensors = read(&case.adapter.join("adapter_model.safetensors"));
+    for name in ["weight", "bias"] {
+        let classifier = tensors[&format!("{prefix}.classifier.{name}")].clone();
+        tensors.insert(format!("{prefix}.score.{name}"), classifier);
+    }
+    let mut config = read_json(&case.adapter.join("adapter_config.json"));
+    config["modules_to_save"] = json!(["classifier", "score"]);
+    write_adapter(&folder.path().join("two"), &config, &tensors);
+    let mut headless = case.base.clone();
+    headless.retain(|key, _| !key.starts_with("classifier."));
+    assert_eq!(
+        merge(&headless, "two", &["--map", "classifier|score=head"]),
+        "base.safetensors: two parts of the adapter change `head.bias`; base.safetensors: two parts of the adapter \
+         change `head.weight`"
+    );
+
+    // A head that the model has under a longer name.
+    let longer = case.base.iter();
+    let longer = longer.map(|(key, tensor)| (format!("model.{key}"), tensor.clone()));
+    assert_eq!(
+        merge(
+            &longer.collect(),
+            case.adapter(),
+            &["--map", "^fc=model.fc"]
+        ),
+        "base.safetensors: the adapter's `classifier.bias` has no `classifier.bias`; it has `model.classifier.bias`, \
+         `model.fc1.bias`, `model.fc2.bias`; --map bridges names; base.safetensors: the adapter's `classifier.weight` \
+         has no `classifier.weight`; it has `model.classifier.weight`, `model.fc1.weight`, `model.fc2.weight`; --map \
+         bridges names"
+    );
+
+    // Heads for other classes have other rows, and nothing else.
+    for shape in [&[5, 15][..], &[80], &[5, 16, 1]] {
+        let mut other = case.base.clone();
+        other.insert("classifier.weight".into(), Tensor::random(shape, 1));
+        assert_eq!(
+            merge(&other, case.adapter(), &[]),
+            format!(
+                "base.safetensors: `classifier.weight` is {shape:?} F32, and the adapter's `classifier.weight` is [5, 16] \
+                 F32"
+            )
+        );
+    }
+}
+
+#[test]
+fn counts_of_another_precision() {
+    let case = Case::open("cases/boft-mlp-saved-batch-norm");
+    let folder = case.folder();
+    let mut base = case.base.clone();
+    let key = "norm.num_batches_tracked";
+    base.get_mut(key).unwrap().dtype = Dtype::I32;
+    write(&folder.path().join("base.safetensors"), &base);
+    let merge = [
+        "merge",
+        "--base",
+        "base.safetensors",
+        "--adapter",
+        case.adapter(),
+    ];
+    for last in [&["--dry-run"][..], &["--output", "out"]] {
+        assert_eq!(
+            refused(folder.path(), &[&merge, last].concat()),
+            format!("base.safetensors: `{key}` is [] I32, and the adapter's `{key}` is [] I64")
+        );
+    }
 }
 
 #[test]

@@ -106,6 +106,7 @@ impl Tensor {
             Dtype::F16 => each.flat_map(|x| f16::from_f64(x).to_le_bytes()).collect(),
             Dtype::BF16 => each.flat_map(|x| bf16::from_f64(x).to_le_bytes()).collect(),
             Dtype::I64 => each.flat_map(|x| (x as i64).to_le_bytes()).collect(),
+            Dtype::I32 => each.flat_map(|x| (x as i32).to_le_bytes()).collect(),
             Dtype::U8 => each.map(|x| x as u8).collect(),
             other => panic!("{other} is not written here"),
         }

@@ -82,6 +82,109 @@ fn a_base_of_half_precision_keeps_it_and_is_rounded_once() {
     }
 }
 
+/// Blocks of one channel do not rotate, but PEFT scales with them: `W' = diag(s)·W`.
+#[test]
+fn a_scale_applies_where_blocks_of_one_channel_do_not_rotate() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let (weight, scale) = (Tensor::random(&[4, 6], 1), Tensor::random(&[4, 1], 2));
+    let base: Tensors = [("fc.weight".to_string(), weight.clone())].into();
+    write(&path("base.safetensors"), &base);
+    let config = json!({"peft_type": "BOFT", "boft_block_size": 1, "target_modules": ["fc"]});
+    let tensors = [
+        (
+            "base_model.model.fc.boft_R",
+            Tensor::random(&[1, 6, 1, 1], 3),
+        ),
+        ("base_model.model.fc.boft_s", scale.clone()),
+    ];
+    let tensors = tensors.map(|(key, tensor)| (key.to_string(), tensor));
+    write_adapter(&path("adapter"), &config, &tensors.into());
+    let on = |command: &str, option: &str, input: &str, output: &str| {
+        let arguments = [
+            command,
+            option,
+            input,
+            "--adapter",
+            "adapter",
+            "--output",
+            output,
+        ];
+        let printed = succeed(folder.path(), &arguments);
+        (printed, read(&path(output)))
+    };
+    let (printed, merged) = on("merge", "--base", "base.safetensors", "merged.safetensors");
+    assert_eq!(printed, "merged.safetensors: 1 layer rotated\n");
+    let numbers = weight.numbers.iter().zip(0..);
+    let expected = numbers.map(|(x, at)| f64::from((*x as f32) * scale.numbers[at / 6] as f32));
+    let expected = Tensor::new(&[4, 6], expected.collect());
+    assert_eq!(merged["fc.weight"], expected);
+    assert!(difference(&expected, &weight) > 0.5);
+
+    let (_, restored) = on(
+        "unmerge",
+        "--merged",
+        "merged.safetensors",
+        "restored.safetensors",
+    );
+    assert!(difference(&restored["fc.weight"], &weight) < 1e-6);
+
+    let record = ["convert", "adapter", "--to", "record", "--output", "a.bpk"];
+    let refused = run(folder.path(), &record);
+    assert_eq!(refused.code, 2);
+    let line = "error: `fc` has blocks of one channel and a scale, which no injected layer has alone; merge it\n";
+    assert!(refused.stderr.ends_with(line), "{}", refused.stderr);
+}
+
+#[test]
+fn what_an_adapter_promises_and_lacks_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = json!({
+        "peft_type": "BOFT", "boft_block_size": 2, "boft_n_butterfly_factor": 2, "bias": "all",
+        "target_modules": ["fc", "fc2"], "modules_to_save": ["classifier"]
+    });
+    let tensors = [
+        (
+            "base_model.model.fc.boft_R",
+            Tensor::random(&[1, 3, 2, 2], 3),
+        ),
+        ("base_model.model.fc.boft_s", Tensor::random(&[4, 1], 2)),
+    ];
+    let tensors = tensors.map(|(key, tensor)| (key.to_string(), tensor));
+    write_adapter(&folder.path().join("adapter"), &config, &tensors.into());
+    let base = [("fc.weight".to_string(), Tensor::random(&[4, 6], 1))].into();
+    write(&folder.path().join("base.safetensors"), &base);
+    let expected = "\
+note: `fc` has 1 factor, not the 2 of the configuration: PEFT without its CUDA kernel trains one and does not say so
+warning: `target_modules` names `fc2`, and the file has no adapter of it
+warning: `modules_to_save` names `classifier`, and the file has nothing of it
+warning: the configuration trains biases, and the file has none: the layers have none, or PEFT 0.20 or older trained \
+them and did not save them
+";
+    let merge = [
+        "merge",
+        "--base",
+        "base.safetensors",
+        "--adapter",
+        "adapter",
+    ];
+    for arguments in [
+        &[&merge[..], &["--output", "merged.safetensors"]].concat()[..],
+        &[&merge[..], &["--dry-run"]].concat(),
+        &["inspect", "adapter"],
+        &["convert", "adapter", "--to", "peft", "--output", "new"],
+    ] {
+        let run = run(folder.path(), arguments);
+        assert_eq!(
+            (run.code, run.stderr.as_str()),
+            (0, expected),
+            "{arguments:?}"
+        );
+    }
+    let written = read_json(&folder.path().join("new/adapter_config.json"));
+    assert_eq!(written["modules_to_save"], json!(["classifier"]));
+}
+
 /// The models of a case in two shards, with what else a folder holds.
 fn sharded(case: &Case, folder: &Path) {
     let middle = case.base.len() / 2;

@@ -132,6 +132,59 @@ fn the_error_that_is_reported_is_the_one_that_merging_again_makes() {
     );
 }
 
+/// A folder of shards comes out with the numbers of the one file, and with everything else it holds.
+#[test]
+fn shards_are_restored_as_the_one_file_is() {
+    let case = Case::open("cases/boft-mlp-bias-only-saved");
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let middle = case.merged.keys().nth(3).unwrap().clone();
+    let mut first = case.merged.clone();
+    let second = first.split_off(&middle);
+    write_shards(&path("merged"), &[first, second]);
+    std::fs::write(path("merged").join("config.json"), "{}").unwrap();
+    write(&path("merged.safetensors"), &case.merged);
+    let unmerge = |merged: &str, output: &str| {
+        let arguments = [
+            "unmerge",
+            "--merged",
+            merged,
+            "--adapter",
+            case.adapter(),
+            "--keep-saved",
+            "--output",
+            output,
+        ];
+        succeed(folder.path(), &arguments)
+    };
+    let sharded = unmerge("merged", "restored");
+    let single = unmerge("merged.safetensors", "restored.safetensors");
+    assert_eq!(reported(&sharded), reported(&single));
+    let shards = [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ];
+    let index = "model.safetensors.index.json";
+    assert_eq!(
+        names(&path("restored")),
+        ["config.json", shards[0], shards[1], index]
+    );
+    assert_eq!(
+        read_json(&path("restored").join(index)),
+        read_json(&path("merged").join(index))
+    );
+    let parts = shards.map(|shard| read(&path("restored").join(shard)));
+    let found: Tensors = parts.into_iter().flatten().collect();
+    assert_eq!(found, read(&path("restored.safetensors")));
+    for key in ["fc1.weight", "fc2.weight"] {
+        assert!(difference(&found[key], &case.base[key]) < 1e-5, "{key}");
+        assert!(
+            difference(&case.merged[key], &case.base[key]) > 0.01,
+            "{key}"
+        );
+    }
+}
+
 #[test]
 fn what_cannot_be_undone_is_refused() {
     let case = Case::open("cases/boft-mlp-bias-only-saved");

@@ -8,7 +8,7 @@ use burn_boft::{Adapter, AdapterLayer, LayerKind, SavedTensor};
 use safetensors::Dtype;
 
 use crate::base::Base;
-use crate::error::Error;
+use crate::error::{Error, LINE_PARTS};
 use crate::header::Entry;
 use crate::names::{Names, join, nearest};
 
@@ -29,7 +29,7 @@ pub struct Changes<'a> {
     pub of: BTreeMap<String, Change<'a>>,
     /// The tensors that the model does not have yet.
     pub added: BTreeMap<String, &'a SavedTensor>,
-    /// Layers whose blocks of one channel change nothing.
+    /// Layers that change nothing: blocks of one channel, and no scale but ones.
     pub idle: Vec<String>,
 }
 
@@ -78,6 +78,14 @@ struct Finder<'a, 'b> {
 }
 
 impl<'a> Finder<'a, '_> {
+    /// The nearest keys for a message, as long as it is one that is shown: each takes a look at all keys.
+    fn nearest(&self, key: &str) -> String {
+        match self.problems.len() < LINE_PARTS {
+            true => nearest(key, self.base),
+            false => String::new(),
+        }
+    }
+
     fn layer(&mut self, layer: &'a AdapterLayer) -> Result<(), Error> {
         if layer.is_identity() {
             self.changes.idle.push(layer.path().to_string());
@@ -90,7 +98,7 @@ impl<'a> Finder<'a, '_> {
                 "{}: the adapter of `{}` has no `{key}`{}; --map bridges names",
                 self.base.path.display(),
                 layer.path(),
-                nearest(&key, self.base)
+                self.nearest(&key)
             ));
             return Ok(());
         };
@@ -115,22 +123,25 @@ impl<'a> Finder<'a, '_> {
             .place(tensor.module(), tensor.name(), self.base)?;
         let key = join(&place.module, tensor.name());
         let Some((shard, entry)) = self.base.entry(&key) else {
-            let front = format!("{}.", place.module);
-            match owner == Owner::Saved && !self.base.keys().any(|other| other.starts_with(&front))
-            {
+            let (front, end) = (format!("{}.", place.module), format!(".{key}"));
+            let is_near = |other: &str| other.starts_with(&front) || other.ends_with(&end);
+            match owner == Owner::Saved && !self.base.keys().any(is_near) {
                 // A new head of a model that has none.
-                true => _ = self.changes.added.insert(key, tensor),
+                true => {
+                    if self.changes.added.insert(key.clone(), tensor).is_some() {
+                        self.clash(&key);
+                    }
+                }
                 false => self.problems.push(format!(
                     "{}: the adapter's `{}` has no `{key}`{}; --map bridges names",
                     self.base.path.display(),
                     join(tensor.module(), tensor.name()),
-                    nearest(&key, self.base)
+                    self.nearest(&key)
                 )),
             }
             return Ok(());
         };
         let shape = tensor.data().shape().to_vec();
-        let is_float = |dtype: Dtype| compute_dtype(dtype).is_some();
         let rows = rows(entry, place.part).ok().filter(|rows| {
             let mut expected = entry.shape.clone();
             if let Some(first) = expected.first_mut() {
@@ -138,11 +149,20 @@ impl<'a> Finder<'a, '_> {
             }
             expected == shape
         });
-        let same_kind = is_float(entry.dtype) == (tensor.data().dtype() != DType::I64);
+        // Counts are I64; floats are rounded to one another.
+        let same_kind = match tensor.data().dtype() {
+            DType::I64 => entry.dtype == Dtype::I64,
+            _ => compute_dtype(entry.dtype).is_some(),
+        };
         match rows {
             Some(rows) if same_kind => self.insert(key, Part::Rows(rows, tensor)),
             // A new head for other classes.
-            None if same_kind && owner == Owner::Saved && place.part.1 == 1 => {
+            None if same_kind
+                && owner == Owner::Saved
+                && place.part.1 == 1
+                && entry.shape.len() == shape.len()
+                && entry.shape.get(1..) == shape.get(1..) =>
+            {
                 self.insert(key, Part::Whole(tensor));
             }
             _ => self.problems.push(format!(
@@ -160,7 +180,7 @@ impl<'a> Finder<'a, '_> {
     /// Notes a change, unless the tensor has one already that this is not another part of.
     fn insert(&mut self, key: String, part: Part<'a>) {
         let changes = &mut self.changes.of;
-        let clash = match (changes.get_mut(&key), part) {
+        let taken = match (changes.get_mut(&key), part) {
             (None, part) => {
                 let change = match part {
                     Part::Layer(rows, layer) => Change::Rotate(vec![(rows, layer)]),
@@ -174,12 +194,16 @@ impl<'a> Finder<'a, '_> {
             (Some(Change::Replace(parts)), Part::Rows(rows, tensor)) => add(parts, rows, tensor),
             _ => true,
         };
-        if clash {
-            self.problems.push(format!(
-                "{}: two parts of the adapter change `{key}`",
-                self.base.path.display()
-            ));
+        if taken {
+            self.clash(&key);
         }
+    }
+
+    fn clash(&mut self, key: &str) {
+        self.problems.push(format!(
+            "{}: two parts of the adapter change `{key}`",
+            self.base.path.display()
+        ));
     }
 }
 

@@ -4,16 +4,15 @@ use burn::tensor::TensorData;
 use burn_boft::{
     Adapter, AdapterConfig, AdapterLayer, BoftConfig, Cayley, LayerKind, LoadOptions, OftConfig,
 };
-use serde_json::{Map, Value};
 
 use crate::base::Base;
 use crate::changes::check_shape;
 use crate::cli::{Convert, To};
 use crate::error::Error;
+use crate::merge::load;
 use crate::names::{Names, join};
 use crate::output::{Form, OutputFolder, check_free, check_outside};
-use crate::peft::{Tensors, ones};
-use crate::terminal::{note, plural, print};
+use crate::terminal::{plural, print};
 use crate::{lora, record, settings};
 
 pub fn run(options: &Convert) -> Result<(), Error> {
@@ -26,29 +25,19 @@ pub fn run(options: &Convert) -> Result<(), Error> {
     check_free(&options.output, form)?;
     check_outside(&options.output, &options.input)?;
     if let Some(rank) = options.to_lora {
-        let (adapter, settings) = read(options, &Names::default(), base.as_ref())?;
+        let adapter = read(options, &Names::default(), base.as_ref())?;
         let base = base.ok_or_else(|| needs_base("--to-lora"))?;
-        return lora::write(
-            &adapter,
-            &settings,
-            &base,
-            &names,
-            rank as usize,
-            &options.output,
-        );
+        return lora::write(&adapter, &base, &names, rank as usize, &options.output);
     }
-    let (adapter, settings) = read(options, &names, base.as_ref())?;
+    let adapter = read(options, &names, base.as_ref())?;
     let adapter = match options.to {
-        Some(To::Oft) => to_oft(&adapter, &settings)?,
-        Some(To::Boft) => to_boft(&adapter, &settings, base.as_ref())?,
-        Some(To::Peft) => with_kinds(adapter, &settings, base.as_ref())?,
+        Some(To::Oft) => to_oft(&adapter)?,
+        Some(To::Boft) => to_boft(&adapter, base.as_ref())?,
+        Some(To::Peft) => with_kinds(adapter, base.as_ref())?,
         _ => adapter,
     };
     match options.to {
-        Some(To::Record) => {
-            let settings = settings_of(adapter.config(), &settings)?;
-            record::write(&adapter, &settings, base.as_ref(), &options.output)?;
-        }
+        Some(To::Record) => record::write(&adapter, base.as_ref(), &options.output)?,
         _ => {
             let folder = OutputFolder::create(&options.output)?;
             adapter
@@ -71,11 +60,7 @@ fn needs_base(what: &str) -> Error {
 }
 
 /// Reads the adapter, which is a folder or a record.
-fn read(
-    options: &Convert,
-    names: &Names,
-    base: Option<&Base>,
-) -> Result<(Adapter, Map<String, Value>), Error> {
+fn read(options: &Convert, names: &Names, base: Option<&Base>) -> Result<Adapter, Error> {
     let input = &options.input;
     if input.is_file() {
         let settings = options
@@ -89,53 +74,20 @@ fn read(
         let refused = "--config is for a record; a folder has its own settings".to_string();
         return Err(Error::Settings(refused));
     }
-    let load = LoadOptions::new().with_key_map(names.to_key_map()?);
-    let (adapter, report) = Adapter::load_with(input, &load).map_err(|source| Error::Adapter {
-        folder: input.clone(),
-        source,
-    })?;
-    for line in report.converted.iter().chain(&report.warnings) {
-        note(&format!("note: {line}"));
-    }
-    Ok((adapter, settings::read(input)?))
-}
-
-/// The settings as PEFT writes them, with where the adapter comes from.
-fn settings_of(
-    config: &AdapterConfig,
-    from: &Map<String, Value>,
-) -> Result<Map<String, Value>, Error> {
-    let json = serde_json::to_value(config).map_err(|error| Error::Settings(error.to_string()))?;
-    let Value::Object(mut json) = json else {
-        return Err(Error::Settings("the settings are no JSON object".into()));
-    };
-    for key in settings::ABOUT {
-        if let Some(value) = from.get(key) {
-            json.insert(key.to_string(), value.clone());
-        }
-    }
-    Ok(json)
+    let load_options = LoadOptions::new().with_key_map(names.to_key_map()?);
+    load(input, &load_options)
 }
 
 /// The adapter with the kind of every layer that has a scale: of old versions the file does not tell.
-fn with_kinds(
-    adapter: Adapter,
-    settings: &Map<String, Value>,
-    base: Option<&Base>,
-) -> Result<Adapter, Error> {
+fn with_kinds(adapter: Adapter, base: Option<&Base>) -> Result<Adapter, Error> {
     let is_unknown = |layer: &AdapterLayer| layer.kind().is_none() && layer.d_output() > Some(1);
     let Some(unknown) = adapter.layers().iter().find(|layer| is_unknown(layer)) else {
         return Ok(adapter);
     };
     let base = base.ok_or_else(|| record::unknown_kind(unknown.path()))?;
-    let mut tensors = Tensors::default();
-    for layer in adapter.layers() {
-        let place = Place::find(layer, base)?;
-        let scale = layer.scale().cloned();
-        let scale = scale.unwrap_or_else(|| ones(place.d_output, layer.skew().dtype()));
-        tensors.push_boft(layer.path(), &place.skew(layer), scale, place.kind);
-    }
-    assemble(&adapter, tensors, adapter.config(), settings)
+    assemble(&adapter, adapter.config().clone(), |layer| {
+        Place::find(layer, base)?.layer(layer)
+    })
 }
 
 /// The layer of the model that an adapter's layer is for.
@@ -169,26 +121,39 @@ impl Place {
         })
     }
 
-    /// The numbers of a layer, those of a shared block as often as there are blocks.
-    fn skew(&self, layer: &AdapterLayer) -> TensorData {
-        let skew = layer.skew();
-        if !layer.block_share() {
-            return skew.clone();
-        }
-        let numbers: Vec<f64> = skew.iter::<f64>().collect();
-        let blocks = self.d_input / layer.block_size();
-        TensorData::new(numbers.repeat(blocks), [1, blocks, numbers.len()])
-            .convert_dtype(skew.dtype())
+    /// The layer as BOFT's: with its kind, a scale, and the numbers of a shared block as often as there are blocks.
+    fn layer(&self, layer: &AdapterLayer) -> Result<AdapterLayer, Error> {
+        let (skew, dtype) = (layer.skew().clone(), layer.skew().dtype());
+        let skew = match layer.block_share() {
+            false => skew,
+            true => {
+                let numbers: Vec<f64> = skew.iter::<f64>().collect();
+                let blocks = self.d_input / layer.block_size();
+                TensorData::new(numbers.repeat(blocks), [1, blocks, numbers.len()])
+                    .convert_dtype(dtype)
+            }
+        };
+        let ones = || TensorData::new(vec![1.0f32; self.d_output], [self.d_output]);
+        let scale = layer.scale().cloned().unwrap_or_else(ones);
+        Ok(AdapterLayer::new(
+            layer.path(),
+            Some(self.kind),
+            skew,
+            Some(scale),
+        )?)
     }
 }
 
 /// BOFT with one factor and a scale of ones is OFT with the exact map.
-fn to_oft(adapter: &Adapter, settings: &Map<String, Value>) -> Result<Adapter, Error> {
+fn to_oft(adapter: &Adapter) -> Result<Adapter, Error> {
     let AdapterConfig::Boft(config) = adapter.config() else {
         return Err(Error::Settings("the adapter is OFT already".into()));
     };
-    let mut tensors = Tensors::default();
-    for layer in adapter.layers() {
+    let mut oft = OftConfig::new();
+    (oft.block, oft.init, oft.selection) = (config.block, config.init, config.selection.clone());
+    // Of PEFT 0.14 and 0.15, whose squares are read as BOFT, one block may serve a layer.
+    oft.block_share = adapter.layers().iter().any(AdapterLayer::block_share);
+    assemble(adapter, oft.into(), |layer| {
         let refuse = |why: String| Error::Settings(format!("`{}` {why}", layer.path()));
         if layer.n_butterfly_factor() != 1 {
             let m = layer.n_butterfly_factor();
@@ -196,28 +161,22 @@ fn to_oft(adapter: &Adapter, settings: &Map<String, Value>) -> Result<Adapter, E
                 "has {m} factors, and OFT has one; convert it with --to-lora, or merge it"
             )));
         }
-        let scales = layer
+        let mut scales = layer
             .scale()
             .into_iter()
             .flat_map(|scale| scale.iter::<f64>());
-        if let Some(scale) = scales.into_iter().find(|scale| *scale != 1.0) {
+        if let Some(scale) = scales.find(|scale| *scale != 1.0) {
             return Err(refuse(format!(
                 "has a scale of {scale}, and OFT has none; convert it with --to-lora, or merge it"
             )));
         }
-        tensors.push_oft(layer.path(), layer.skew());
-    }
-    let mut oft = OftConfig::new();
-    (oft.block, oft.init, oft.selection) = (config.block, config.init, config.selection.clone());
-    assemble(adapter, tensors, &oft.into(), settings)
+        let skew = layer.skew().clone();
+        Ok(AdapterLayer::new(layer.path(), None, skew, None)?)
+    })
 }
 
 /// OFT with the exact map is BOFT with one factor and a scale of ones.
-fn to_boft(
-    adapter: &Adapter,
-    settings: &Map<String, Value>,
-    base: Option<&Base>,
-) -> Result<Adapter, Error> {
+fn to_boft(adapter: &Adapter, base: Option<&Base>) -> Result<Adapter, Error> {
     let AdapterConfig::Oft(config) = adapter.config() else {
         return Err(Error::Settings("the adapter is BOFT already".into()));
     };
@@ -235,29 +194,21 @@ fn to_boft(
         return refuse("the adapter is bound to a COFT radius, and BOFT has none");
     }
     let base = base.ok_or_else(|| needs_base("--to boft"))?;
-    let mut tensors = Tensors::default();
-    for layer in adapter.layers() {
-        let place = Place::find(layer, base)?;
-        let scale = ones(place.d_output, layer.skew().dtype());
-        tensors.push_boft(layer.path(), &place.skew(layer), scale, place.kind);
-    }
     let mut boft = BoftConfig::new();
     (boft.block, boft.init, boft.selection) = (config.block, config.init, config.selection.clone());
-    assemble(adapter, tensors, &boft.into(), settings)
+    assemble(adapter, boft.into(), |layer| {
+        Place::find(layer, base)?.layer(layer)
+    })
 }
 
+/// The adapter with other settings and layers, and all else that it has.
 fn assemble(
     adapter: &Adapter,
-    mut tensors: Tensors,
-    config: &AdapterConfig,
-    settings: &Map<String, Value>,
+    config: AdapterConfig,
+    layer: impl FnMut(&AdapterLayer) -> Result<AdapterLayer, Error>,
 ) -> Result<Adapter, Error> {
-    for tensor in adapter.tensors() {
-        let is_adapted = adapter
-            .layers()
-            .iter()
-            .any(|layer| layer.path() == tensor.module());
-        tensors.push_saved(tensor, is_adapted);
-    }
-    tensors.into_adapter(&settings_of(config, settings)?)
+    let layers = adapter.layers().iter().map(layer);
+    let layers = layers.collect::<Result<Vec<_>, _>>()?;
+    let tensors = adapter.tensors().to_vec();
+    Ok(Adapter::from_parts(config, layers, tensors)?.with_about(adapter.about()))
 }

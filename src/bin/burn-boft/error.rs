@@ -7,7 +7,7 @@ use burn_boft::{LoadError, Mismatch, SaveError};
 use thiserror::Error;
 
 /// Problems that a message lists, and its longest length.
-const LINE_PARTS: usize = 3;
+pub const LINE_PARTS: usize = 3;
 const LINE_LENGTH: usize = 1000;
 
 /// Everything that can end the program.
@@ -26,8 +26,8 @@ pub enum Error {
     Malformed { path: PathBuf, reason: String },
 
     /// An adapter that cannot be loaded.
-    #[error("{}{source}", place(folder, source))]
-    Adapter { folder: PathBuf, source: LoadError },
+    #[error(transparent)]
+    Adapter(#[from] LoadError),
 
     /// An adapter and a base that do not fit, every reason on a line of its own.
     #[error("{}", .0.join("\n"))]
@@ -48,6 +48,10 @@ pub enum Error {
     /// A result that cannot be written.
     #[error("{path} cannot be written: {source}", path = path.display())]
     Write { path: PathBuf, source: io::Error },
+
+    /// Numbers that make no adapter.
+    #[error(transparent)]
+    Mismatch(#[from] Mismatch),
 
     /// An adapter that PEFT's format cannot hold.
     #[error(transparent)]
@@ -127,16 +131,6 @@ fn plain(error: io::Error) -> io::Error {
     match error.get_ref() {
         Some(_) => error.kind().into(),
         None => error,
-    }
-}
-
-/// The file that an adapter's error is about, where the error does not name it.
-fn place(folder: &Path, error: &LoadError) -> String {
-    match error {
-        LoadError::Mismatch(Mismatch { .. }) => {
-            format!("{}: ", folder.join("adapter_model.safetensors").display())
-        }
-        _ => String::new(),
     }
 }
 

@@ -2,7 +2,8 @@
 
 use burn::tensor::Device;
 use burn_boft::{
-    Adapter, AdapterConfig, AdapterLayer, Cayley, LayerKind, LayerMeasure, TargetModules,
+    Adapter, AdapterConfig, AdapterLayer, Cayley, LayerKind, LayerMeasure, LoadOptions,
+    TargetModules,
 };
 use serde_json::{Value, json};
 
@@ -18,7 +19,7 @@ pub fn run(options: &Inspect) -> Result<(), Error> {
     if let Some(path) = &options.plot {
         check_free(path, Form::File)?;
     }
-    let adapter = load(&options.adapter)?;
+    let adapter = load(&options.adapter, &LoadOptions::new())?;
     let json = settings::read(&options.adapter)?;
     let about = About::new(&adapter, &json);
     let rows: Vec<_> = adapter

@@ -16,14 +16,12 @@ use crate::numbers::decode;
 use crate::output::OutputFolder;
 use crate::peft::Tensors;
 use crate::rewrite::{Turn, row_bytes};
-use crate::settings;
 use crate::terminal::{plural, print, shown};
 use crate::turn::Forward;
 
 /// Writes `B·A ≈ W' − W` of every layer, by singular values, and prints what that leaves out.
 pub fn write(
     adapter: &Adapter,
-    from: &Map<String, Value>,
     base: &Base,
     names: &Names,
     rank: usize,
@@ -60,7 +58,7 @@ pub fn write(
             .any(|layer| layer.path() == tensor.module());
         tensors.push_saved(tensor, is_adapted);
     }
-    let config = config(adapter, from, rank, &targets);
+    let config = config(adapter, rank, &targets);
     let folder = OutputFolder::create(output)?;
     tensors
         .write(folder.temporary(), &config)
@@ -75,20 +73,9 @@ pub fn write(
 }
 
 /// PEFT's settings of the LoRA; the scaling is one.
-fn config(
-    adapter: &Adapter,
-    from: &Map<String, Value>,
-    rank: usize,
-    targets: &[String],
-) -> Map<String, Value> {
+fn config(adapter: &Adapter, rank: usize, targets: &[String]) -> Map<String, Value> {
     let selection = adapter.config().selection();
-    let mut config = Map::new();
-    for key in settings::ABOUT {
-        config.insert(
-            key.to_string(),
-            from.get(key).cloned().unwrap_or(Value::Null),
-        );
-    }
+    let mut config = adapter.about().clone();
     let bias = match selection.bias {
         Bias::None => "none",
         Bias::All => "all",

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use burn_boft::{Adapter, AdapterLayer, SavedTensor};
+use burn_boft::{Adapter, AdapterLayer, LoadOptions, SavedTensor};
 
 use crate::base::Base;
 use crate::changes::{Change, Changes};
@@ -16,7 +16,7 @@ use crate::turn::Forward;
 
 pub fn run(options: &Merge) -> Result<(), Error> {
     let names = Names::parse(&options.adapter.maps)?;
-    let adapter = load(&options.adapter.adapter)?;
+    let adapter = load(&options.adapter.adapter, &LoadOptions::new())?;
     let base = Base::open(&options.base)?;
     let changes = Changes::find(&adapter, &base, &names)?;
     match &options.output {
@@ -34,11 +34,11 @@ pub fn run(options: &Merge) -> Result<(), Error> {
 }
 
 /// Loads an adapter, and says what is worth knowing.
-pub fn load(folder: &Path) -> Result<Adapter, Error> {
-    let (adapter, report) = Adapter::load(folder).map_err(|source| Error::Adapter {
-        folder: folder.to_path_buf(),
-        source,
-    })?;
+pub fn load(folder: &Path, options: &LoadOptions) -> Result<Adapter, Error> {
+    let (adapter, report) = Adapter::load_with(folder, options)?;
+    for line in &report.converted {
+        note(&format!("note: {line}"));
+    }
     for warning in &report.warnings {
         note(&format!("warning: {warning}"));
     }

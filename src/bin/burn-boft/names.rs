@@ -1,6 +1,6 @@
 //! The names of an adapter's modules in a model's file.
 
-use burn_boft::{KeyMap, Transformers};
+use burn_boft::{KeyMap, Place, Transformers};
 use fancy_regex::Regex;
 
 use crate::base::Base;
@@ -8,32 +8,14 @@ use crate::error::Error;
 
 /// The name that stands for the rules of DINOv2.
 const DINOV2: &str = "dinov2";
-/// What transformers 4, and the files of every version, call the layers of DINOv2; and what transformers 5 does.
-const DINOV2_NAMES: [(&str, &str); 5] = [
-    ("attention.attention.query", "attention.q_proj"),
-    ("attention.attention.key", "attention.k_proj"),
-    ("attention.attention.value", "attention.v_proj"),
-    ("attention.output.dense", "attention.o_proj"),
-    ("mlp.weights_out", "mlp.down_proj"),
-];
-/// The layer of DINOv2's files that transformers 5 has in halves of its output, and those.
-const DINOV2_FUSED: (&str, [&str; 2]) = ("mlp.weights_in", ["mlp.gate_proj", "mlp.up_proj"]);
 /// How transformers starts the names of a DINOv2 that has a head.
 const DINOV2_PREFIX: &str = "dinov2.";
-
-/// Where a module of an adapter is in a file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
-    pub module: String,
-    /// Which of how many equal shares of the output it is.
-    pub part: (usize, usize),
-}
 
 /// The rules of `--map`.
 #[derive(Debug, Default)]
 pub struct Names {
     rules: Vec<(Regex, String)>,
-    dinov2: bool,
+    dinov2: Option<KeyMap>,
 }
 
 impl Names {
@@ -42,7 +24,7 @@ impl Names {
         let mut names = Self::default();
         for rule in rules {
             if rule == DINOV2 {
-                names.dinov2 = true;
+                names.dinov2 = Some(KeyMap::dinov2(Transformers::V5));
                 continue;
             }
             let refuse = |reason: String| Error::Settings(format!("--map {rule}: {reason}"));
@@ -57,10 +39,7 @@ impl Names {
 
     /// The rules for reading an adapter whose names become the model's.
     pub fn to_key_map(&self) -> Result<KeyMap, Error> {
-        let mut map = match self.dinov2 {
-            true => KeyMap::dinov2(Transformers::V5),
-            false => KeyMap::new(),
-        };
+        let mut map = self.dinov2.clone().unwrap_or_default();
         for (regex, replacement) in &self.rules {
             map = map
                 .with_to_model(regex.as_str(), replacement)
@@ -73,7 +52,7 @@ impl Names {
     /// the name that the rules give it.
     pub fn place(&self, module: &str, tensor: &str, base: &Base) -> Result<Place, Error> {
         let mapped = self.apply(module)?;
-        let candidates = self.candidates(&mapped);
+        let candidates = self.candidates(&mapped)?;
         let found = candidates
             .iter()
             .find(|place| base.entry(&join(&place.module, tensor)).is_some());
@@ -96,22 +75,14 @@ impl Names {
         Ok(name)
     }
 
-    fn candidates(&self, module: &str) -> Vec<Place> {
-        let place = |module: String, part| Place { module, part };
-        let mut places = vec![place(module.to_string(), (0, 1))];
-        if !self.dinov2 {
-            return places;
-        }
-        for (file, new) in DINOV2_NAMES {
-            for (from, to) in [(new, file), (file, new)] {
-                places.extend(replace_end(module, from, to).map(|module| place(module, (0, 1))));
-            }
-        }
-        let (whole, parts) = DINOV2_FUSED;
-        for (index, part) in parts.iter().enumerate() {
-            let module = replace_end(module, part, whole);
-            places.extend(module.map(|module| place(module, (index, parts.len()))));
-        }
+    fn candidates(&self, module: &str) -> Result<Vec<Place>, Error> {
+        let Some(dinov2) = &self.dinov2 else {
+            let (module, part) = (module.to_string(), (0, 1));
+            return Ok(vec![Place { module, part }]);
+        };
+        let mut places = dinov2
+            .places(module)
+            .map_err(|error| Error::Settings(error.to_string()))?;
         let others: Vec<_> = places
             .iter()
             .map(|Place { module, part }| {
@@ -119,18 +90,15 @@ impl Names {
                     Some(rest) => rest.to_string(),
                     None => format!("{DINOV2_PREFIX}{module}"),
                 };
-                place(module, *part)
+                Place {
+                    module,
+                    part: *part,
+                }
             })
             .collect();
         places.extend(others);
-        places
+        Ok(places)
     }
-}
-
-/// The name with another ending, where it has this one at a dot.
-fn replace_end(name: &str, from: &str, to: &str) -> Option<String> {
-    let front = name.strip_suffix(from)?;
-    (front.is_empty() || front.ends_with('.')).then(|| format!("{front}{to}"))
 }
 
 /// The key of a tensor of a module.
@@ -192,7 +160,9 @@ mod tests {
     #[test]
     fn dinov2_is_found_under_both_names_with_and_without_its_prefix() {
         let names = Names::parse(&["dinov2".into()]).unwrap();
-        let candidates = names.candidates("dinov2.encoder.layer.0.mlp.up_proj");
+        let candidates = names
+            .candidates("dinov2.encoder.layer.0.mlp.up_proj")
+            .unwrap();
         let expected = [
             ("dinov2.encoder.layer.0.mlp.up_proj", (0, 1)),
             ("dinov2.encoder.layer.0.mlp.weights_in", (1, 2)),

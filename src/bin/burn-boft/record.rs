@@ -7,15 +7,15 @@ use std::fs;
 use std::path::Path;
 
 use burn::tensor::{Bytes, DType, TensorData};
-use burn_boft::{Adapter, AdapterConfig, Bias, LayerKind};
+use burn_boft::{Adapter, AdapterConfig, AdapterLayer, Bias, LayerKind, SavedTensor};
 use burn_pack::{Reader, Tensor, Writer};
 use serde_json::{Map, Value, json};
 
 use crate::base::Base;
 use crate::error::Error;
 use crate::names::join;
+use crate::numbers::file_dtype;
 use crate::output::OutputFile;
-use crate::peft::Tensors;
 
 /// Where a record keeps PEFT's settings, and which layers are convolutions.
 const CONFIG: &str = "adapter_config";
@@ -28,16 +28,23 @@ const SCALE: &str = ".weight.boft.scale";
 const NORM: [(&str, &str); 2] = [("weight", "gamma"), ("bias", "beta")];
 
 /// Writes an adapter as the record of its model.
-pub fn write(
-    adapter: &Adapter,
-    config: &Map<String, Value>,
-    base: Option<&Base>,
-    output: &Path,
-) -> Result<(), Error> {
+pub fn write(adapter: &Adapter, base: Option<&Base>, output: &Path) -> Result<(), Error> {
+    let is_boft = matches!(adapter.config(), AdapterConfig::Boft(_));
     let mut tensors = Vec::new();
     let mut kinds = Map::new();
     for layer in adapter.layers().iter().filter(|layer| !layer.is_identity()) {
         let path = layer.path();
+        if layer.block_size() == 1 {
+            return Err(Error::Settings(format!(
+                "`{path}` has blocks of one channel and a scale, which no injected layer has alone; merge it"
+            )));
+        }
+        if is_boft && layer.block_share() {
+            return Err(Error::Settings(format!(
+                "`{path}` has one block for all its channels, as PEFT 0.14 and 0.15 shared it, and BOFT's settings \
+                 cannot say that; convert it with --to peft --base first"
+            )));
+        }
         tensors.push(tensor(format!("{path}{SKEW}"), layer.skew().clone()));
         if let Some(scale) = layer.scale() {
             tensors.push(tensor(format!("{path}{SCALE}"), scale.clone()));
@@ -47,7 +54,7 @@ pub fn write(
         }
     }
     tensors.extend(saved(adapter, base)?);
-    let config = Value::Object(config.clone()).to_string();
+    let config = Value::Object(adapter.settings()).to_string();
     let bytes = Writer::new(tensors)
         .with_metadata(CONFIG, &config)
         .with_metadata(KINDS, &Value::Object(kinds).to_string())
@@ -98,6 +105,12 @@ fn saved(adapter: &Adapter, base: Option<&Base>) -> Result<Vec<Tensor>, Error> {
         // Burn's norms do not count batches.
         if saved.data().dtype() == DType::I64 {
             continue;
+        }
+        if let Some((torch, _)) = NORM.iter().find(|(_, burn)| *burn == name) {
+            return Err(Error::Settings(format!(
+                "`{module}.{name}` has a name that means `{torch}` in Burn's norms, and would come back as that; keep the \
+                 adapter in PEFT's folder"
+            )));
         }
         let rank = weights.get(module).copied().or_else(|| {
             let (_, entry) = base?.entry(&join(module, "weight"))?;
@@ -161,7 +174,7 @@ pub fn read(
     path: &Path,
     settings: Option<Map<String, Value>>,
     base: Option<&Base>,
-) -> Result<(Adapter, Map<String, Value>), Error> {
+) -> Result<Adapter, Error> {
     let malformed = |reason: String| Error::malformed(path, format!("not a Burn record: {reason}"));
     let bytes = fs::read(path).map_err(Error::read(path))?;
     let reader = Reader::from_bytes(Bytes::from_bytes_vec(bytes))
@@ -196,8 +209,7 @@ pub fn read(
         base,
         tensors,
     };
-    let adapter = reader.read()?.into_adapter(&settings)?;
-    Ok((adapter, settings))
+    Ok(reader.read()?.with_about(&settings))
 }
 
 struct RecordReader<'a> {
@@ -210,61 +222,50 @@ struct RecordReader<'a> {
 }
 
 impl RecordReader<'_> {
-    fn read(self) -> Result<Tensors, Error> {
-        let mut result = Tensors::default();
-        let mut adapted = BTreeSet::new();
-        for (name, skew) in &self.tensors {
-            let Some(layer) = name.strip_suffix(SKEW) else {
-                continue;
-            };
-            if skew.rank() != 3 {
-                let why = format!(
-                    "is {:?}, and blocks of factors have three axes",
-                    &**skew.shape()
-                );
-                return Err(Error::tensor(self.path, name, why));
-            }
-            adapted.insert(layer);
-            self.layer(layer, skew, &mut result)?;
-        }
-        if adapted.is_empty() {
+    fn read(self) -> Result<Adapter, Error> {
+        let skews = self.tensors.iter();
+        let skews: BTreeMap<_, _> = skews
+            .filter_map(|(name, skew)| Some((name.strip_suffix(SKEW)?, skew)))
+            .collect();
+        if skews.is_empty() {
             return Err(Error::malformed(
                 self.path,
                 format!("no adapter: no name ends with `{SKEW}`"),
             ));
         }
+        let layers = skews.iter().map(|(path, skew)| self.layer(path, skew));
+        let layers = layers.collect::<Result<Vec<_>, _>>()?;
+        let mut saved = Vec::new();
         for (name, data) in &self.tensors {
-            self.saved(name, data, &adapted, &mut result)?;
+            saved.extend(self.saved(name, data, |module| skews.contains_key(module))?);
         }
-        for (module, count) in &self.batches {
-            let count = TensorData::new(
-                vec![count.as_i64().unwrap_or_default()],
-                Vec::<usize>::new(),
-            );
-            result.push(module, BATCHES, count);
-        }
-        Ok(result)
+        saved.extend(self.batches.iter().map(|(module, count)| {
+            let count = vec![count.as_i64().unwrap_or_default()];
+            SavedTensor::new(module, BATCHES, TensorData::new(count, Vec::<usize>::new()))
+        }));
+        Adapter::from_parts(self.config, layers, saved)
+            .map_err(|mismatch| Error::malformed(self.path, mismatch.to_string()))
     }
 
-    fn layer(&self, layer: &str, skew: &TensorData, result: &mut Tensors) -> Result<(), Error> {
-        let refuse = |why: String| Err(Error::tensor(self.path, layer, why));
-        match (&self.config, self.tensors.get(&format!("{layer}{SCALE}"))) {
-            (AdapterConfig::Oft(_), None) if skew.shape()[0] == 1 => result.push_oft(layer, skew),
-            (AdapterConfig::Oft(_), _) => {
-                return refuse("has a scale or several factors, and the settings say OFT".into());
-            }
-            (_, Some(scale)) => {
+    fn layer(&self, layer: &str, skew: &TensorData) -> Result<AdapterLayer, Error> {
+        let scale = self.tensors.get(&format!("{layer}{SCALE}"));
+        let kind = match (&self.config, scale) {
+            (AdapterConfig::Oft(_), _) => None,
+            (_, Some(_)) => {
                 let told = self
                     .kinds
                     .get(layer)
                     .and_then(|kind| serde_json::from_value(kind.clone()).ok());
                 let kind = told.or_else(|| kind_in(self.base?, layer));
-                let kind = kind.ok_or_else(|| unknown_kind(layer))?;
-                result.push_boft(layer, skew, scale.clone(), kind);
+                Some(kind.ok_or_else(|| unknown_kind(layer))?)
             }
-            (_, None) => return refuse("has no scale, and PEFT's BOFT has one".into()),
-        }
-        Ok(())
+            (_, None) => {
+                let why = "has no scale, and PEFT's BOFT has one";
+                return Err(Error::tensor(self.path, layer, why));
+            }
+        };
+        AdapterLayer::new(layer, kind, skew.clone(), scale.cloned())
+            .map_err(|mismatch| Error::malformed(self.path, mismatch.to_string()))
     }
 
     /// A bias or a part of a saved module, with PyTorch's name and orientation.
@@ -272,9 +273,8 @@ impl RecordReader<'_> {
         &self,
         name: &str,
         data: &TensorData,
-        adapted: &BTreeSet<&str>,
-        result: &mut Tensors,
-    ) -> Result<(), Error> {
+        is_adapted: impl Fn(&str) -> bool,
+    ) -> Result<Option<SavedTensor>, Error> {
         let (module, own) = name.rsplit_once('.').unwrap_or(("", name));
         let torch = NORM
             .iter()
@@ -285,12 +285,14 @@ impl RecordReader<'_> {
             && match selection.bias {
                 Bias::None => false,
                 Bias::All => true,
-                Bias::AdapterOnly => adapted.contains(module),
+                Bias::AdapterOnly => is_adapted(module),
             };
-        if name.contains(".weight.boft.")
-            || !(is_bias || is_saved(&selection.modules_to_save, module))
-        {
-            return Ok(());
+        if name.contains(".weight.boft.") || !(is_bias || selection.saves(module)) {
+            return Ok(None);
+        }
+        if file_dtype(data.dtype()).is_none() {
+            let why = format!("is {:?}, which no file keeps", data.dtype());
+            return Err(Error::tensor(self.path, name, why));
         }
         let has_bias = self.tensors.contains_key(&join(module, "bias"));
         let data = match (own, data.rank()) {
@@ -305,24 +307,6 @@ impl RecordReader<'_> {
             ("weight", 2) => transposed(data),
             _ => data.clone(),
         };
-        match adapted.contains(module) {
-            true => result.push(module, &format!("base_layer.{torch}"), data),
-            false => result.push(module, torch, data),
-        }
-        Ok(())
+        Ok(Some(SavedTensor::new(module, torch, data)))
     }
-}
-
-/// Whether a module is one to save, or in one: its path, or how it ends at a dot.
-fn is_saved(modules_to_save: &[String], module: &str) -> bool {
-    let ends = module
-        .match_indices('.')
-        .map(|(dot, _)| dot)
-        .chain([module.len()]);
-    ends.map(|end| &module[..end]).any(|path| {
-        modules_to_save.iter().any(|name| {
-            path.strip_suffix(name.as_str())
-                .is_some_and(|front| front.is_empty() || front.ends_with('.'))
-        })
-    })
 }

@@ -10,14 +10,6 @@ use crate::error::Error;
 /// The name of the file in PEFT's folder.
 pub const FILE: &str = "adapter_config.json";
 
-/// What says where an adapter comes from, and not what it computes.
-pub const ABOUT: [&str; 4] = [
-    "auto_mapping",
-    "base_model_name_or_path",
-    "revision",
-    "task_type",
-];
-
 /// The settings in an adapter's folder.
 pub fn read(folder: &Path) -> Result<Map<String, Value>, Error> {
     read_file(&folder.join(FILE))

@@ -22,8 +22,10 @@ pub struct Forward<'a> {
 
 /// The rotation and the scale of one layer, ready to use.
 struct Rotation {
-    blocks: Blocks,
+    /// None where blocks of one channel do not rotate.
+    blocks: Option<Blocks>,
     scale: Option<Tensor<1>>,
+    dtype: DType,
 }
 
 impl Rotation {
@@ -35,15 +37,14 @@ impl Rotation {
     ) -> Result<Self, String> {
         let blocks = adapter
             .rotation(layer, widths, device)
-            .map_err(|mismatch| mismatch.to_string())?
-            .ok_or("has an adapter that does not rotate")?;
+            .map_err(|mismatch| mismatch.to_string())?;
         let scale = layer.scale();
         let scale = scale.map(|scale| Tensor::from_data(scale.clone(), (device, scale.dtype())));
-        Ok(Self { blocks, scale })
-    }
-
-    fn dtype(&self) -> DType {
-        self.blocks.values().dtype()
+        Ok(Self {
+            blocks,
+            scale,
+            dtype: layer.skew().dtype(),
+        })
     }
 
     /// The scale of these rows.
@@ -52,7 +53,12 @@ impl Rotation {
     }
 
     fn apply(&self, weight: Tensor<2>, rows: Range<usize>) -> Tensor<2> {
-        self.blocks.weight(weight, self.scale(rows), Side::Right)
+        let scale = self.scale(rows);
+        match (&self.blocks, scale) {
+            (Some(blocks), scale) => blocks.weight(weight, scale, Side::Right),
+            (None, Some(scale)) => weight * scale.unsqueeze_dim::<2>(1),
+            (None, None) => weight,
+        }
     }
 }
 
@@ -75,7 +81,7 @@ impl Turn for Forward<'_> {
     fn turn(&mut self, numbers: TensorData, rows: Range<usize>) -> Result<TensorData, String> {
         let rotation = self.rotation.as_ref().ok_or("has no rotation")?;
         let dtype = numbers.dtype();
-        let weight = tensor(numbers, &self.device, rotation.dtype());
+        let weight = tensor(numbers, &self.device, rotation.dtype);
         Ok(rounded(rotation.apply(weight, rows), dtype))
     }
 }
@@ -161,12 +167,13 @@ impl<'a> Backward<'a> {
     ) -> Tensor<2> {
         let [count, d_input] = weight.dims();
         let weight = match rotation.scale(rows) {
-            Some(scale) => weight / scale.reshape([count, 1]),
+            Some(scale) => weight / scale.unsqueeze_dim::<2>(1),
             None => weight,
         };
-        match inverse {
-            None => rotation.blocks.rotate(weight, Side::Right, false),
-            Some(blocks) => {
+        match (&rotation.blocks, inverse) {
+            (None, _) => weight,
+            (Some(blocks), None) => blocks.rotate(weight, Side::Right, false),
+            (Some(_), Some(blocks)) => {
                 let [n, b, _] = blocks.dims();
                 let parts = weight.reshape([count, n, b]).swap_dims(0, 1);
                 let turned = parts.matmul(blocks.clone());
@@ -190,9 +197,9 @@ impl Turn for Backward<'_> {
             AdapterConfig::Oft(config) => config.cayley == Cayley::Exact,
             _ => true,
         };
-        let inverse = match is_orthogonal {
-            true => None,
-            false => Some(invert(&rotation.blocks, &self.device)?),
+        let inverse = match &rotation.blocks {
+            Some(blocks) if !is_orthogonal => Some(invert(blocks, &self.device)?),
+            _ => None,
         };
         self.rotation = Some((rotation, inverse));
         self.difference.next();
@@ -202,14 +209,14 @@ impl Turn for Backward<'_> {
     fn turn(&mut self, numbers: TensorData, rows: Range<usize>) -> Result<TensorData, String> {
         let (rotation, inverse) = self.rotation.as_ref().ok_or("has no rotation")?;
         let dtype = numbers.dtype();
-        let merged = tensor(numbers, &self.device, rotation.dtype());
+        let merged = tensor(numbers, &self.device, rotation.dtype);
         let restored = rounded(
             Self::restore(rotation, inverse, merged.clone(), rows.clone()),
             dtype,
         );
-        let again = tensor(restored.clone(), &self.device, rotation.dtype());
+        let again = tensor(restored.clone(), &self.device, rotation.dtype);
         let again = rounded(rotation.apply(again, rows), dtype);
-        let again = tensor(again, &self.device, rotation.dtype());
+        let again = tensor(again, &self.device, rotation.dtype);
         self.difference.widen(again, merged);
         Ok(restored)
     }

@@ -1,7 +1,7 @@
 //! `unmerge`: an adapter taken out of a model that it was merged into.
 
 use burn::tensor::DType;
-use burn_boft::{Adapter, SavedTensor};
+use burn_boft::{Adapter, LoadOptions, SavedTensor};
 
 use crate::base::Base;
 use crate::changes::{Change, Changes};
@@ -15,7 +15,7 @@ use crate::turn::Backward;
 
 pub fn run(options: &Unmerge) -> Result<(), Error> {
     let names = Names::parse(&options.adapter.maps)?;
-    let adapter = load(&options.adapter.adapter)?;
+    let adapter = load(&options.adapter.adapter, &LoadOptions::new())?;
     let base = Base::open(&options.merged)?;
     let mut changes = Changes::find(&adapter, &base, &names)?;
     if !options.keep_saved {

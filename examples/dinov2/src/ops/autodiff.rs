@@ -11,7 +11,7 @@ use burn::backend::tensor::FloatTensor;
 use super::TransformerBackend;
 
 impl<B: TransformerBackend, C: CheckpointStrategy> TransformerBackend for Autodiff<B, C> {
-    fn fast_gelu(input: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn fused_gelu(input: FloatTensor<Self>) -> FloatTensor<Self> {
         #[derive(Debug)]
         struct Gelu;
 
@@ -28,13 +28,13 @@ impl<B: TransformerBackend, C: CheckpointStrategy> TransformerBackend for Autodi
                 let gradient = gradients.consume::<B>(&ops.node);
                 if let Some(parent) = parent {
                     let input = checkpointer.retrieve_node_output(ops.state);
-                    let gradient = B::fast_gelu_backward(input, gradient);
+                    let gradient = B::fused_gelu_backward(input, gradient);
                     gradients.register::<B>(parent.id, gradient);
                 }
             }
         }
 
-        let output = B::fast_gelu(input.primitive().clone());
+        let output = B::fused_gelu(input.primitive().clone());
         match Gelu.prepare::<C>([input.node()]).compute_bound().stateful() {
             OpsKind::Tracked(mut prep) => {
                 let state = prep.checkpoint(&input);
@@ -44,11 +44,11 @@ impl<B: TransformerBackend, C: CheckpointStrategy> TransformerBackend for Autodi
         }
     }
 
-    fn fast_gelu_backward(_: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn fused_gelu_backward(_: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
         unreachable!("a backward pass is not differentiated")
     }
 
-    fn fast_attention(
+    fn fused_attention(
         query: FloatTensor<Self>,
         key: FloatTensor<Self>,
         value: FloatTensor<Self>,
@@ -67,7 +67,7 @@ impl<B: TransformerBackend, C: CheckpointStrategy> TransformerBackend for Autodi
             ) {
                 let gradient = gradients.consume::<B>(&ops.node);
                 let [query, key, value] = ops.state.map(|id| checkpointer.retrieve_node_output(id));
-                let (query, key, value) = B::fast_attention_backward(query, key, value, gradient);
+                let (query, key, value) = B::fused_attention_backward(query, key, value, gradient);
                 for (parent, gradient) in ops.parents.into_iter().zip([query, key, value]) {
                     if let Some(parent) = parent {
                         gradients.register::<B>(parent.id, gradient);
@@ -76,7 +76,7 @@ impl<B: TransformerBackend, C: CheckpointStrategy> TransformerBackend for Autodi
             }
         }
 
-        let output = B::fast_attention(
+        let output = B::fused_attention(
             query.primitive().clone(),
             key.primitive().clone(),
             value.primitive().clone(),
@@ -91,7 +91,7 @@ impl<B: TransformerBackend, C: CheckpointStrategy> TransformerBackend for Autodi
         }
     }
 
-    fn fast_attention_backward(
+    fn fused_attention_backward(
         _: FloatTensor<Self>,
         _: FloatTensor<Self>,
         _: FloatTensor<Self>,

@@ -30,6 +30,13 @@ pub(super) fn by_head<const I: usize, const O: usize>(
         false => input.to_contiguous(),
     });
     let [batch, heads, tokens, head_size] = inputs[0].shape().dims::<4>();
+    for input in &inputs {
+        assert_eq!(
+            input.shape(),
+            inputs[0].shape(),
+            "attention takes tensors of one shape"
+        );
+    }
     let shape = [batch, tokens, heads, head_size];
     let mut outputs = [(); O].map(|()| vec![0.0; shape.iter().product()]);
     let mut places = outputs

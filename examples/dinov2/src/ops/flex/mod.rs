@@ -16,7 +16,7 @@ use attention::by_head;
 use elementwise::{map, normal_density, normal_distribution};
 
 impl TransformerBackend for Flex {
-    fn fast_gelu(input: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn fused_gelu(input: FloatTensor<Self>) -> FloatTensor<Self> {
         let input = input.to_contiguous();
         let output = map(values(&input), values(&input), |x, _| {
             x * normal_distribution(x)
@@ -24,7 +24,7 @@ impl TransformerBackend for Flex {
         tensor(output, input.shape())
     }
 
-    fn fast_gelu_backward(
+    fn fused_gelu_backward(
         input: FloatTensor<Self>,
         gradient: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
@@ -35,7 +35,7 @@ impl TransformerBackend for Flex {
         tensor(gradients, input.shape())
     }
 
-    fn fast_attention(
+    fn fused_attention(
         query: FloatTensor<Self>,
         key: FloatTensor<Self>,
         value: FloatTensor<Self>,
@@ -44,7 +44,7 @@ impl TransformerBackend for Flex {
         output
     }
 
-    fn fast_attention_backward(
+    fn fused_attention_backward(
         query: FloatTensor<Self>,
         key: FloatTensor<Self>,
         value: FloatTensor<Self>,

@@ -11,8 +11,8 @@ use rand_distr::{Distribution as _, Normal};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{AdapterConfig, Cayley, Init};
+use crate::model::plan::{ButterflyPlan, LayerKind};
 use crate::ops::{self, Blocks, Side};
-use crate::plan::{ButterflyPlan, LayerKind};
 
 /// The orthogonal adapter of one weight.
 ///

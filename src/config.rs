@@ -143,7 +143,7 @@ pub struct Selection {
 impl Selection {
     /// Whether `modules_to_save` lists the module at `path` or one that holds it.
     pub fn saves(&self, path: &str) -> bool {
-        crate::target::is_saved(&self.modules_to_save, path)
+        crate::select::is_saved(&self.modules_to_save, path)
     }
 }
 

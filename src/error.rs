@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use burn::tensor::DType;
 
-pub use crate::target::PatternError;
+pub use crate::select::PatternError;
 
 /// One reason why an injection is refused.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]

@@ -67,14 +67,12 @@
 mod adapter;
 mod config;
 mod error;
-mod exchange;
-mod inject;
 mod linear;
+mod model;
 pub mod ops;
-mod plan;
-mod report;
-mod survey;
-mod target;
+mod peft;
+mod select;
+mod value;
 
 pub use adapter::BoftAdapter;
 pub use config::{
@@ -84,16 +82,17 @@ pub use error::{
     AttachError, ConfigError, ExtractError, InjectError, KeyMapError, LoadError, MergeError,
     Misfit, Mismatch, NameError, PatternError, SaveError,
 };
-#[cfg(feature = "train")]
-pub use exchange::AdapterCheckpointer;
-pub use exchange::{
-    Adapter, AdapterLayer, KeyMap, LayerMeasure, LoadOptions, LoadReport, Place, SaveOptions,
-    SavedTensor, Transformers,
-};
-pub use inject::{inject, merge, plan, project, unload};
 pub use linear::{Linear as BoftLinear, LinearConfig as BoftLinearConfig};
-pub use plan::{ButterflyPlan, InjectPlan, LayerKind, LayerPlan};
-pub use report::{Diagnosis, LayerDiagnosis, LayerSummary, Summary, diagnose, summary};
+#[cfg(feature = "train")]
+pub use model::AdapterCheckpointer;
+pub use model::{
+    ButterflyPlan, Diagnosis, InjectPlan, LayerDiagnosis, LayerKind, LayerPlan, LayerSummary,
+    Summary, diagnose, inject, merge, plan, project, summary, unload,
+};
+pub use peft::{LoadOptions, SaveOptions};
+pub use value::{
+    Adapter, AdapterLayer, KeyMap, LayerMeasure, LoadReport, Place, SavedTensor, Transformers,
+};
 
 /// The README's example, compiled.
 #[cfg(doctest)]

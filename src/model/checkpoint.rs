@@ -13,7 +13,7 @@ use burn::tensor::Tensor;
 use burn::train::checkpoint::{Checkpointer, CheckpointerError};
 use burn_pack::{Reader, Writer};
 
-use crate::survey::{Path, is_trainable};
+use crate::model::walk::{Path, is_trainable};
 
 /// Where a checkpoint says which base it belongs to.
 const BASE: &str = "base";

@@ -11,8 +11,8 @@ use super::layer::{AdapterLayer, SavedTensor, data, is_float, values, wide};
 use crate::adapter::AdapterSettings;
 use crate::config::AdapterConfig;
 use crate::error::ExtractError;
-use crate::inject::trained_parameters;
-use crate::survey::{Parameter, Path, Survey};
+use crate::model::inject::trained_parameters;
+use crate::model::walk::{Parameter, Path, Survey};
 
 impl Adapter {
     /// Reads the adapter out of a model that [`inject`](crate::inject()) or [`Adapter::attach`] adapted.

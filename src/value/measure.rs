@@ -5,8 +5,8 @@ use burn::tensor::{Device, Tensor};
 use super::Adapter;
 use super::layer::{AdapterLayer, values};
 use crate::adapter::AdapterSettings;
-use crate::plan::LayerKind;
-use crate::report;
+use crate::model::plan::LayerKind;
+use crate::model::report;
 
 /// One rotation of an adapter, made by [`Adapter::measure`].
 #[derive(Debug, Clone, PartialEq)]

@@ -6,9 +6,9 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, FloatDType, Tensor};
 
 use crate::adapter::AdapterSettings;
+use crate::model::plan::{ButterflyPlan, LayerKind};
+use crate::model::walk::{Path, is_trainable};
 use crate::ops::{Blocks, Side, upper_triangle, widen};
-use crate::plan::{ButterflyPlan, LayerKind};
-use crate::survey::{Path, is_trainable};
 
 /// Parameter counts of a model, made by [`summary`]. `Display` is PEFT's line.
 #[derive(Debug, Clone, PartialEq, Eq)]

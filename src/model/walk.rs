@@ -3,7 +3,7 @@
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Tensor};
 
-use crate::plan::LayerKind;
+use crate::model::plan::LayerKind;
 
 /// Burn's container type for the parameters that a reparameterization adds.
 pub(crate) const REPARAMETERIZATION: &str = "Reparameterization";

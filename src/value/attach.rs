@@ -12,10 +12,10 @@ use super::report::LoadReport;
 use crate::adapter::{AdapterSettings, BoftAdapter, Values};
 use crate::config::{Bias, Selection};
 use crate::error::{AttachError, InjectError, KeyMapError, Misfit, Mismatch};
-use crate::inject::{check_settings, nearest, place, trained_parameters, unload};
-use crate::plan::LayerKind;
-use crate::survey::{Layer, Parameter, Path, Survey};
-use crate::target::{Decision, TargetMatcher, is_saved};
+use crate::model::inject::{check_settings, nearest, place, trained_parameters, unload};
+use crate::model::plan::LayerKind;
+use crate::model::walk::{Layer, Parameter, Path, Survey};
+use crate::select::{Decision, TargetMatcher, is_saved};
 
 impl Adapter {
     /// Attaches the adapter to a model: its rotations to the layers, its biases and saved modules in place.

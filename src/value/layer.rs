@@ -2,10 +2,9 @@
 
 use burn::tensor::{DType, TensorData};
 
-use super::layout::block_size;
 use crate::error::Mismatch;
+use crate::model::plan::{ButterflyPlan, LayerKind, fits};
 use crate::ops::upper_triangle;
-use crate::plan::{ButterflyPlan, LayerKind, fits};
 
 /// One adapted layer of an [`Adapter`](crate::Adapter).
 #[derive(Debug, Clone, PartialEq)]
@@ -209,6 +208,13 @@ impl SavedTensor {
     pub fn data(&self) -> &TensorData {
         &self.data
     }
+}
+
+/// The block size whose strict upper triangle has this many numbers; no numbers are blocks of one.
+pub(crate) fn block_size(packed: usize) -> Option<usize> {
+    let root = packed.checked_mul(8)?.checked_add(1)?.isqrt();
+    let b = root.div_ceil(2);
+    (b > 0 && b.checked_mul(b - 1)? / 2 == packed).then_some(b)
 }
 
 /// A number of factors in words.

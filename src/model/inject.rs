@@ -9,9 +9,9 @@ use burn::tensor::{DType, Tensor, TensorData};
 use crate::adapter::{AdapterSettings, Attach, BoftAdapter, Values};
 use crate::config::{AdapterConfig, Bias, Block, Cayley, OftConfig, Selection};
 use crate::error::{InjectError, MergeError, Misfit};
-use crate::plan::{ButterflyPlan, InjectPlan, LayerKind, LayerPlan};
-use crate::survey::{Layer, Parameter, Path, REPARAMETERIZATION, Survey};
-use crate::target::{Decision, TargetMatcher, is_saved};
+use crate::model::plan::{ButterflyPlan, InjectPlan, LayerKind, LayerPlan};
+use crate::model::walk::{Layer, Parameter, Path, REPARAMETERIZATION, Survey};
+use crate::select::{Decision, TargetMatcher, is_saved};
 
 /// Shows what [`inject`] would do, without doing it.
 ///

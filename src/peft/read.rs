@@ -7,15 +7,14 @@ use serde_json::{Map, Value};
 
 use super::config_json::warn_of_old_series;
 use super::fused::to_model_names;
+use crate::config::LayerKind;
+use crate::config::is_saved;
 use crate::config::{AdapterConfig, Bias, Block, BoftConfig, OftConfig, Selection, TargetModules};
 use crate::error::{KeyMapError, Mismatch};
-use crate::model::plan::{LayerKind, fits};
-use crate::select::is_saved;
+use crate::rotation::{factors, fits};
 use crate::value::LoadReport;
 use crate::value::keymap::{KeyMap, ends_with, join, split};
-use crate::value::layer::{
-    AdapterLayer, SavedTensor, block_size, data, factors, pack, values, wide,
-};
+use crate::value::layer::{AdapterLayer, SavedTensor, block_size, data, pack, values, wide};
 use crate::value::reconcile::{check_biases, reconcile};
 
 /// What every key starts with.

@@ -7,10 +7,11 @@ use burn::tensor::{FloatDType, TensorData};
 use super::fused::split_rows;
 use super::read::PREFIX;
 use crate::config::AdapterConfig;
+use crate::config::LayerKind;
 use crate::error::{KeyMapError, SaveError};
-use crate::model::plan::LayerKind;
+use crate::rotation::factors;
 use crate::value::keymap::{KeyMap, join};
-use crate::value::layer::{AdapterLayer, SavedTensor, data, factors, unpack, values};
+use crate::value::layer::{AdapterLayer, SavedTensor, data, unpack, values};
 use crate::value::reconcile::expected_block_size;
 
 /// The tensors of an adapter as PEFT writes them.

@@ -11,16 +11,16 @@ mod report;
 use burn::tensor::{DType, Device, Tensor};
 use serde_json::{Map, Value};
 
+pub use extract::ExtractError;
 pub use keymap::{KeyMap, Place, Transformers};
 pub use layer::{AdapterLayer, SavedTensor};
 pub use measure::LayerMeasure;
 pub use report::LoadReport;
 
-use crate::adapter::AdapterSettings;
-use crate::config::{AdapterConfig, Selection};
+use crate::config::{AdapterConfig, LayerKind, Selection};
 use crate::error::Mismatch;
-use crate::model::plan::LayerKind;
 use crate::ops::Blocks;
+use crate::rotation::Method;
 
 /// A trained adapter as a value: its settings, and the numbers of every layer on the host.
 ///
@@ -154,9 +154,13 @@ impl Adapter {
             wrong: vec![format!("the adapter of `{}`: {why}", layer.path)],
             ..Mismatch::default()
         })?;
+        let method = Method::new(&self.config).map_err(|errors| Mismatch {
+            wrong: errors.iter().map(ToString::to_string).collect(),
+            ..Mismatch::default()
+        })?;
         let kind = layer.kind.unwrap_or(LayerKind::Linear);
-        let settings = AdapterSettings::new(kind, butterfly, &self.config);
+        let rotation = method.with_sizes(kind, butterfly, layer.scale.is_some());
         let skew = Tensor::<3>::from_data(layer.skew.clone(), (device, layer.skew.dtype()));
-        Ok(Some(settings.blocks(skew)))
+        Ok(Some(rotation.blocks(skew)))
     }
 }

@@ -1,10 +1,10 @@
 //! What the numbers of an adapter say against its configuration: the numbers decide.
 
-use super::layer::{AdapterLayer, SavedTensor, factors};
+use super::layer::{AdapterLayer, SavedTensor};
 use super::report::LoadReport;
 use crate::config::{AdapterConfig, Block};
 use crate::error::Mismatch;
-use crate::model::plan::adjust;
+use crate::rotation::{Method, factors};
 
 /// Biases of layers that are not adapted belong to `Bias::All`.
 pub(crate) fn check_biases(
@@ -63,28 +63,17 @@ pub(crate) fn reconcile(
         }
     }
     if differ && let Some(b) = same(layers.iter().map(|layer| layer.block_size)) {
-        match config {
-            AdapterConfig::Boft(config) => config.block = Block::Size(b),
-            AdapterConfig::Oft(config) => config.block = Block::Size(b),
-        }
+        config.set_block(Block::Size(b));
     }
 }
 
 /// The block size that PEFT makes of the configuration for an axis, as far as it is known.
 pub(crate) fn expected_block_size(config: &AdapterConfig, d_input: Option<usize>) -> Option<usize> {
-    match (config, d_input) {
-        (AdapterConfig::Boft(config), d) => match (config.block, d) {
-            (Block::Size(b), _) => Some(b),
-            (Block::Count(n), Some(d)) if d.is_multiple_of(n) => Some(d / n),
-            (Block::Count(_), _) => None,
-        },
+    let method = Method::new(config).ok()?;
+    match d_input {
         // A search for divisors, as long as PEFT's: not for the width of a layer that rotates nothing.
-        (AdapterConfig::Oft(_), None) => None,
-        (AdapterConfig::Oft(_), Some(d)) if d > MAX_WIDTH => None,
-        (AdapterConfig::Oft(config), Some(d)) => Some(match config.block {
-            Block::Size(b) => adjust(d, b),
-            Block::Count(n) => d / adjust(d, n),
-        }),
+        Some(d) if d <= MAX_WIDTH => method.block_size(d),
+        _ => method.fixed_block_size(),
     }
 }
 

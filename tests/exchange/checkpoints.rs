@@ -143,7 +143,7 @@ fn train(folder: &Path, epochs: usize, resume: Option<usize>) -> BTreeMap<String
 }
 
 #[test]
-fn a_run_resumes_bit_for_bit_from_what_it_changed() {
+fn a_training_run_resumes_bit_for_bit_from_an_adapter_checkpoint() {
     let (whole, halves) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let expected = train(whole.path(), 4, None);
     let halfway = train(halves.path(), 2, None);
@@ -171,7 +171,7 @@ fn a_run_resumes_bit_for_bit_from_what_it_changed() {
 }
 
 #[test]
-fn a_checkpoint_over_another_base_is_refused() {
+fn a_checkpoint_of_another_base_model_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let checkpointer = AdapterCheckpointer::new(folder.path(), &tower()).unwrap();
     checkpointer.save(1, tower().into_record()).unwrap();

@@ -27,7 +27,7 @@ fn two_adapters() -> [Adapter; 2] {
     })
 }
 
-/// The process that [`a_killed_save_leaves_one_adapter`] kills. By itself it does nothing.
+/// The process that [`a_save_that_is_killed_leaves_the_old_or_the_new_adapter`] kills. By itself it does nothing.
 #[test]
 fn saves_until_it_is_killed() {
     let Ok(folder) = std::env::var(SAVES_INTO) else {
@@ -42,7 +42,7 @@ fn saves_until_it_is_killed() {
 }
 
 #[test]
-fn a_killed_save_leaves_one_adapter() {
+fn a_save_that_is_killed_leaves_the_old_or_the_new_adapter() {
     let folder = tempfile::tempdir().unwrap();
     let adapters = two_adapters();
     adapters[0].save(folder.path()).unwrap();

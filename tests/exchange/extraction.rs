@@ -8,7 +8,7 @@ use burn_boft::{Adapter, AdapterConfig, Bias, BoftLinear, Cayley, OftConfig, inj
 use super::support::*;
 
 #[test]
-fn extraction_wants_the_settings_of_the_injection() {
+fn extraction_refuses_settings_that_differ_from_the_injection() {
     let error = Adapter::extract(&base::<BoftLinear>(), boft()).unwrap_err();
     assert_eq!(
         error.to_string(),
@@ -46,7 +46,7 @@ fn extraction_wants_the_settings_of_the_injection() {
 }
 
 #[test]
-fn nothing_that_was_trained_is_left_behind() {
+fn extraction_refuses_to_leave_trained_parameters_behind() {
     let model = adapted::<BoftLinear>(boft());
     let error = Adapter::extract(&model, boft().with_bias(Bias::None)).unwrap_err();
     assert_eq!(

@@ -102,7 +102,7 @@ fn dino() -> BoftConfig {
 }
 
 #[test]
-fn dinov2_is_written_for_either_transformers_and_read_from_both() {
+fn dinov2_adapters_are_saved_and_loaded_under_the_names_of_transformers_4_and_5() {
     let model = inject(Dino::new(), dino()).unwrap();
     let adapter = Adapter::extract(&model, dino()).unwrap();
     let mut written = Vec::new();
@@ -154,7 +154,7 @@ fn dinov2_is_written_for_either_transformers_and_read_from_both() {
 }
 
 #[test]
-fn a_fused_layer_splits_into_the_same_rotation_twice_and_halves_of_the_rest() {
+fn saving_a_fused_layer_repeats_its_rotation_and_halves_its_scale_and_bias() {
     let adapter = Adapter::extract(&inject(Dino::new(), dino()).unwrap(), dino()).unwrap();
     let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     adapter.save(whole.path()).unwrap();
@@ -184,7 +184,7 @@ fn a_fused_layer_splits_into_the_same_rotation_twice_and_halves_of_the_rest() {
 }
 
 #[test]
-fn two_rotations_fit_no_fused_layer() {
+fn two_different_rotations_cannot_be_loaded_into_one_fused_layer() {
     let json = boft_json(json!({"boft_block_size": 2, "target_modules": ["gate_proj", "up_proj"]}));
     let key = |index: usize, name: &str| format!("encoder.layer.{index}.mlp.{name}");
     let keys = [
@@ -217,7 +217,7 @@ fn two_rotations_fit_no_fused_layer() {
 }
 
 #[test]
-fn a_fused_layer_beside_its_parts_is_refused() {
+fn a_file_with_a_fused_layer_and_its_parts_is_refused() {
     let json = boft_json(
         json!({"boft_block_size": 2, "target_modules": ["weights_in", "gate_proj", "up_proj"]}),
     );
@@ -244,7 +244,7 @@ fn a_fused_layer_beside_its_parts_is_refused() {
 }
 
 #[test]
-fn two_files_of_one_name_are_refused() {
+fn a_key_map_that_gives_two_layers_one_name_is_refused() {
     let folder = write(
         &boft_json(json!({"target_modules": ["up", "hidden"]})),
         &[
@@ -265,7 +265,7 @@ fn two_files_of_one_name_are_refused() {
 }
 
 #[test]
-fn targets_of_a_file_are_checked_in_its_own_names() {
+fn target_modules_of_a_file_are_matched_against_the_names_in_the_file() {
     // The last layer is missing, which only the names of the file can tell.
     let json = boft_json(json!({"boft_block_size": 2, "target_modules": ["q_proj"]}));
     let folder = write(

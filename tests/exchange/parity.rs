@@ -223,7 +223,7 @@ fn check(kind: &str, at_least: usize) -> BTreeMap<String, LoadReport> {
 }
 
 #[test]
-fn adapters_of_peft_compute_what_peft_computes() {
+fn adapters_of_peft_give_the_outputs_gradients_and_merged_weights_of_peft() {
     let reports = check("cases", 77);
     for (name, report) in reports {
         // PEFT adjusts OFT's sizes by a rule, which is no conversion.
@@ -243,7 +243,7 @@ fn adapters_of_peft_compute_what_peft_computes() {
 }
 
 #[test]
-fn adapters_of_older_versions_compute_what_those_computed() {
+fn adapters_of_older_peft_versions_give_the_outputs_of_those_versions() {
     let reports = check("old", 13);
     for (name, report) in reports {
         let expected = match name.as_str() {
@@ -345,7 +345,7 @@ impl Dino {
 }
 
 #[test]
-fn dinov2_of_either_transformers_merges_as_peft_does() {
+fn dinov2_adapters_named_as_in_transformers_4_and_5_merge_as_in_peft() {
     let folder = fixtures().with_file_name("dinov2");
     let (base, _) = read(&folder.join("base.safetensors"));
     let (merged, _) = read(&folder.join("merged.safetensors"));

@@ -6,7 +6,7 @@ use crate::common::devices;
 use crate::common::models::{Net, set};
 
 #[test]
-fn a_number_that_is_none_shows_in_every_measurement() {
+fn diagnose_reports_nan_in_every_measurement_of_the_layer() {
     let config = BoftConfig::new()
         .with_n_butterfly_factor(2)
         .with_target_modules(["hidden", "output"]);

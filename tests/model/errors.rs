@@ -51,7 +51,7 @@ fn assert_refused(model: &Model, config: impl Into<AdapterConfig>, message: &str
 }
 
 #[test]
-fn sizes_that_do_not_fit_are_refused_with_sizes_that_do() {
+fn sizes_that_do_not_fit_are_refused_with_sizes_that_would() {
     let misfit = assert_refused(
         &model(),
         boft().with_block_size(5),
@@ -81,7 +81,7 @@ fn sizes_that_do_not_fit_are_refused_with_sizes_that_do() {
 }
 
 #[test]
-fn what_was_proposed_is_accepted() {
+fn the_proposed_sizes_are_accepted() {
     for config in [
         boft().with_block_size(6),
         boft().with_block_num(4),
@@ -133,7 +133,7 @@ fn settings_out_of_their_range_are_refused() {
 }
 
 #[test]
-fn a_setting_that_no_layer_can_mend_is_refused_once() {
+fn zero_factors_are_refused_once_and_not_for_every_layer() {
     let misfit = assert_refused(
         &model(),
         boft()
@@ -145,7 +145,7 @@ fn a_setting_that_no_layer_can_mend_is_refused_once() {
 }
 
 #[test]
-fn targets_that_mean_nothing_are_refused() {
+fn names_that_select_no_layer_are_refused() {
     assert_refused(
         &model(),
         BoftConfig::new(),
@@ -173,7 +173,7 @@ fn targets_that_mean_nothing_are_refused() {
 }
 
 #[test]
-fn patterns_that_cannot_be_used_are_refused() {
+fn invalid_patterns_are_refused_with_their_setting() {
     let error = refusal(
         &model(),
         boft()
@@ -221,7 +221,7 @@ struct Decoder {
 }
 
 #[test]
-fn a_pattern_without_an_answer_names_the_layer() {
+fn a_layers_pattern_that_finds_no_index_names_the_layer() {
     let key = linear([24, 16], 1, DType::F32, &Device::flex());
     let h = vec![Attention { key }];
     let model = Decoder { model: Stack { h } };
@@ -243,7 +243,7 @@ fn a_pattern_without_an_answer_names_the_layer() {
 }
 
 #[test]
-fn an_adapted_weight_is_refused_whoever_adapted_it() {
+fn a_weight_that_already_carries_an_adapter_is_refused() {
     let device = Device::flex().autodiff();
     let ours = inject(model(), boft().with_init(Init::Random { seed: 1 })).unwrap();
     let lora = Lora::new(2, 4.0).set_param_group(ParamGroup::from_path("hidden.weight"));
@@ -310,7 +310,7 @@ fn every_misfit_is_reported_at_once() {
 }
 
 #[test]
-fn a_plain_model_cannot_be_merged() {
+fn merging_a_model_without_adapters_is_refused() {
     let error = merge(model()).unwrap_err();
     assert_eq!(error, MergeError::NotAdapted);
     assert_eq!(
@@ -320,7 +320,7 @@ fn a_plain_model_cannot_be_merged() {
 }
 
 #[test]
-fn merging_names_the_layers_that_are_not_finite() {
+fn merging_names_every_layer_that_is_not_finite() {
     let config = BoftConfig::new()
         .with_target_modules(["hidden", "output"])
         .with_init(Init::Random { seed: 1 });

@@ -428,12 +428,12 @@ fn leaves<L: Layer>(base: &Net<L>, model: Net<L>, device: &Device) {
 }
 
 #[test]
-fn a_model_of_burn_linear_layers_goes_through_its_life() {
+fn a_model_of_burn_linear_layers_trains_moves_stores_and_merges() {
     walk::<nn::Linear>();
 }
 
 #[test]
-fn a_model_of_boft_linear_layers_goes_through_its_life() {
+fn a_model_of_boft_linear_layers_trains_moves_stores_and_merges() {
     walk::<BoftLinear>();
 }
 

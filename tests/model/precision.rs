@@ -11,7 +11,7 @@ use crate::common::host;
 use crate::common::models::{distance, linear, numbers, precisions, rows};
 
 #[test]
-fn a_half_precision_base_stays_so_and_is_rounded_once() {
+fn merging_into_a_half_precision_base_rounds_once() {
     let device = Device::flex();
     for (dtype, digits) in [(DType::F16, 11), (DType::BF16, 8)] {
         let base = linear([24, 10], 3, dtype, &device);
@@ -76,7 +76,7 @@ fn set_precision(layer: &nn::Linear, dtype: DType) -> nn::Linear {
 }
 
 #[test]
-fn a_base_quantized_after_injection_keeps_the_adapter_and_nearly_the_output() {
+fn quantizing_the_base_keeps_the_adapter_and_almost_the_output() {
     let device = Device::flex();
     let scheme = device
         .settings()

@@ -164,6 +164,23 @@ fn loading_warns_once_of_each_name_without_tensors() {
 }
 
 #[test]
+fn loading_warns_of_settings_that_have_no_effect() {
+    let json = json!({
+        "peft_type": "OFT", "peft_version": "0.19.0", "oft_block_size": 4, "target_modules": ["hidden"],
+        "use_cayley_neumann": false, "module_dropout": 0.1, "unheard_of": true
+    });
+    let folder = write(&json, &[("hidden.oft_R.weight", vec![6, 6])]);
+    let (_, report) = Adapter::load(folder.path()).unwrap();
+    assert_eq!(
+        report.warnings,
+        [
+            "settings that are not known are ignored: `unheard_of`",
+            "`module_dropout` has no effect in PEFT 0.16 and later, nor here",
+        ]
+    );
+}
+
+#[test]
 fn the_adapter_of_a_convolution_does_not_attach_to_a_linear_layer() {
     let folder = write(
         &boft_json(json!({})),

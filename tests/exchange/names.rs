@@ -10,48 +10,15 @@ use burn_boft::{
 };
 use serde_json::json;
 
+use super::dinov2::Encoder;
 use super::support::*;
 use crate::common::models::{linear, numbers};
 
-/// A layer of DINOv2 with the names of its files.
+/// DINOv2 in small sizes, with a classifier. Nothing is computed with it.
 #[derive(Module, Debug)]
 struct Dino {
     encoder: Encoder,
     classifier: BoftLinear,
-}
-
-#[derive(Module, Debug)]
-struct Encoder {
-    layer: Vec<DinoLayer>,
-}
-
-#[derive(Module, Debug)]
-struct DinoLayer {
-    attention: Attention,
-    mlp: SwiGlu,
-}
-
-#[derive(Module, Debug)]
-struct Attention {
-    attention: Projections,
-    output: Dense,
-}
-
-#[derive(Module, Debug)]
-struct Projections {
-    query: BoftLinear,
-    value: BoftLinear,
-}
-
-#[derive(Module, Debug)]
-struct Dense {
-    dense: BoftLinear,
-}
-
-#[derive(Module, Debug)]
-struct SwiGlu {
-    weights_in: BoftLinear,
-    weights_out: BoftLinear,
 }
 
 impl Dino {
@@ -61,25 +28,18 @@ impl Dino {
             seed += 2;
             BoftLinear::from(linear(sizes, seed, DType::F32, &device()))
         };
-        let block = |layer: &mut dyn FnMut([usize; 2]) -> BoftLinear| DinoLayer {
-            attention: Attention {
-                attention: Projections {
-                    query: layer([8, 12]),
-                    value: layer([8, 12]),
-                },
-                output: Dense {
-                    dense: layer([12, 8]),
-                },
-            },
-            mlp: SwiGlu {
-                weights_in: layer([8, 20]),
-                weights_out: layer([12, 8]),
-            },
-        };
+        let encoder = Encoder::new(|path| {
+            let name = path.rsplit('.').next().unwrap();
+            layer(match name {
+                "query" | "key" | "value" => [8, 12],
+                "dense" => [12, 8],
+                "weights_in" => [8, 20],
+                "weights_out" => [12, 8],
+                other => panic!("{other}"),
+            })
+        });
         Self {
-            encoder: Encoder {
-                layer: vec![block(&mut layer), block(&mut layer)],
-            },
+            encoder,
             classifier: layer([8, 3]),
         }
     }

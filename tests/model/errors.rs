@@ -1,15 +1,14 @@
 //! Every refusal: what it names, and that it leaves the model as it was.
 
-use burn::module::{Lora, Module, ParamGroup, Quantizer};
+use burn::module::{Lora, Module, ParamGroup};
 use burn::nn;
-use burn::tensor::quantization::{Calibration, QuantValue};
 use burn::tensor::{DType, Device};
 use burn_boft::{
     AdapterConfig, BoftConfig, Cayley, Init, InjectError, MergeError, Misfit, OftConfig,
     PatternError, inject, merge, plan, unload,
 };
 
-use crate::common::models::{Net, linear, numbers, set, trainable};
+use crate::common::models::{Net, linear, numbers, quantized, set, trainable};
 
 type Model = Net<nn::Linear>;
 
@@ -82,17 +81,37 @@ fn sizes_that_do_not_fit_are_refused_with_sizes_that_would() {
 
 #[test]
 fn the_proposed_sizes_are_accepted() {
-    for config in [
-        boft().with_block_size(6),
-        boft().with_block_num(4),
-        boft().with_block_size(6).with_n_butterfly_factor(3),
-        boft().with_block_size(4).with_n_butterfly_factor(2),
+    for (config, [block_size, block_num, factors]) in [
+        (boft().with_block_size(4), [4, 6, 1]),
+        (boft().with_block_size(6), [6, 4, 1]),
+        (boft().with_block_num(4), [6, 4, 1]),
+        (boft().with_block_num(6), [4, 6, 1]),
+        (
+            boft().with_block_size(2).with_n_butterfly_factor(3),
+            [2, 12, 3],
+        ),
+        (
+            boft().with_block_size(6).with_n_butterfly_factor(3),
+            [6, 4, 3],
+        ),
+        (
+            boft().with_block_size(4).with_n_butterfly_factor(2),
+            [4, 6, 2],
+        ),
     ] {
         let plan = plan(&model(), &config).unwrap();
+        let butterfly = plan.layers[0].butterfly;
         assert_eq!(
-            plan.layers[0].butterfly.block_num() * plan.layers[0].butterfly.block_size,
-            24
+            [
+                butterfly.block_size,
+                butterfly.block_num(),
+                butterfly.n_butterfly_factor
+            ],
+            [block_size, block_num, factors]
         );
+        let packed = factors * block_num * block_size * (block_size - 1) / 2;
+        let numbers = numbers(&inject(model(), config).unwrap());
+        assert_eq!(numbers["hidden.weight.boft.skew"].len(), packed);
     }
 }
 
@@ -265,14 +284,7 @@ fn a_weight_that_already_carries_an_adapter_is_refused() {
 #[test]
 fn a_quantized_weight_is_refused() {
     let device = Device::flex();
-    let scheme = device
-        .settings()
-        .quantization
-        .scheme
-        .with_value(QuantValue::Q8S);
-    let mut quantizer = Quantizer::new(Calibration::MinMax, scheme);
-    let group = ParamGroup::from_path("hidden.weight");
-    let model = Model::new(1, &device).quantize_weights_group(&mut quantizer, group);
+    let model = quantized(Model::new(1, &device), "hidden.weight", &device);
     let error = refusal(&model, boft());
     assert!(
         matches!(error.misfits(), [Misfit::Quantized { .. }]),

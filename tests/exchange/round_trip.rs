@@ -187,10 +187,13 @@ fn attaching_leaves_the_base_weights_as_they_were() {
     let model = base::<BoftLinear>();
     let adapter = Adapter::extract(&adapted::<BoftLinear>(boft()), boft()).unwrap();
     let before = numbers(&model);
-    let first = adapter.attach(model.clone()).unwrap();
-    assert_eq!(numbers(&model), before, "a clone was changed");
-    let plain = unload(first);
-    assert_eq!(numbers(&plain)["hidden.weight"], before["hidden.weight"]);
+    let attached = adapter.attach(model.clone()).unwrap();
+    assert!(distance(outputs(&attached), outputs(&model)) > 0.1);
+    assert_eq!(numbers(&model), before, "the base was changed");
+    let plain = numbers(&unload(attached));
+    for path in ["hidden.weight", "output.weight", "norm.gamma"] {
+        assert_eq!(plain[path], before[path], "{path}");
+    }
 }
 
 #[test]

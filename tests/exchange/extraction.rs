@@ -9,7 +9,7 @@ use super::support::*;
 use crate::common::host;
 
 #[test]
-fn extraction_wants_the_settings_of_the_injection() {
+fn extraction_refuses_settings_that_differ_from_the_injection() {
     let error = Adapter::extract_as(&base::<BoftLinear>(), boft()).unwrap_err();
     assert_eq!(
         error.to_string(),
@@ -133,7 +133,7 @@ fn a_bias_that_is_trained_alone_is_named() {
 }
 
 #[test]
-fn nothing_that_was_trained_is_left_behind() {
+fn extraction_refuses_to_leave_trained_parameters_behind() {
     let model = adapted::<BoftLinear>(boft());
     let error = Adapter::extract_as(&model, boft().with_bias(Bias::None)).unwrap_err();
     assert_eq!(

@@ -5,6 +5,7 @@ mod common;
 
 mod checkpoints;
 mod crashes;
+mod dinov2;
 mod extraction;
 mod layouts;
 mod malformed;

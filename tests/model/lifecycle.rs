@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use burn::data::dataloader::{DataLoaderBuilder, batcher::Batcher};
+use burn::data::dataloader::DataLoaderBuilder;
 use burn::data::dataset::InMemDataset;
 use burn::module::{Module, ParamGroup};
 use burn::nn;
 use burn::optim::{AdamWConfig, GradientsAccumulator, GradientsParams, ModuleOptimizer};
 use burn::store::ModuleRecord;
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Device, Tensor};
 use burn::train::metric::LossMetric;
 use burn::train::renderer::CliMetricsRenderer;
 use burn::train::{
@@ -19,6 +19,7 @@ use burn_boft::{Bias, BoftConfig, BoftLinear, Init, diagnose, inject, merge, sum
 use crate::common::models::{
     INPUT, Layer, Net, OUTPUT, distance, gradients, numbers, rows, trainable,
 };
+use crate::common::training::{Batch, Item, Rows, regress};
 use crate::common::{devices, host};
 
 const RATE: f64 = 1e-2;
@@ -315,43 +316,12 @@ fn checkpoints_gradients<L: Layer>(model: &Net<L>, device: &Device) {
     assert!(changed(&plain, &checkpointed).is_empty());
 }
 
-/// Items of a data set: an input and its targets.
-type Item = (Vec<f32>, Vec<f32>);
-
-#[derive(Clone, Debug)]
-pub struct Batch {
-    pub input: Tensor<2>,
-    pub targets: Tensor<2>,
-}
-
-struct Rows;
-
-impl Batcher<Item, Batch> for Rows {
-    fn batch(&self, items: Vec<Item>, device: &Device) -> Batch {
-        let count = items.len();
-        let (inputs, targets): (Vec<_>, Vec<_>) = items.into_iter().unzip();
-        let stack = |rows: Vec<Vec<f32>>, width| {
-            Tensor::from_data(TensorData::new(rows.concat(), [count, width]), device)
-        };
-        Batch {
-            input: stack(inputs, INPUT),
-            targets: stack(targets, OUTPUT),
-        }
-    }
-}
-
-fn regress<L: Layer>(model: &Net<L>, batch: Batch) -> RegressionOutput {
-    let output = model.forward(batch.input);
-    let loss = (output.clone() - batch.targets.clone()).square().mean();
-    RegressionOutput::new(loss, output, batch.targets)
-}
-
 impl<L: Layer> TrainStep for Net<L> {
     type Input = Batch;
     type Output = RegressionOutput;
 
     fn step(&self, batch: Batch) -> TrainOutput<RegressionOutput> {
-        let output = regress(self, batch);
+        let output = regress(|input| self.forward(input), batch);
         TrainOutput::new(self, output.loss.backward(), output)
     }
 }
@@ -361,7 +331,7 @@ impl<L: Layer> InferenceStep for Net<L> {
     type Output = RegressionOutput;
 
     fn step(&self, batch: Batch) -> RegressionOutput {
-        regress(self, batch)
+        regress(|input| self.forward(input), batch)
     }
 }
 
@@ -428,12 +398,12 @@ fn leaves<L: Layer>(base: &Net<L>, model: Net<L>, device: &Device) {
 }
 
 #[test]
-fn a_model_of_burn_linear_layers_goes_through_its_life() {
+fn a_model_of_burn_linear_layers_trains_moves_stores_and_merges() {
     walk::<nn::Linear>();
 }
 
 #[test]
-fn a_model_of_boft_linear_layers_goes_through_its_life() {
+fn a_model_of_boft_linear_layers_trains_moves_stores_and_merges() {
     walk::<BoftLinear>();
 }
 

@@ -25,7 +25,7 @@ pub fn oft() -> OftConfig {
 }
 
 /// The coefficients of PEFT's polynomial, from the table of `Cayley::Neumann`.
-fn neumann(terms: usize) -> &'static [f64] {
+pub fn neumann(terms: usize) -> &'static [f64] {
     match terms {
         2 => &[1.0, 2.0],
         3 | 4 => &[1.0, 2.0, 2.0, 1.0],
@@ -40,7 +40,7 @@ pub fn neumann_016(terms: usize) -> &'static [f64] {
     &[1.0, 2.0, 2.0, 2.0, 2.0, 2.0][..terms]
 }
 
-fn polynomial(packed: &[f64], b: usize, coefficients: &[f64]) -> Matrix {
+pub fn polynomial(packed: &[f64], b: usize, coefficients: &[f64]) -> Matrix {
     let q = skew_matrix(packed, b);
     let (mut block, mut power) = (Matrix::zeros(b, b), Matrix::identity(b));
     for &coefficient in coefficients {

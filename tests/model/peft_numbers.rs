@@ -9,7 +9,7 @@ use crate::common::models::{linear, numbers, set};
 use crate::common::{assert_close, devices, host, tensor};
 
 #[test]
-fn boft_gives_the_numbers_of_peft() {
+fn boft_rotates_to_the_golden_values_of_peft() {
     // PEFT's parameter is the whole square with t above the diagonal, and Q = ½(A − Aᵀ).
     let skew: Vec<f64> = (0..3)
         .flat_map(|i| (0..4).map(move |k| 0.1 * f64::from(4 * i + k + 1) / 2.0))
@@ -45,7 +45,7 @@ fn boft_gives_the_numbers_of_peft() {
 }
 
 #[test]
-fn oft_gives_the_numbers_of_peft() {
+fn oft_rotates_to_the_golden_values_of_peft() {
     let new = |terms| Cayley::Neumann { terms };
     let golden = [
         (Cayley::Exact, [2.2631579, 2.8421053, 0.8947368]),
@@ -79,7 +79,7 @@ fn oft_gives_the_numbers_of_peft() {
 }
 
 #[test]
-fn coft_gives_the_numbers_of_peft() {
+fn coft_projects_to_the_golden_values_of_peft() {
     for (backend, device) in devices() {
         let config = oft().with_block_size(3).with_coft_radius(0.1);
         let model = inject(linear([6, 5], 3, DType::F32, &device), config).unwrap();

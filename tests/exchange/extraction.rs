@@ -54,7 +54,7 @@ fn extraction_refuses_to_leave_trained_parameters_behind() {
         "`hidden.bias`, `output.bias` would be left behind, being trained while the configuration keeps neither their \
          biases nor their modules; name those in modules_to_save, or freeze them"
     );
-    // A model in validation is the same model.
+    // `valid()` does not change what was trained.
     let adapter = Adapter::extract(&model.valid(), boft()).unwrap();
     assert_eq!(adapter.tensors().len(), 4);
     assert!(Adapter::extract(&model.valid(), boft().with_bias(Bias::None)).is_err());

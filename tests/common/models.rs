@@ -107,7 +107,7 @@ pub fn trainable<M: Module>(model: &M) -> BTreeSet<String> {
         .collect()
 }
 
-/// The gradients that there are, by path.
+/// The gradient of every parameter that has one, by path.
 pub fn gradients<M: Module>(model: &M, gradients: &Gradients) -> BTreeMap<String, Vec<f64>> {
     read(model, &|param| param.gradient(gradients))
 }

@@ -13,7 +13,7 @@ pub struct Batch {
     pub targets: Tensor<2>,
 }
 
-/// Stacks items.
+/// Stacks items into a batch.
 pub struct Rows;
 
 impl Batcher<Item, Batch> for Rows {

@@ -1,4 +1,4 @@
-//! Checkpoints of a training run hold what the run changed, and nothing of the base.
+//! Checkpoints of a training run: they hold what training changes and leave the base model out.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -23,7 +23,7 @@ use crate::common::models::{INPUT, linear, numbers, set};
 use crate::common::noise;
 use crate::common::training::{Batch, Item, Rows, regress};
 
-/// A model with running statistics outside of the adapter, which training moves.
+/// A model whose batch norm is not part of the adapter but has running statistics, which training changes.
 #[derive(Module, Debug)]
 struct Tower {
     hidden: BoftLinear,
@@ -78,7 +78,7 @@ impl InferenceStep for Tower {
     }
 }
 
-/// Trains for some epochs, from the checkpoint of an epoch where one is given.
+/// Trains up to a number of epochs, resuming from the checkpoint of `resume` if it is given.
 fn train(folder: &Path, epochs: usize, resume: Option<usize>) -> BTreeMap<String, Vec<f64>> {
     let items: Vec<Item> = (0..30u64)
         .map(|row| {
@@ -148,7 +148,7 @@ fn a_training_run_resumes_bit_for_bit_from_an_adapter_checkpoint() {
 fn a_checkpoint_of_another_base_model_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let checkpointer = AdapterCheckpointer::new(folder.path(), &tower()).unwrap();
-    // Skew and head as training could have left them.
+    // A trained model would have other numbers than a fresh one.
     let saved = ["hidden.weight.boft.skew", "head.weight"]
         .into_iter()
         .fold(tower(), |model, path| {

@@ -18,7 +18,7 @@ const SAVING: &str = "saving";
 const SAVED: &str = "saved";
 const ROUNDS: usize = 20;
 
-/// Two adapters that differ in settings and numbers, and not in shapes.
+/// Two adapters that have the same shapes but different settings and numbers.
 fn two_adapters() -> [Adapter; 2] {
     [4, 6].map(|terms| {
         let config = OftConfig::new()
@@ -43,7 +43,7 @@ fn save_until_killed(folder: &Path) -> ! {
     }
 }
 
-/// This test in a process of its own that saves until it is killed, with what it says.
+/// Starts the test below in a process of its own, which saves until it is killed; returns the lines that it prints.
 fn saving_process(folder: &Path) -> (Child, Lines<BufReader<ChildStderr>>) {
     let name = "crashes::a_save_that_is_killed_leaves_the_old_or_the_new_adapter";
     let mut child = Command::new(std::env::current_exe().unwrap())
@@ -75,14 +75,14 @@ fn a_save_that_is_killed_leaves_the_old_or_the_new_adapter() {
     let (mut left, mut interrupted) = (BTreeSet::new(), 0);
     for round in 0..ROUNDS {
         let (mut child, mut lines) = saving_process(folder.path());
-        // Another number of finished saves each round, so that either adapter is the old one.
+        // The number of finished saves grows by one each round, so that the old adapter is each of the two in turn.
         let begun = lines
             .by_ref()
             .map(Result::unwrap)
             .filter(|line| line == SAVING)
             .nth(1 + round);
         assert!(begun.is_some(), "the saving process stopped by itself");
-        // A reader finds one of the two while they are being replaced. Every other round kills at once.
+        // Every other round kills at once; the rounds between also read while the files are being replaced.
         for _ in 0..round % 2 * round {
             which();
         }

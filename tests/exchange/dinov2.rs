@@ -39,7 +39,7 @@ struct SwiGlu {
 }
 
 impl Encoder {
-    /// Two layers of what `linear` makes for each path below the encoder.
+    /// Two layers. `linear` makes the linear layer of each path, which starts below the encoder.
     pub fn new(mut linear: impl FnMut(&str) -> BoftLinear) -> Self {
         let mut layer = |index: usize| {
             let mut linear = |name: &str| linear(&format!("layer.{index}.{name}"));

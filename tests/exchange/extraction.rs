@@ -142,7 +142,7 @@ fn extraction_refuses_to_leave_trained_parameters_behind() {
          modules are trained, the biases of all adapted layers, or all biases; name modules in modules_to_save, or \
          freeze what is not meant"
     );
-    // A model in validation is the same model.
+    // `valid()` does not change what was trained.
     let adapter = Adapter::extract_as(&model.valid(), boft()).unwrap();
     assert_eq!(adapter.tensors().len(), 4);
     assert!(Adapter::extract_as(&model.valid(), boft().with_bias(Bias::None)).is_err());

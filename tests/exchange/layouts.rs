@@ -1,4 +1,4 @@
-//! Sizes that the tensors state and the configuration does not, and the layouts of older PEFT versions.
+//! Where a file's tensors decide and its configuration does not: sizes, and the layouts of older PEFT versions.
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! Folders that hold no adapter, or a broken one.
+//! Loading folders with missing, broken or odd content.
 
 use std::fs;
 
@@ -122,7 +122,7 @@ fn loading_refuses_broken_safetensors_files() {
             "{what}: {error}"
         );
     }
-    // Every prefix of a file, and every byte of its header changed, is an error or a file.
+    // Any prefix of a file is an error; a changed byte of its header may be one, but never panics.
     for end in 0..good.len().min(400) {
         assert!(refused(&good[..end]).contains("is not a safetensors file"));
     }
@@ -240,7 +240,7 @@ fn loading_refuses_tensors_of_impossible_shapes() {
 
 #[test]
 fn keys_are_split_at_dots_and_not_searched_for_substrings() {
-    // `soft_gate` holds `oft_`, and a layer may be called like a tensor's end.
+    // `soft_gate` contains `oft_`, and a layer may have the name of an adapter tensor.
     let folder = write(
         &boft_json(
             json!({"target_modules": ["soft_gate.boft_s", "hidden"], "modules_to_save": ["gate"]}),
@@ -255,7 +255,7 @@ fn keys_are_split_at_dots_and_not_searched_for_substrings() {
     let (adapter, report) = Adapter::load(folder.path()).unwrap();
     assert_eq!(adapter.layers()[0].path(), "soft_gate.boft_s");
     let modules: Vec<_> = adapter.tensors().iter().map(|t| t.module()).collect();
-    // PEFT saves whatever ends with an entry.
+    // PEFT saves every module whose path ends with an entry.
     assert_eq!(modules, ["gate", "soft_gate"]);
     assert_eq!(report.applied.len(), 4);
     let names = &adapter.config().selection().modules_to_save;

@@ -172,7 +172,7 @@ fn two_different_rotations_cannot_be_loaded_into_one_fused_layer() {
          wrong: `encoder.layer.1.mlp.weights_in` is one layer here and 2 in the file, which has nothing for \
          `encoder.layer.1.mlp.up_proj`"
     );
-    // A model that has two layers as well needs no map, and no such rule.
+    // Without the map the two layers stay apart, and each may have its own rotation.
     assert_eq!(Adapter::load(folder.path()).unwrap().0.layers().len(), 3);
 }
 
@@ -226,7 +226,7 @@ fn a_key_map_that_gives_two_layers_one_name_is_refused() {
 
 #[test]
 fn target_modules_of_a_file_are_matched_against_the_names_in_the_file() {
-    // The last layer is missing, which only the names of the file can tell.
+    // `q_proj` names the last layer too, whose tensors are missing; the model itself has no `q_proj`.
     let json = boft_json(json!({"boft_block_size": 2, "target_modules": ["q_proj"]}));
     let folder = write(
         &json,

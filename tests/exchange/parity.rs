@@ -1,4 +1,4 @@
-//! Adapters that PEFT wrote compute here what PEFT computed: outputs, gradients and merged weights.
+//! Adapters that PEFT wrote give the outputs, gradients and merged weights that PEFT computed.
 //!
 //! `fixtures/peft/README.md` says what the files hold.
 
@@ -16,11 +16,11 @@ use burn_boft::{
     Adapter, BoftLinear, KeyMap, LoadOptions, LoadReport, SaveOptions, Transformers, merge,
 };
 
-/// Of the largest number in a tensor.
+/// Tolerances, relative to the largest number in a tensor.
 const FORWARD: f64 = 1e-5;
 const GRADIENT: f64 = 1e-4;
 
-/// Where a number of PEFT's file is in the model, and how PEFT's numbers become ours.
+/// The path in the model of a tensor in PEFT's file, and its numbers in the order of the model.
 fn place(key: &str, shape: &[usize], numbers: &[f64]) -> (String, Vec<f64>) {
     let squares = |layer: &str| {
         let b = shape[shape.len() - 1];
@@ -64,7 +64,7 @@ fn place(key: &str, shape: &[usize], numbers: &[f64]) -> (String, Vec<f64>) {
     plain(norm.unwrap_or(key).to_string())
 }
 
-/// Distances of one case, each in parts of its tolerance.
+/// The comparisons of one case that failed, and the largest relative distances.
 #[derive(Default)]
 struct Comparison {
     failures: Vec<String>,
@@ -80,7 +80,7 @@ impl Comparison {
         }
         let size = expected.iter().fold(0.0f64, |max, x| max.max(x.abs()));
         let distance = actual.iter().zip(expected).fold(0.0f64, |max, (a, b)| {
-            // A comparison with NaN keeps neither.
+            // Written so that NaN counts as larger.
             if (a - b).abs() <= max {
                 max
             } else {
@@ -169,7 +169,7 @@ fn run<M: Model>(folder: &Path) -> (Comparison, LoadReport) {
     (comparison, report)
 }
 
-/// What [`with_model`] runs the comparison by.
+/// Runs the comparison in the model type that [`with_model`] chooses.
 struct Compare<'a>(&'a Path);
 
 impl UseModel for Compare<'_> {
@@ -227,7 +227,7 @@ fn check(kind: &str, at_least: usize) -> BTreeMap<String, LoadReport> {
 fn adapters_of_peft_give_the_outputs_gradients_and_merged_weights_of_peft() {
     let reports = check("cases", 77);
     for (name, report) in reports {
-        // PEFT adjusts OFT's sizes by a rule, which is no conversion.
+        // Sizes that PEFT adjusts by its rule for OFT are not reported as converted.
         let expected: &[&str] = match name.as_str() {
             "boft-mlp-bias-all-saved" => {
                 &["classifier.modules_to_save", "classifier.original_module"]
@@ -325,7 +325,7 @@ fn dinov2_adapters_named_as_in_transformers_4_and_5_merge_as_in_peft() {
             comparison.failures.join("\n")
         );
 
-        // Written under the other's names, it has the other's tensors.
+        // Saved under the names of the other version, the adapter has that version's tensors.
         for (version, name) in versions {
             let again = tempfile::tempdir().unwrap();
             let options = SaveOptions::new().with_key_map(KeyMap::dinov2(version));

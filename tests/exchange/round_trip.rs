@@ -1,4 +1,4 @@
-//! An adapter that leaves a model and comes back, through files or as a value, computes the same.
+//! A model computes the same after its adapter was extracted and attached again, as a value or through files.
 
 use std::fs;
 
@@ -35,7 +35,7 @@ fn goes_there_and_back<L: Layer>(config: impl Into<AdapterConfig>) {
                 .is_none_or(|kind| Some(kind) == extracted.kind())
         );
     }
-    // A fresh base, one with other adapters, and one that is adapted alike.
+    // A base without adapters, one with other adapters, and one with adapters of the same settings.
     let other = OftConfig::new()
         .with_block_size(2)
         .with_target_modules(["head", "output"]);
@@ -51,7 +51,7 @@ fn goes_there_and_back<L: Layer>(config: impl Into<AdapterConfig>) {
         let merged = (merge(attached.valid()), merge(model.valid()));
         assert_eq!(numbers(&merged.0.unwrap()), numbers(&merged.1.unwrap()));
     }
-    // Files of the same adapter are the same, byte for byte.
+    // Saving the same adapter again gives the same bytes.
     let again =
         saved(&Adapter::extract_as(&loaded.attach(base::<L>()).unwrap(), loaded.config()).unwrap());
     for file in [CONFIG, TENSORS] {

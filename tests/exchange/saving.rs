@@ -1,4 +1,4 @@
-//! What a saved folder holds.
+//! What a saved folder contains.
 
 use std::fs;
 

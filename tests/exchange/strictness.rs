@@ -1,4 +1,4 @@
-//! Whatever is missing, unexpected or of another shape is an error, unless the caller asks for a part.
+//! Tensors that are missing, unexpected or of another shape are errors unless the caller allows a partial load.
 
 use std::fs;
 

@@ -8,7 +8,7 @@ use super::oracle::{boft, neumann, polynomial};
 use crate::common::models::{Net, linear, numbers, set};
 use crate::common::{Matrix, assert_close, devices, noise};
 
-/// The one layer of a model, 24 → 10, whose rotation has the given numbers.
+/// The measurements of a linear layer, 24 → 10, with the given skew.
 fn diagnosed(config: impl Into<AdapterConfig>, skew: &[f64], device: &Device) -> LayerDiagnosis {
     let model = inject(linear([24, 10], 3, DType::F32, device), config).unwrap();
     let model = set(model, "weight.boft.skew", |_| skew.to_vec());

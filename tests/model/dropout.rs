@@ -7,7 +7,7 @@ use burn_boft::{BoftConfig, BoftLinear, Init, inject};
 use crate::common::models::{Layer, linear};
 use crate::common::{devices, host};
 
-/// The factors and the number of their blocks that are the identity, over many draws.
+/// For each of many draws, how many blocks of each factor are the identity.
 fn draws(model: &BoftLinear, count: usize) -> Vec<Vec<usize>> {
     let adapter = model.adapter().unwrap();
     let plan = adapter.butterfly();

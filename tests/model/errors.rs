@@ -1,4 +1,4 @@
-//! Every refusal: what it names, and that it leaves the model as it was.
+//! Every error of `plan`, `inject` and `merge`: what it names, and that the model is unchanged.
 
 use burn::module::{Lora, Module, ParamGroup};
 use burn::nn;
@@ -26,14 +26,14 @@ fn oft() -> OftConfig {
     OftConfig::new().with_target_modules(["hidden"])
 }
 
-/// The refusal, which `plan` gives too and which leaves the model as it was.
+/// The error of `inject`, after checking that `plan` gives the same one and that the model is unchanged.
 #[track_caller]
 fn refusal(model: &Model, config: impl Into<AdapterConfig>) -> InjectError {
     let config = config.into();
     let (before, trained) = (numbers(model), trainable(model));
     let error = inject(model.clone(), &config).unwrap_err();
     let planned = plan(model, &config).unwrap_err();
-    // A NaN in a misfit is unlike itself.
+    // Compared as text, since a NaN in a misfit does not equal itself.
     assert_eq!(error.to_string(), planned.to_string());
     assert_eq!(numbers(model), before);
     assert_eq!(trainable(model), trained);
@@ -288,7 +288,7 @@ fn a_weight_that_already_carries_an_adapter_is_refused() {
         );
         let misfit = assert_refused(model, boft(), &message);
         assert!(matches!(misfit, Misfit::AlreadyAdapted { .. }));
-        // An adapter on another layer is refused all the same: one injection, one adapter.
+        // Targets elsewhere do not help: a model is injected once.
         assert_refused(model, boft().with_target_modules(["output"]), &message);
     }
     assert!(inject(unload(ours.clone()), boft()).is_ok());
@@ -375,7 +375,7 @@ fn merging_names_every_layer_that_is_not_finite() {
             );
         }
     }
-    // What no adapter touches is not merging's to judge.
+    // Merging does not check weights without an adapter.
     assert!(spoilt("head.weight", f64::NAN).is_ok());
     let paths = ["hidden.weight", "output.weight"];
     let both = paths.iter().fold(model.clone(), |model, path| {

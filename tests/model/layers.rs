@@ -1,4 +1,4 @@
-//! Every kind of layer that carries an adapter, against the dense oracle.
+//! Every kind of layer that can carry an adapter, compared with the dense oracle.
 
 use burn::module::{Module, Param};
 use burn::nn::conv::{Conv2d, Conv2dConfig};
@@ -23,7 +23,7 @@ fn merging_a_linear_layer_gives_the_weight_of_the_dense_oracle() {
     }
 }
 
-/// A convolution that is square in nothing: 8 → 10 channels in two groups, 3 × 2 kernels.
+/// A convolution in which no two sizes agree: 8 → 10 channels in two groups, 3 × 2 kernels.
 pub fn convolution(device: &Device) -> Conv2d {
     let mut convolution = Conv2dConfig::new([8, 10], [3, 2])
         .with_stride([2, 1])
@@ -119,7 +119,7 @@ fn a_weight_in_column_layout_merges_like_one_in_row_layout() {
     }
 }
 
-/// The record that a column layout reads: it keeps the weight transposed.
+/// The record of a layer in column layout, which stores the weight transposed.
 fn column_record(row: &nn::Linear) -> burn::store::ModuleRecord {
     let transposed = nn::Linear {
         weight: Param::from_tensor(row.weight.val().transpose()),

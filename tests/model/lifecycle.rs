@@ -24,7 +24,7 @@ use crate::common::{devices, host};
 
 const RATE: f64 = 1e-2;
 const TOKENS: usize = 7;
-/// The base weight and what else no step may change.
+/// Parameters that no training step may change.
 const FROZEN: [&str; 4] = ["hidden.weight", "output.weight", "norm.gamma", "norm.beta"];
 
 fn config() -> BoftConfig {
@@ -53,7 +53,7 @@ fn optimizer() -> ModuleOptimizer {
     AdamWConfig::new().with_weight_decay(0.0).init()
 }
 
-/// The targets of a model whose adapters differ, so that training has something to find.
+/// Outputs of the same base with other adapters, which training can reach.
 fn targets<L: Layer>(base: &Net<L>, input: Tensor<2>) -> Tensor<2> {
     let config = config().with_init(Init::Random { seed: 3 });
     let teacher = inject(base.clone(), config).unwrap().valid();
@@ -80,7 +80,7 @@ fn parameters_gradients<L: Layer>(
     GradientsParams::from_grads(loss(model, input, targets).backward(), model)
 }
 
-/// The names of the numbers that differ.
+/// The paths of the parameters that differ.
 fn changed(before: &BTreeMap<String, Vec<f64>>, after: &BTreeMap<String, Vec<f64>>) -> Vec<String> {
     assert!(before.keys().eq(after.keys()));
     before
@@ -99,7 +99,7 @@ fn assert_same_bits(what: &str, a: Tensor<2>, b: Tensor<2>) {
     assert!(same_bits(&host(a), &host(b)), "{what} differ");
 }
 
-/// A model with numbers that training could have left.
+/// A model after a few training steps.
 fn trained<L: Layer>(base: &Net<L>, device: &Device) -> Net<L> {
     let mut model = inject(base.clone(), config()).unwrap();
     let mut optimizer = optimizer();
@@ -110,7 +110,7 @@ fn trained<L: Layer>(base: &Net<L>, device: &Device) -> Net<L> {
     model
 }
 
-/// The same numbers in a model without multiplicative dropout.
+/// The same model without multiplicative dropout.
 fn steady<L: Layer>(base: &Net<L>, model: &Net<L>) -> Net<L> {
     inject(base.clone(), config().with_dropout(0.0))
         .unwrap()
@@ -140,7 +140,7 @@ fn walk<L: Layer>() {
 fn starts_at_the_base<L: Layer>(base: &Net<L>, device: &Device) {
     let input = rows([TOKENS, INPUT], 2, device);
     let expected = base.forward(input.clone());
-    // Dropout replaces blocks that are the identity.
+    // Dropout changes nothing yet, since every block is the identity.
     let adapted = inject(base.clone(), config()).unwrap();
     assert_same_bits("outputs", adapted.forward(input.clone()), expected);
     let input = input.without_autodiff();
@@ -414,7 +414,7 @@ fn a_thousand_steps_keep_every_rotation_orthogonal() {
         let base = Net::<BoftLinear>::new(1, &device);
         let mut model = inject(base.clone(), config().with_dropout(0.0)).unwrap();
         let mut optimizer = optimizer();
-        // Nothing orthogonal turns the base into its opposite, so the numbers grow without end.
+        // No rotation reaches −3 times the base's output, so the skew grows without end.
         let input = rows([32, INPUT], 60, &device);
         let targets = base.forward(input.clone()) * -3.0;
         for _ in 0..1000 {

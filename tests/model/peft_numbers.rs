@@ -1,4 +1,4 @@
-//! Small rotations against numbers that PEFT printed.
+//! Small rotations compared with numbers that PEFT printed.
 
 use burn::tensor::DType;
 use burn_boft::ops::{Blocks, Side};

@@ -1,4 +1,4 @@
-//! Base weights in half precision and quantized.
+//! Base weights in half precision, and quantized ones.
 
 use burn::module::Param;
 use burn::nn;

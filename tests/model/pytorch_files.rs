@@ -1,4 +1,4 @@
-//! Weights of PyTorch, read and written by an adapted model.
+//! PyTorch's weight files, read and written by an adapted model.
 
 use burn::module::Module;
 use burn::nn::LinearConfig;

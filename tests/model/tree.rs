@@ -1,4 +1,4 @@
-//! Layers wherever a module can hold them.
+//! Adapted layers in every place where a module can hold another: lists, options, tuples, arrays, enums.
 
 use std::collections::BTreeSet;
 

@@ -14,9 +14,10 @@ use burn::backend::{Backend, DispatchDevice, backend_extension, tensor::FloatTen
 #[cfg(feature = "cubecl")]
 use burn::tensor::Shape;
 
+use super::butterfly::Side;
 #[cfg(feature = "cubecl")]
-use super::widened;
-use super::{Side, butterfly, cayley, linear};
+use super::precision::widened;
+use super::{butterfly, cayley, linear};
 
 /// The operations of orthogonal fine-tuning, as a backend runs them.
 ///

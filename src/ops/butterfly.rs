@@ -2,7 +2,8 @@
 
 use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
 
-use super::{cast, cayley, reshape, widen_primitive};
+use super::cayley;
+use super::precision::{cast, reshape, widen_primitive};
 
 /// Which side of a matrix the rotation multiplies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -11,7 +11,7 @@ use rand_distr::{Distribution as _, Normal};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{AdapterConfig, Cayley, Init};
-use crate::ops::{self, Blocks, Side};
+use crate::ops::{self, Base, Blocks, Direction, Pass, Side};
 use crate::plan::{ButterflyPlan, LayerKind};
 
 /// The orthogonal adapter of one weight.
@@ -102,9 +102,11 @@ impl BoftAdapter {
             "rotate: the last axis of {shape:?} is not {d_input}"
         );
         let rows = shape.num_elements() / d_input;
-        let rotated = self
-            .blocks()
-            .rotate(input.reshape([rows, d_input]), Side::Right, false);
+        let rotated = self.blocks().rotate(
+            input.reshape([rows, d_input]),
+            Side::Right,
+            Direction::Forward,
+        );
         rotated.reshape(shape)
     }
 
@@ -117,8 +119,8 @@ impl BoftAdapter {
     ) -> Tensor<D> {
         let shape = base.dims();
         let tokens = input.shape().num_elements() / shape[0];
-        let quantized = matches!(base.dtype(), DType::QFloat(_));
-        let route = ops::route(tokens, shape, input.device().is_autodiff(), quantized);
+        let (pass, storage) = (Pass::on(&input.device()), Base::of(base.dtype()));
+        let route = ops::route(tokens, shape, pass, storage);
         self.blocks().linear(input, base, self.scale(), bias, route)
     }
 

@@ -6,7 +6,7 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, FloatDType, Tensor};
 
 use crate::adapter::AdapterSettings;
-use crate::ops::{Blocks, Side, upper_triangle, widen};
+use crate::ops::{Blocks, Direction, Side, upper_triangle, widen};
 use crate::plan::{ButterflyPlan, LayerKind};
 use crate::survey::{Path, is_trainable};
 
@@ -273,7 +273,7 @@ fn diagnose_layer(
 ) -> LayerDiagnosis {
     let blocks = settings.blocks(skew.clone());
     let (defect, q) = (defect(&blocks), norm(settings, skew));
-    let rotated = blocks.rotate(base.clone(), Side::Left, false);
+    let rotated = blocks.rotate(base.clone(), Side::Left, Direction::Forward);
     LayerDiagnosis {
         path,
         orthogonality_defect: defect,

@@ -5,7 +5,7 @@
 mod common;
 
 use burn::tensor::{DType, Device, Tensor};
-use burn_boft::ops::{Blocks, Route, Side};
+use burn_boft::ops::{Blocks, Direction, Route, Side};
 use common::{Matrix, Sizes, assert_close, drift, host, kernel_devices, noise, rotation, tensor};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -129,8 +129,8 @@ fn run(case: &Case, route: Way, dtype: DType, device: &Device) -> [Quantities; 2
             let weight = weight.clone().transpose();
             blocks.weight(weight, Some(scale.clone()), Side::Right)
         }
-        Way::Rotate(Side::Left, transpose) => blocks.rotate(weight.clone(), Side::Left, transpose),
-        Way::Rotate(Side::Right, transpose) => blocks.rotate(input.clone(), Side::Right, transpose),
+        Way::Rotate(side @ Side::Left, direction) => blocks.rotate(weight.clone(), side, direction),
+        Way::Rotate(side @ Side::Right, direction) => blocks.rotate(input.clone(), side, direction),
     };
     let probe = operand(output.dims(), 2).detach();
     let values = vec![("output", host(output.clone()))];
@@ -155,7 +155,7 @@ fn run(case: &Case, route: Way, dtype: DType, device: &Device) -> [Quantities; 2
 enum Way {
     Linear(Route),
     Weight(Side),
-    Rotate(Side, bool),
+    Rotate(Side, Direction),
 }
 
 const WAYS: [Way; 8] = [
@@ -163,10 +163,10 @@ const WAYS: [Way; 8] = [
     Way::Linear(Route::Weight),
     Way::Weight(Side::Left),
     Way::Weight(Side::Right),
-    Way::Rotate(Side::Left, false),
-    Way::Rotate(Side::Left, true),
-    Way::Rotate(Side::Right, false),
-    Way::Rotate(Side::Right, true),
+    Way::Rotate(Side::Left, Direction::Forward),
+    Way::Rotate(Side::Left, Direction::Back),
+    Way::Rotate(Side::Right, Direction::Forward),
+    Way::Rotate(Side::Right, Direction::Back),
 ];
 
 /// What the dense oracle says of the output.
@@ -176,9 +176,9 @@ fn oracle(case: &Case, way: Way) -> Vec<f64> {
     let rotation = rotation(case.sizes, &case.skew());
     let weight = Matrix::new(d, o, case.numbers(d * o, 1));
     let input = Matrix::new(t, d, case.numbers(t * d, 0));
-    let op = |transpose| match transpose {
-        true => rotation.transpose(),
-        false => rotation.clone(),
+    let op = |direction| match direction {
+        Direction::Forward => rotation.clone(),
+        Direction::Back => rotation.transpose(),
     };
     let scaled = |mut matrix: Matrix| {
         let columns = matrix.columns;
@@ -191,8 +191,8 @@ fn oracle(case: &Case, way: Way) -> Vec<f64> {
         Way::Linear(_) => scaled(input.matmul(&rotation).matmul(&weight)).values,
         Way::Weight(Side::Left) => scaled(rotation.matmul(&weight)).values,
         Way::Weight(Side::Right) => scaled(rotation.matmul(&weight)).transpose().values,
-        Way::Rotate(Side::Left, transpose) => op(transpose).matmul(&weight).values,
-        Way::Rotate(Side::Right, transpose) => input.matmul(&op(transpose)).values,
+        Way::Rotate(Side::Left, direction) => op(direction).matmul(&weight).values,
+        Way::Rotate(Side::Right, direction) => input.matmul(&op(direction)).values,
     }
 }
 
@@ -309,7 +309,10 @@ fn sizes_without_a_kernel_take_the_portable_version() {
             seed: 3,
         };
         for device in kernel_devices() {
-            let ways = [Way::Linear(Route::Weight), Way::Rotate(Side::Right, false)];
+            let ways = [
+                Way::Linear(Route::Weight),
+                Way::Rotate(Side::Right, Direction::Forward),
+            ];
             compare(&case, &ways, DType::F32, &device).unwrap();
         }
     }

@@ -13,7 +13,7 @@ use burn::store::{
 };
 use burn::tensor::quantization::{Calibration, QuantValue};
 use burn::tensor::{DType, Device, Tensor};
-use burn_boft::ops::{Blocks, Side};
+use burn_boft::ops::{Blocks, Direction, Side};
 use burn_boft::{
     AdapterConfig, BoftConfig, BoftLinear, BoftLinearConfig, Cayley, Init, InjectPlan, LayerKind,
     LayerPlan, OftConfig, inject, merge, plan, project, unload,
@@ -397,7 +397,7 @@ fn boft_gives_the_numbers_of_peft() {
             for (m, golden) in (1..).zip(&golden) {
                 let skew = tensor(&skew[..4 * m], [m, 4, 1], dtype, &device);
                 let input = tensor(&input, [1, 8], dtype, &device);
-                let output = Blocks::cayley(skew, 2).rotate(input, Side::Right, false);
+                let output = Blocks::cayley(skew, 2).rotate(input, Side::Right, Direction::Forward);
                 assert_close(
                     &format!("{m} factors, {backend}"),
                     &host(output),
@@ -431,7 +431,7 @@ fn oft_gives_the_numbers_of_peft() {
                     Cayley::Neumann016 { terms } => Blocks::polynomial(skew, 3, neumann_016(terms)),
                 };
                 let input = tensor(&[1.0, 2.0, 3.0], [1, 3], dtype, &device);
-                let output = blocks.rotate(input, Side::Right, false);
+                let output = blocks.rotate(input, Side::Right, Direction::Forward);
                 assert_close(
                     &format!("{cayley:?}, {backend}"),
                     &host(output),

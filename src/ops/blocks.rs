@@ -4,7 +4,7 @@ use burn::backend::Dispatch;
 use burn::tensor::{FloatDType, Tensor};
 
 use super::backend::{BoftBackend, is_listed};
-use super::butterfly::Side;
+use super::butterfly::{Direction, Side};
 use super::precision::widen;
 use super::route::Route;
 use super::{butterfly, cayley, linear};
@@ -110,7 +110,7 @@ impl Blocks {
         self.values.clone()
     }
 
-    /// Rotates a matrix: `R·t` or `t·R`, with the transpose of `R` where asked.
+    /// Rotates a matrix: `R·t` from the left, `t·R` from the right, or with `Rᵀ` to rotate back.
     ///
     /// # Shapes
     ///
@@ -119,13 +119,13 @@ impl Blocks {
     /// # Panics
     ///
     /// If `d` is not `n·b`.
-    pub fn rotate(&self, matrix: Tensor<2>, side: Side, transpose: bool) -> Tensor<2> {
+    pub fn rotate(&self, matrix: Tensor<2>, side: Side, direction: Direction) -> Tensor<2> {
         self.assert_axis(side.rotated(matrix.dims()), "rotate");
         let kernel = self.has_gram_backward(&matrix);
         let (matrix, blocks) = (matrix.into_dispatch(), self.values().into_dispatch());
         Tensor::from_dispatch(match kernel {
-            true => <Dispatch as BoftBackend>::boft_butterfly(matrix, blocks, side, transpose),
-            false => butterfly::apply::<Dispatch>(matrix, blocks, side, transpose),
+            true => <Dispatch as BoftBackend>::boft_butterfly(matrix, blocks, side, direction),
+            false => butterfly::apply::<Dispatch>(matrix, blocks, side, direction),
         })
     }
 
@@ -145,7 +145,7 @@ impl Blocks {
     /// If `d` is not `n·b`.
     pub fn weight(&self, weight: Tensor<2>, scale: Option<Tensor<1>>, side: Side) -> Tensor<2> {
         let Some(scale) = scale else {
-            return self.rotate(weight, side, side == Side::Right);
+            return self.rotate(weight, side, side.weight_direction());
         };
         self.assert_axis(side.rotated(weight.dims()), "weight");
         let kernel = self.has_gram_backward(&weight);
@@ -191,7 +191,7 @@ impl Blocks {
         let input = input.reshape([rows, d]);
         let output = match route {
             Route::Activation => {
-                let rotated = self.rotate(input, Side::Right, false);
+                let rotated = self.rotate(input, Side::Right, Direction::Forward);
                 let Some(scale) = scale else {
                     return burn::tensor::module::linear(rotated, weight, bias).reshape(shape);
                 };
@@ -227,15 +227,12 @@ impl Blocks {
         let [_, d_output] = weight.dims();
         let options = (&self.values.device(), self.values.dtype());
         let scale = scale.unwrap_or_else(|| Tensor::ones([d_output], options));
-        let has_bias = bias.is_some();
-        let bias = bias.unwrap_or_else(|| Tensor::zeros([d_output], options));
         Tensor::from_dispatch(<Dispatch as BoftBackend>::boft_linear(
             input.into_dispatch(),
             weight.into_dispatch(),
             self.values().into_dispatch(),
             scale.into_dispatch(),
-            bias.into_dispatch(),
-            has_bias,
+            bias.map(Tensor::into_dispatch).into(),
         ))
     }
 

@@ -1,10 +1,28 @@
-//! Rotated and scaled weights, their products and sums: the portable versions.
+//! Rotated and scaled weights, products with them, and sums per output channel: the portable versions.
 
 use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
-use burn::tensor::Shape;
 
 use super::butterfly::{self, Side};
-use super::precision::{cast, widen_primitive};
+use super::precision::{cast, reshape, widen_primitive};
+
+/// Where a matrix has its output channels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Channels {
+    /// A column each: the outputs of a layer, `[tokens, o]`, or a `[d, o]` weight.
+    Columns,
+    /// A row each: an `[o, d]` weight.
+    Rows,
+}
+
+impl Channels {
+    /// The output channels of a weight that is rotated from this side.
+    pub(super) fn of_weight(side: Side) -> Self {
+        match side {
+            Side::Left => Self::Columns,
+            Side::Right => Self::Rows,
+        }
+    }
+}
 
 /// `R·W·diag(s)` on the left, `diag(s)·W·Rᵀ` on the right.
 pub(super) fn weight<B: Backend>(
@@ -15,19 +33,19 @@ pub(super) fn weight<B: Backend>(
 ) -> FloatTensor<B> {
     let dtype = weight.dtype();
     let weight = cast::<B>(weight, blocks.dtype());
-    let rotated = butterfly::apply::<B>(weight, blocks, side, side == Side::Right);
-    let scale = along_output::<B>(cast::<B>(scale, rotated.dtype()), side);
+    let rotated = butterfly::apply::<B>(weight, blocks, side, side.weight_direction());
+    let scale = along::<B>(cast::<B>(scale, rotated.dtype()), Channels::of_weight(side));
     cast::<B>(B::float_mul(rotated, away_from_zero::<B>(scale)), dtype)
 }
 
-/// The scale as a row for a `[d, o]` weight, as a column for an `[o, d]` weight.
-pub(super) fn along_output<B: Backend>(scale: FloatTensor<B>, side: Side) -> FloatTensor<B> {
-    let outputs = scale.shape().num_elements();
-    let shape = match side {
-        Side::Left => Shape::from([1, outputs]),
-        Side::Right => Shape::from([outputs, 1]),
+/// A vector with a number per output channel, as a row or column that meets the channels of a matrix.
+pub(super) fn along<B: Backend>(vector: FloatTensor<B>, channels: Channels) -> FloatTensor<B> {
+    let outputs = vector.shape().num_elements();
+    let shape = match channels {
+        Channels::Columns => [1, outputs],
+        Channels::Rows => [outputs, 1],
     };
-    B::float_reshape(scale, shape)
+    reshape::<B, 2>(vector, shape)
 }
 
 /// The scale with zeros replaced by 1e-20, since its gradient divides by it.
@@ -47,28 +65,34 @@ pub(super) fn product<B: Backend>(
     match bias {
         Some(bias) => {
             let bias = cast::<B>(bias, output.dtype());
-            B::float_add(output, along_output::<B>(bias, Side::Left))
+            B::float_add(output, along::<B>(bias, Channels::Columns))
         }
         None => output,
     }
 }
 
-/// `Σ gradient ⊙ output` and `Σ gradient` over the axis that is not the output's, in f32 or wider.
+/// `Σ gradient ⊙ output` and `Σ gradient` per output channel, in f32 or wider.
 pub(super) fn channel_sums<B: Backend>(
     gradient: FloatTensor<B>,
     output: FloatTensor<B>,
-    side: Side,
+    channels: Channels,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
-    let summed_axis = match side {
-        Side::Left => 0,
-        Side::Right => 1,
-    };
-    let sum = |tensor| {
-        let sum = B::float_sum_dim(tensor, summed_axis);
-        let outputs = sum.shape().num_elements();
-        B::float_reshape(sum, Shape::from([outputs]))
-    };
+    let sum = |tensor| channel_sum::<B>(tensor, channels);
     let gradient = widen_primitive::<B>(gradient);
     let products = B::float_mul(gradient.clone(), widen_primitive::<B>(output));
     (sum(products), sum(gradient))
+}
+
+/// The sum of a matrix per output channel, in its own precision.
+pub(super) fn channel_sum<B: Backend>(
+    matrix: FloatTensor<B>,
+    channels: Channels,
+) -> FloatTensor<B> {
+    let summed_axis = match channels {
+        Channels::Columns => 0,
+        Channels::Rows => 1,
+    };
+    let sum = B::float_sum_dim(matrix, summed_axis);
+    let outputs = sum.shape().num_elements();
+    reshape::<B, 1>(sum, [outputs])
 }

@@ -30,10 +30,11 @@ mod linear;
 mod precision;
 mod route;
 
-pub use backend::BoftBackend;
+pub use backend::{BoftBackend, OptionalTensor};
 pub use blocks::Blocks;
-pub use butterfly::Side;
-pub use route::{Route, route};
+pub use butterfly::{Direction, Side};
+pub use linear::Channels;
+pub use route::{Base, Pass, Route, route};
 
 pub(crate) use cayley::{neumann_016_coefficients, neumann_coefficients, upper_triangle};
 pub(crate) use precision::{widen, widened};

@@ -11,7 +11,7 @@ use burn_cubecl::kernel::{into_contiguous, untile};
 use burn_cubecl::tensor::CubeTensor;
 
 use super::launch::{Sizes, UNITS, cubes, empty, units};
-use crate::ops::butterfly::Side;
+use crate::ops::butterfly::{Direction, Side};
 
 /// Rows of activations that a cube rotates at once.
 const ROTATED_ROWS: usize = 32;
@@ -23,11 +23,11 @@ pub(super) fn rotate(
     (sizes, element): (Sizes, ElemType),
     scale: Option<CubeTensor>,
     side: Side,
-    transpose: bool,
+    direction: Direction,
 ) -> CubeTensor {
     let [rows, columns] = matrix.shape().dims::<2>();
     let matrix = untile(matrix);
-    let rotations = compose(blocks, sizes, transpose).into_buffer_arg();
+    let rotations = compose(blocks, sizes, direction).into_buffer_arg();
     let scale = scale.map(CubeTensor::into_buffer_arg).into();
     let output = empty(&matrix, [rows, columns], matrix.dtype);
     let (client, matrix) = (output.client.clone(), matrix.into_tensor_arg());
@@ -65,7 +65,7 @@ pub(super) fn rotate(
 }
 
 /// `op(R)` of every span, a `[count, span, span]` tensor.
-fn compose(blocks: CubeTensor, sizes: Sizes, transpose: bool) -> CubeTensor {
+fn compose(blocks: CubeTensor, sizes: Sizes, direction: Direction) -> CubeTensor {
     let blocks = into_contiguous(blocks);
     let Sizes { m, b, span, count } = sizes;
     let rotations = empty(&blocks, [count, span, span], DType::F32);
@@ -79,7 +79,7 @@ fn compose(blocks: CubeTensor, sizes: Sizes, transpose: bool) -> CubeTensor {
         b,
         m,
         per_cube,
-        transpose,
+        direction == Direction::Back,
     );
     rotations
 }

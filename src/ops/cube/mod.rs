@@ -19,7 +19,8 @@ use burn_cubecl::tensor::CubeTensor;
 use launch::{CUBES, PARTIAL_SUM, Sizes, blocks_per_cube, element};
 
 use super::backend::BoftBackend;
-use super::butterfly::Side;
+use super::butterfly::{Direction, Side};
+use super::linear::Channels;
 use super::precision::{cast, reshape};
 use super::{
     butterfly as portable_butterfly, cayley as portable_cayley, linear as portable_linear,
@@ -50,13 +51,13 @@ impl BoftBackend for CubeBackend {
         matrix: FloatTensor<Self>,
         blocks: FloatTensor<Self>,
         side: Side,
-        transpose: bool,
+        direction: Direction,
     ) -> FloatTensor<Self> {
         match (Sizes::of(&blocks), element(&matrix)) {
             (Some(sizes), Some(element)) => {
-                butterfly::rotate(matrix, blocks, (sizes, element), None, side, transpose)
+                butterfly::rotate(matrix, blocks, (sizes, element), None, side, direction)
             }
-            _ => portable_butterfly::apply::<Self>(matrix, blocks, side, transpose),
+            _ => portable_butterfly::apply::<Self>(matrix, blocks, side, direction),
         }
     }
 
@@ -69,14 +70,14 @@ impl BoftBackend for CubeBackend {
         match (Sizes::of(&blocks), element(&weight)) {
             (Some(sizes), Some(element)) => {
                 let scale = into_contiguous(cast::<Self>(scale, DType::F32));
-                let transpose = side == Side::Right;
+                let direction = side.weight_direction();
                 butterfly::rotate(
                     weight,
                     blocks,
                     (sizes, element),
                     Some(scale),
                     side,
-                    transpose,
+                    direction,
                 )
             }
             _ => portable_linear::weight::<Self>(weight, blocks, scale, side),
@@ -100,16 +101,17 @@ impl BoftBackend for CubeBackend {
     fn boft_channel_sums(
         gradient: FloatTensor<Self>,
         output: FloatTensor<Self>,
-        side: Side,
+        channels: Channels,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let [rows, columns] = output.shape().dims::<2>();
-        let chunks = rows.div_ceil(PARTIAL_SUM);
-        let served = side == Side::Left && gradient.dtype == output.dtype && chunks <= CUBES;
+        let parts = rows.div_ceil(PARTIAL_SUM);
+        let served =
+            channels == Channels::Columns && gradient.dtype == output.dtype && parts <= CUBES;
         let Some(element) = element(&output).filter(|_| served) else {
-            return portable_linear::channel_sums::<Self>(gradient, output, side);
+            return portable_linear::channel_sums::<Self>(gradient, output, channels);
         };
         let (products, sums) = sums::column_sums(gradient, output, element);
-        let total = |partial: CubeTensor| match chunks {
+        let total = |partial: CubeTensor| match parts {
             1 => reshape::<Self, 1>(partial, [columns]),
             _ => reshape::<Self, 1>(Self::float_sum_dim(partial, 0), [columns]),
         };

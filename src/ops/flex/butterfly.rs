@@ -8,9 +8,10 @@ use rayon::prelude::*;
 use super::real::Real;
 use super::span::{Sizes, multiply_by_stage, transpose};
 use super::tile::{PASSING_ROWS, ROWS, add_scaled, line, with_tile};
+use crate::ops::butterfly::Direction;
 
 /// `op(R)` of every span, composed in f64.
-pub(super) fn compose<E: Real>(blocks: &[E], sizes: Sizes, transpose: bool) -> Vec<E> {
+pub(super) fn compose<E: Real>(blocks: &[E], sizes: Sizes, direction: Direction) -> Vec<E> {
     let square = sizes.span * sizes.span;
     let arch = Arch::new();
     let task = sizes.spans_per_task();
@@ -24,7 +25,7 @@ pub(super) fn compose<E: Real>(blocks: &[E], sizes: Sizes, transpose: bool) -> V
                 blocks,
                 sizes,
                 first: index * task,
-                transpose,
+                direction,
             });
         });
     rotations
@@ -37,7 +38,7 @@ struct Compose<'a, E> {
     sizes: Sizes,
     /// The first of the spans.
     first: usize,
-    transpose: bool,
+    direction: Direction,
 }
 
 impl<E: Real> WithSimd for Compose<'_, E> {
@@ -58,11 +59,11 @@ impl<E: Real> WithSimd for Compose<'_, E> {
                     self.blocks,
                     self.sizes,
                     place,
-                    false,
+                    Direction::Forward,
                     &mut rows,
                 );
             }
-            if self.transpose {
+            if self.direction == Direction::Back {
                 transpose(&mut product, s);
             }
             for (value, &product) in rotation.iter_mut().zip(&product) {

@@ -7,7 +7,7 @@ use super::real::Real;
 use super::span::{Sizes, multiply_by_stage, transpose};
 use super::sums::{dot, total};
 use super::tile::{PASSING_ROWS, ROWS, add_scaled, line, with_tile};
-use crate::ops::butterfly::Side;
+use crate::ops::butterfly::{Direction, Side};
 
 /// `G = lhsᵀ·rhs` per span along the rotated axis, in f64 from partial sums of a fixed size.
 pub(super) fn gram<E: Real>(
@@ -215,7 +215,14 @@ impl<E: Real> WithSimd for BlockGradient<'_, E> {
             if stage > 0 {
                 // Fᵀ·G·F = (Fᵀ·(Fᵀ·G)ᵀ)ᵀ.
                 for _ in 0..2 {
-                    multiply_by_stage(gram, blocks, sizes, (stage, span), true, &mut rows);
+                    multiply_by_stage(
+                        gram,
+                        blocks,
+                        sizes,
+                        (stage, span),
+                        Direction::Back,
+                        &mut rows,
+                    );
                     transpose(gram, s);
                 }
             }

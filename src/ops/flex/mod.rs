@@ -17,8 +17,9 @@ use pulp::Arch;
 use real::{Real, in_precision};
 use span::Sizes;
 
-use super::backend::BoftBackend;
-use super::butterfly::Side;
+use super::backend::{BoftBackend, OptionalTensor};
+use super::butterfly::{Direction, Side};
+use super::linear::Channels;
 use super::precision::{cast, widen_primitive};
 use super::{
     butterfly as portable_butterfly, cayley as portable_cayley, linear as portable_linear,
@@ -96,11 +97,11 @@ impl BoftBackend for Flex {
         matrix: FloatTensor<Self>,
         blocks: FloatTensor<Self>,
         side: Side,
-        transpose: bool,
+        direction: Direction,
     ) -> FloatTensor<Self> {
         match spans_of(&blocks) {
-            Some(sizes) => rotate(matrix, blocks, sizes, None, side, transpose),
-            None => portable_butterfly::apply::<Self>(matrix, blocks, side, transpose),
+            Some(sizes) => rotate(matrix, blocks, sizes, None, side, direction),
+            None => portable_butterfly::apply::<Self>(matrix, blocks, side, direction),
         }
     }
 
@@ -120,7 +121,7 @@ impl BoftBackend for Flex {
                     sizes,
                     Some(scale),
                     side,
-                    side == Side::Right,
+                    side.weight_direction(),
                 )
             }
             None => portable_linear::weight::<Self>(weight, blocks, scale, side),
@@ -156,35 +157,34 @@ impl BoftBackend for Flex {
     fn boft_channel_sums(
         gradient: FloatTensor<Self>,
         output: FloatTensor<Self>,
-        side: Side,
+        channels: Channels,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         if !has_kernel(&output) || output.dtype() != gradient.dtype() {
-            return portable_linear::channel_sums::<Self>(gradient, output, side);
+            return portable_linear::channel_sums::<Self>(gradient, output, channels);
         }
         let [rows, columns] = output.shape().dims::<2>();
         let (gradient, output) = (Contiguous::new(gradient), Contiguous::new(output));
         in_precision!(output.0.dtype(), E => {
             let (gradient, output) = (gradient.values::<E>(), output.values());
-            let (channels, [products, sums]) = match side {
-                Side::Left => (columns, sums::column_sums(gradient, output, columns)),
-                Side::Right => (rows, sums::row_sums(gradient, output, columns)),
+            let (count, [products, sums]) = match channels {
+                Channels::Columns => (columns, sums::column_sums(gradient, output, columns)),
+                Channels::Rows => (rows, sums::row_sums(gradient, output, columns)),
             };
-            (tensor(products, [channels]), tensor(sums, [channels]))
+            (tensor(products, [count]), tensor(sums, [count]))
         })
     }
 
     fn boft_product(
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,
-        bias: FloatTensor<Self>,
-        has_bias: bool,
+        bias: OptionalTensor<Self>,
     ) -> FloatTensor<Self> {
-        let dtype = input.dtype();
+        let (dtype, bias) = (input.dtype(), bias.into_option());
         if !has_kernel(&input) || weight.dtype() != dtype {
-            return portable_linear::product::<Self>(input, weight, has_bias.then_some(bias));
+            return portable_linear::product::<Self>(input, weight, bias);
         }
         let shape = [input.shape().dims::<2>()[0], weight.shape().dims::<2>()[1]];
-        let bias = has_bias.then(|| Contiguous::new(cast::<Self>(bias, dtype)));
+        let bias = bias.map(|bias| Contiguous::new(cast::<Self>(bias, dtype)));
         in_precision!(dtype, E => {
             let bias = bias.as_ref().map(|bias| bias.values());
             tensor(product::product::<E>(&input, &weight, bias), shape)
@@ -199,13 +199,13 @@ fn rotate(
     sizes: Sizes,
     scale: Option<FlexTensor>,
     side: Side,
-    transpose: bool,
+    direction: Direction,
 ) -> FlexTensor {
     let (shape, dtype) = (matrix.shape().dims::<2>(), matrix.dtype());
     let matrix = Contiguous::new(cast::<Flex>(matrix, blocks.dtype()));
     let (blocks, scale) = (Contiguous::new(blocks), scale.map(Contiguous::new));
     let rotated = in_precision!(blocks.0.dtype(), E => {
-        let rotation = butterfly::compose::<E>(blocks.values(), sizes, transpose);
+        let rotation = butterfly::compose::<E>(blocks.values(), sizes, direction);
         let scale = scale.as_ref().map(|scale| scale.values());
         let rotated = match side {
             Side::Left => butterfly::rotate_rows::<E>(matrix.values(), &rotation, sizes, shape, scale),

@@ -1,6 +1,7 @@
 //! A span on its own: its sizes, where its blocks act, and products with one factor.
 
 use super::real::Real;
+use crate::ops::butterfly::Direction;
 
 /// The sizes of a rotation.
 #[derive(Clone, Copy)]
@@ -59,13 +60,13 @@ pub(super) fn multiply_by_stage<E: Real>(
     blocks: &[E],
     sizes: Sizes,
     (stage, span): (usize, usize),
-    transpose: bool,
+    direction: Direction,
     rows: &mut [f64],
 ) {
     let per_span = sizes.span / sizes.b;
     for local in 0..per_span {
         let block = &blocks[sizes.offset(stage, span * per_span + local)..];
-        multiply_rows(matrix, block, sizes, (stage, local), transpose, rows);
+        multiply_rows(matrix, block, sizes, (stage, local), direction, rows);
     }
 }
 
@@ -76,17 +77,16 @@ fn multiply_rows<E: Real>(
     block: &[E],
     sizes: Sizes,
     (stage, local): (usize, usize),
-    transpose: bool,
+    direction: Direction,
     rows: &mut [f64],
 ) {
     let Sizes { b, span: s, .. } = sizes;
     rows.fill(0.0);
     for (to, row) in rows.chunks_exact_mut(s).enumerate() {
         for from in 0..b {
-            let place = if transpose {
-                from * b + to
-            } else {
-                to * b + from
+            let place = match direction {
+                Direction::Forward => to * b + from,
+                Direction::Back => from * b + to,
             };
             let factor: f64 = block[place].into();
             let source = &matrix[sizes.coupled(stage, local, from) * s..][..s];

@@ -318,6 +318,62 @@ fn sizes_without_a_kernel_take_the_portable_version() {
     }
 }
 
+/// A scale below 1e-30 counts as zero, and 1e-20 is added to it, since its gradient divides by it.
+#[test]
+fn every_backend_keeps_tiny_scales_away_from_zero_by_the_same_rule() {
+    let scale = [
+        0.0, 1e-36, 1e-31, -1e-31, 5e-31, -9.9e-31, 1.1e-30, -2e-30, 1e-25, -1e-20, 3.0,
+    ];
+    let case = Case {
+        sizes: Sizes { d: 16, b: 4, m: 2 },
+        d_output: scale.len(),
+        tokens: 5,
+        strided: false,
+        seed: 4,
+    };
+    let expected: Vec<f64> = scale
+        .iter()
+        .map(|&s: &f64| if s.abs() < 1e-30 { s + 1e-20 } else { s })
+        .collect();
+    let (d, o) = (case.sizes.d, scale.len());
+    let weight = Matrix::new(d, o, case.numbers(d * o, 1));
+    let rotated = rotation(case.sizes, &case.skew()).matmul(&weight);
+    let sums: Vec<f64> = (0..o)
+        .map(|column| (0..d).map(|row| rotated.get(row, column)).sum())
+        .collect();
+    for (name, device) in kernel_devices() {
+        for dtype in [DType::F32, DType::F64] {
+            if !device.supports_dtype(dtype) {
+                continue;
+            }
+            let to = (dtype, &device.clone().autodiff());
+            let skew = tensor(&case.skew(), case.sizes.skew_shape(), to.0, to.1);
+            let blocks = Blocks::cayley(skew, case.sizes.b);
+            for side in [Side::Left, Side::Right] {
+                let scale = tensor(&scale, [o], to.0, to.1).require_grad();
+                let weight = weight.to_tensor(to.0, to.1);
+                let scaled = match side {
+                    Side::Left => blocks.weight(weight, Some(scale.clone()), side),
+                    Side::Right => blocks
+                        .weight(weight.transpose(), Some(scale.clone()), side)
+                        .transpose(),
+                };
+                let values = host(scaled.clone());
+                let gradient = host(scale.grad(&scaled.sum().backward()).unwrap());
+                for (column, (&expected, &sum)) in expected.iter().zip(&sums).enumerate() {
+                    let what = format!("{side:?} scale {column}, {dtype:?} on {name}");
+                    let unscaled: Vec<f64> = (0..d)
+                        .map(|row| values[row * o + column] / expected)
+                        .collect();
+                    let rotated: Vec<f64> = (0..d).map(|row| rotated.get(row, column)).collect();
+                    assert_close(&what, &unscaled, &rotated, 1e-5);
+                    assert_close(&what, &[gradient[column]], &[sum], 1e-4);
+                }
+            }
+        }
+    }
+}
+
 /// One case with more tokens than a partial sum covers.
 fn long_case() -> Case {
     Case {

@@ -48,11 +48,24 @@ pub(super) fn along<B: Backend>(vector: FloatTensor<B>, channels: Channels) -> F
     reshape::<B, 2>(vector, shape)
 }
 
-/// The scale with zeros replaced by 1e-20, since its gradient divides by it.
+/// A scale counts as zero if it is below one when multiplied by this.
+pub(super) const MAGNIFICATION: f64 = 1e30;
+
+/// What is added to a scale that counts as zero.
+pub(super) const SHIFT: f64 = 1e-20;
+
+/// The scale, with 1e-20 added where its magnitude is below 1e-30, since its gradient divides by it.
+///
+/// The kernels follow the same rule. It changes no other scale, and lets the gradient of every scale through.
 pub(super) fn away_from_zero<B: Backend>(scale: FloatTensor<B>) -> FloatTensor<B> {
-    let magnitude = B::float_mul_scalar(B::float_abs(scale.clone()), 1e30.into());
-    let is_zero = B::float_sub_scalar(B::float_clamp_max(magnitude, 1.0.into()), 1.0.into());
-    B::float_add(scale, B::float_mul_scalar(is_zero, (-1e-20).into()))
+    let magnified = B::float_mul_scalar(B::float_abs(scale.clone()), MAGNIFICATION.into());
+    // 0 where the scale counts as zero, else 1: the floor has no gradient.
+    let is_other = B::float_floor(B::float_clamp_max(magnified, 1.0.into()));
+    let minus_one_if_zero = B::float_sub_scalar(is_other, 1.0.into());
+    B::float_add(
+        scale,
+        B::float_mul_scalar(minus_one_if_zero, (-SHIFT).into()),
+    )
 }
 
 /// `x·W + bias`.

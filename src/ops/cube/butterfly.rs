@@ -12,6 +12,7 @@ use burn_cubecl::tensor::CubeTensor;
 
 use super::launch::{Sizes, UNITS, cubes, empty, units};
 use crate::ops::butterfly::{Direction, Side};
+use crate::ops::linear::{MAGNIFICATION, SHIFT};
 
 /// Rows of activations that a cube rotates at once.
 const ROTATED_ROWS: usize = 32;
@@ -254,8 +255,9 @@ fn rotate_columns_kernel<F: Float>(
     sync_cube();
 }
 
-/// The scale with zeros replaced by 1e-20, since its gradient divides by it.
+/// The rule of the portable version.
 #[cube]
 fn away_from_zero(scale: f32) -> f32 {
-    select(scale == 0.0f32, 1e-20f32, scale)
+    let is_zero = f32::abs(scale) * comptime!(MAGNIFICATION as f32) < 1.0f32;
+    select(is_zero, scale + comptime!(SHIFT as f32), scale)
 }

@@ -1,7 +1,7 @@
 //! Small rotations compared with numbers that PEFT printed.
 
 use burn::tensor::DType;
-use burn_boft::ops::{Blocks, Side};
+use burn_boft::ops::{Blocks, Direction, Side};
 use burn_boft::{Cayley, inject, project};
 
 use super::oracle::{neumann_016, oft};
@@ -32,7 +32,7 @@ fn boft_rotates_to_the_golden_values_of_peft() {
             for (m, golden) in (1..).zip(&golden) {
                 let skew = tensor(&skew[..4 * m], [m, 4, 1], dtype, &device);
                 let input = tensor(&input, [1, 8], dtype, &device);
-                let output = Blocks::cayley(skew, 2).rotate(input, Side::Right, false);
+                let output = Blocks::cayley(skew, 2).rotate(input, Side::Right, Direction::Forward);
                 assert_close(
                     &format!("{m} factors, {backend}"),
                     &host(output),
@@ -66,7 +66,7 @@ fn oft_rotates_to_the_golden_values_of_peft() {
                     Cayley::Neumann016 { terms } => Blocks::polynomial(skew, 3, neumann_016(terms)),
                 };
                 let input = tensor(&[1.0, 2.0, 3.0], [1, 3], dtype, &device);
-                let output = blocks.rotate(input, Side::Right, false);
+                let output = blocks.rotate(input, Side::Right, Direction::Forward);
                 assert_close(
                     &format!("{cayley:?}, {backend}"),
                     &host(output),

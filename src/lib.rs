@@ -30,7 +30,7 @@
 //! // ... any Burn training loop or Learner ...
 //! # let folder = tempfile::tempdir()?;
 //! # let folder = folder.path();
-//! Adapter::extract(&model, &config)?.save(folder)?; // PEFT's files, a few kilobytes
+//! Adapter::extract(&model)?.save(folder)?; // PEFT's files, a few kilobytes
 //! let merged = merge(model.valid())?; // plain weights, no adapter
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -67,33 +67,31 @@
 mod adapter;
 mod config;
 mod error;
-mod exchange;
-mod inject;
 mod linear;
+pub mod model;
 pub mod ops;
-mod plan;
-mod report;
-mod survey;
-mod target;
+mod peft;
+mod rotation;
+mod select;
+mod value;
 
 pub use adapter::BoftAdapter;
 pub use config::{
-    AdapterConfig, Bias, Block, BoftConfig, Cayley, Init, OftConfig, Selection, TargetModules,
+    AdapterConfig, Bias, Block, BoftConfig, Cayley, Init, LayerKind, OftConfig, Selection,
+    TargetModules,
 };
-pub use error::{
-    AttachError, ConfigError, ExtractError, InjectError, KeyMapError, LoadError, MergeError,
-    Misfit, Mismatch, NameError, PatternError, SaveError,
-};
-#[cfg(feature = "train")]
-pub use exchange::AdapterCheckpointer;
-pub use exchange::{
-    Adapter, AdapterLayer, KeyMap, LayerMeasure, LoadOptions, LoadReport, Place, SaveOptions,
-    SavedTensor, Transformers,
-};
-pub use inject::{inject, merge, plan, project, unload};
+pub use error::{AttachError, ConfigError, KeyMapError, LoadError, Mismatch, NameError, SaveError};
 pub use linear::{Linear as BoftLinear, LinearConfig as BoftLinearConfig};
-pub use plan::{ButterflyPlan, InjectPlan, LayerKind, LayerPlan};
-pub use report::{Diagnosis, LayerDiagnosis, LayerSummary, Summary, diagnose, summary};
+#[cfg(feature = "train")]
+pub use model::AdapterCheckpointer;
+pub use model::{candidates, diagnose, inject, merge, plan, project, summary, unload};
+pub use peft::{LoadOptions, SaveOptions};
+pub use rotation::{ButterflyPlan, RotationError};
+pub use select::PatternError;
+pub use value::{
+    Adapter, AdapterLayer, ExtractError, KeyMap, LayerMeasure, LoadReport, Place, SavedTensor,
+    Transformers,
+};
 
 /// The README's example, compiled.
 #[cfg(doctest)]

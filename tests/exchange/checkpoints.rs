@@ -52,7 +52,7 @@ fn config() -> BoftConfig {
         .with_n_butterfly_factor(2)
         .with_target_modules(["hidden"])
         .with_bias(Bias::AdapterOnly)
-        .with_modules_to_save(["head"])
+        .with_modules_to_save(["head", "norm"])
 }
 
 fn tower() -> Tower {
@@ -135,6 +135,8 @@ fn a_training_run_resumes_bit_for_bit_from_an_adapter_checkpoint() {
             "hidden.bias",
             "hidden.weight.boft.scale",
             "hidden.weight.boft.skew",
+            "norm.beta",
+            "norm.gamma",
             "norm.running_mean",
             "norm.running_var",
         ]

@@ -23,7 +23,7 @@ fn loading_takes_the_number_of_factors_from_the_tensor() {
         ]
     );
     let model = adapter.attach(base::<BoftLinear>()).unwrap();
-    let adapter = Adapter::extract(&model, adapter.config()).unwrap();
+    let adapter = Adapter::extract_as(&model, adapter.config()).unwrap();
     let folder = saved(&adapter);
     assert_eq!(settings(folder.path())["boft_n_butterfly_factor"], 1);
 }
@@ -151,7 +151,7 @@ fn an_adapter_of_peft_0_14_can_be_saved_once_it_was_attached_to_its_model() {
         conv1: Conv2dConfig::new([4, 6], [3, 3]).init(&device()),
     };
     let model = adapter.attach(model).unwrap();
-    let adapter = Adapter::extract(&model, adapter.config()).unwrap();
+    let adapter = Adapter::extract_as(&model, adapter.config()).unwrap();
     let folder = saved(&adapter);
     assert_eq!(
         shapes(folder.path())[1],
@@ -185,7 +185,7 @@ fn a_shared_block_of_peft_0_14_is_repeated_when_it_is_attached() {
          adapter to its model and extract it there"
     );
     let model = adapter.attach(base::<BoftLinear>()).unwrap();
-    let whole = Adapter::extract(&model, adapter.config()).unwrap();
+    let whole = Adapter::extract_as(&model, adapter.config()).unwrap();
     let folder = saved(&whole);
     let again = Adapter::load(folder.path()).unwrap().0;
     assert_eq!(again.layers()[0].skew().shape().to_vec(), [1, 6, 6]);

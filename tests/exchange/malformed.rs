@@ -272,7 +272,7 @@ fn loading_warns_of_nan_in_an_adapter() {
             values
         },
     );
-    let folder = saved(&Adapter::extract(&model, boft()).unwrap());
+    let folder = saved(&Adapter::extract_as(&model, boft()).unwrap());
     let (_, report) = Adapter::load(folder.path()).unwrap();
     assert_eq!(
         report.warnings,

@@ -64,7 +64,7 @@ fn dino() -> BoftConfig {
 #[test]
 fn dinov2_adapters_are_saved_and_loaded_under_the_names_of_transformers_4_and_5() {
     let model = inject(Dino::new(), dino()).unwrap();
-    let adapter = Adapter::extract(&model, dino()).unwrap();
+    let adapter = Adapter::extract_as(&model, dino()).unwrap();
     let mut written = Vec::new();
     for version in [Transformers::V4, Transformers::V5] {
         let folder = tempfile::tempdir().unwrap();
@@ -91,7 +91,7 @@ fn dinov2_adapters_are_saved_and_loaded_under_the_names_of_transformers_4_and_5(
                 numbers(&model),
                 "{version:?} by {reader:?}"
             );
-            let again = Adapter::extract(&attached, loaded.config()).unwrap();
+            let again = Adapter::extract_as(&attached, loaded.config()).unwrap();
             assert_eq!(again.layers(), adapter.layers());
         }
     }
@@ -115,7 +115,7 @@ fn dinov2_adapters_are_saved_and_loaded_under_the_names_of_transformers_4_and_5(
 
 #[test]
 fn saving_a_fused_layer_repeats_its_rotation_and_halves_its_scale_and_bias() {
-    let adapter = Adapter::extract(&inject(Dino::new(), dino()).unwrap(), dino()).unwrap();
+    let adapter = Adapter::extract_as(&inject(Dino::new(), dino()).unwrap(), dino()).unwrap();
     let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     adapter.save(whole.path()).unwrap();
     let names = SaveOptions::new().with_key_map(KeyMap::dinov2(Transformers::V5));

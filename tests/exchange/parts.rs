@@ -9,7 +9,7 @@ use crate::common::models::distance;
 #[test]
 fn an_adapter_rebuilt_from_its_parts_saves_the_same_files() {
     for config in [AdapterConfig::from(boft()), oft().into()] {
-        let adapter = Adapter::extract(&adapted::<BoftLinear>(config.clone()), config).unwrap();
+        let adapter = Adapter::extract_as(&adapted::<BoftLinear>(config.clone()), config).unwrap();
         let adapter = adapter.with_base_model("some/model");
         let layers = adapter.layers().iter().rev().map(|layer| {
             let (skew, scale) = (layer.skew().clone(), layer.scale().cloned());

@@ -19,7 +19,7 @@ use crate::common::noise;
 fn goes_there_and_back<L: Layer>(config: impl Into<AdapterConfig>) {
     let config = config.into();
     let model = adapted::<L>(&config);
-    let adapter = Adapter::extract(&model, &config).unwrap();
+    let adapter = Adapter::extract_as(&model, &config).unwrap();
     let folder = saved(&adapter);
     let (loaded, report) = Adapter::load(folder.path()).unwrap();
     assert!(report.converted.is_empty(), "{report}");
@@ -53,7 +53,7 @@ fn goes_there_and_back<L: Layer>(config: impl Into<AdapterConfig>) {
     }
     // Saving the same adapter again gives the same bytes.
     let again =
-        saved(&Adapter::extract(&loaded.attach(base::<L>()).unwrap(), loaded.config()).unwrap());
+        saved(&Adapter::extract_as(&loaded.attach(base::<L>()).unwrap(), loaded.config()).unwrap());
     for file in [CONFIG, TENSORS] {
         let bytes = |folder: &tempfile::TempDir| fs::read(folder.path().join(file)).unwrap();
         if file == TENSORS || config.selection().bias != Bias::All {
@@ -134,7 +134,7 @@ fn an_adapter_keeps_convolutions_and_running_statistics() {
             noise.iter().map(|x| 1.0 + x).collect()
         });
     }
-    let folder = saved(&Adapter::extract(&model, &config).unwrap());
+    let folder = saved(&Adapter::extract_as(&model, &config).unwrap());
     let expected = [
         ("conv.boft_R", vec![2, 6, 4, 4]),
         ("conv.boft_s", vec![1, 6]),
@@ -167,7 +167,7 @@ fn two_adapters_on_one_base_keep_separate_running_statistics() {
         let model = set(model, "norm.running_mean", |values| {
             noise(values.len(), seed, 0.5)
         });
-        Adapter::extract(&model, &config).unwrap()
+        Adapter::extract_as(&model, &config).unwrap()
     };
     let base = ConvNet::new(&Device::flex());
     let before = numbers(&base);
@@ -185,7 +185,7 @@ fn two_adapters_on_one_base_keep_separate_running_statistics() {
 #[test]
 fn attaching_leaves_the_base_weights_as_they_were() {
     let model = base::<BoftLinear>();
-    let adapter = Adapter::extract(&adapted::<BoftLinear>(boft()), boft()).unwrap();
+    let adapter = Adapter::extract_as(&adapted::<BoftLinear>(boft()), boft()).unwrap();
     let before = numbers(&model);
     let attached = adapter.attach(model.clone()).unwrap();
     assert!(distance(outputs(&attached), outputs(&model)) > 0.1);

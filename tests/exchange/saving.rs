@@ -14,7 +14,7 @@ use crate::common::models::{distance, linear, numbers};
 
 #[test]
 fn a_saved_file_has_the_keys_and_shapes_of_peft() {
-    let folder = saved(&Adapter::extract(&adapted::<BoftLinear>(boft()), boft()).unwrap());
+    let folder = saved(&Adapter::extract_as(&adapted::<BoftLinear>(boft()), boft()).unwrap());
     let expected = [
         ("head.bias", vec![5]),
         ("head.weight", vec![5, 12]),
@@ -52,7 +52,7 @@ fn a_saved_file_has_the_keys_and_shapes_of_peft() {
 #[test]
 fn all_linear_is_saved_as_the_names_of_the_adapted_layers() {
     let config = boft().with_target_modules("all-linear");
-    let folder = saved(&Adapter::extract(&adapted::<BoftLinear>(&config), &config).unwrap());
+    let folder = saved(&Adapter::extract_as(&adapted::<BoftLinear>(&config), &config).unwrap());
     assert_eq!(
         settings(folder.path())["target_modules"],
         json!(["hidden", "output"])
@@ -63,7 +63,7 @@ fn all_linear_is_saved_as_the_names_of_the_adapted_layers() {
 fn an_adapter_without_scale_is_saved_with_a_scale_of_ones() {
     let config = boft().with_scale(false);
     let model = adapted::<BoftLinear>(&config);
-    let folder = saved(&Adapter::extract(&model, &config).unwrap());
+    let folder = saved(&Adapter::extract_as(&model, &config).unwrap());
     let file = stored(folder.path());
     assert_eq!(single(&file["base_model.model.hidden.boft_s"]), [1.0; 16]);
     let attached = Adapter::load(folder.path())
@@ -77,7 +77,7 @@ fn an_adapter_without_scale_is_saved_with_a_scale_of_ones() {
 #[test]
 fn an_adapter_can_be_saved_in_half_precision() {
     let model = adapted::<BoftLinear>(boft());
-    let adapter = Adapter::extract(&model, boft()).unwrap();
+    let adapter = Adapter::extract_as(&model, boft()).unwrap();
     for (dtype, stored_as, tolerance) in [
         (FloatDType::F16, Dtype::F16, 2e-3),
         (FloatDType::BF16, Dtype::BF16, 2e-2),
@@ -110,7 +110,7 @@ fn an_adapter_in_double_precision_is_saved_in_double_precision() {
         .with_init(INIT)
         .with_target_modules(["hidden"]);
     let model = inject(one(&device()), &config).unwrap();
-    let folder = saved(&Adapter::extract(&model, &config).unwrap());
+    let folder = saved(&Adapter::extract_as(&model, &config).unwrap());
     let file = stored(folder.path());
     assert_eq!(file["base_model.model.hidden.boft_R"].0, Dtype::F64);
     let (loaded, _) = Adapter::load(folder.path()).unwrap();
@@ -123,9 +123,9 @@ fn an_adapter_in_double_precision_is_saved_in_double_precision() {
 #[test]
 fn named_adapters_are_saved_in_folders_of_their_own() {
     let folder = tempfile::tempdir().unwrap();
-    let first = Adapter::extract(&adapted::<BoftLinear>(boft()), boft()).unwrap();
+    let first = Adapter::extract_as(&adapted::<BoftLinear>(boft()), boft()).unwrap();
     let config = boft().with_block_size(2);
-    let second = Adapter::extract(&adapted::<BoftLinear>(&config), &config).unwrap();
+    let second = Adapter::extract_as(&adapted::<BoftLinear>(&config), &config).unwrap();
     first.save(folder.path()).unwrap();
     let named = SaveOptions::new().with_name("digits");
     second.save_with(folder.path(), &named).unwrap();

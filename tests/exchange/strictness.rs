@@ -56,7 +56,7 @@ fn loading_lists_every_missing_and_unexpected_tensor() {
 #[test]
 fn attaching_lists_everything_that_does_not_fit_the_model() {
     let config = boft().with_bias(Bias::All);
-    let adapter = Adapter::extract(&adapted::<BoftLinear>(&config), &config).unwrap();
+    let adapter = Adapter::extract_as(&adapted::<BoftLinear>(&config), &config).unwrap();
 
     #[derive(Module, Debug)]
     struct Other {
@@ -201,7 +201,7 @@ fn the_adapter_of_a_convolution_does_not_attach_to_a_linear_layer() {
 fn attaching_refuses_a_layer_that_carries_a_lora() {
     use burn::module::Lora;
     let model = base::<BoftLinear>().apply_lora(Lora::new(2, 4.0));
-    let adapter = Adapter::extract(&adapted::<BoftLinear>(boft()), boft()).unwrap();
+    let adapter = Adapter::extract_as(&adapted::<BoftLinear>(boft()), boft()).unwrap();
     let error = adapter.attach(model).unwrap_err().to_string();
     assert!(
         error.contains("`hidden.weight` already carries the reparameterization `lora`"),

@@ -1,9 +1,8 @@
 //! What `diagnose` measures.
 
 use burn::tensor::{DType, Device};
-use burn_boft::{
-    AdapterConfig, BoftConfig, BoftLinear, Cayley, LayerDiagnosis, OftConfig, diagnose, inject,
-};
+use burn_boft::model::LayerDiagnosis;
+use burn_boft::{AdapterConfig, BoftConfig, BoftLinear, Cayley, OftConfig, diagnose, inject};
 
 use super::oracle::{boft, neumann, polynomial};
 use crate::common::models::{Net, linear, numbers, set};

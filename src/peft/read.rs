@@ -7,13 +7,15 @@ use serde_json::{Map, Value};
 
 use super::config_json::warn_of_old_series;
 use super::fused::to_model_names;
-use super::keymap::{KeyMap, ends_with, join, split};
-use super::layer::{AdapterLayer, SavedTensor, data, factors, pack, values, wide};
-use super::report::LoadReport;
+use crate::config::LayerKind;
+use crate::config::is_saved;
 use crate::config::{AdapterConfig, Bias, Block, BoftConfig, OftConfig, Selection, TargetModules};
 use crate::error::{KeyMapError, Mismatch};
-use crate::plan::{LayerKind, adjust, fits};
-use crate::target::is_saved;
+use crate::rotation::{factors, fits};
+use crate::value::LoadReport;
+use crate::value::keymap::{KeyMap, ends_with, join, split};
+use crate::value::layer::{AdapterLayer, SavedTensor, block_size, data, pack, values, wide};
+use crate::value::reconcile::{check_biases, reconcile};
 
 /// What every key starts with.
 pub(super) const PREFIX: &str = "base_model.model.";
@@ -302,26 +304,6 @@ fn saved_by(modules_to_save: &[String], module: &str) -> Option<String> {
         .map(str::to_string)
 }
 
-/// Biases of layers that are not adapted belong to `Bias::All`.
-pub(super) fn check_biases(
-    layers: &[AdapterLayer],
-    tensors: &[SavedTensor],
-    mismatch: &mut Mismatch,
-) {
-    for tensor in tensors {
-        let layer = layers.iter().find(|layer| layer.path == tensor.module);
-        if let Some(o) = layer.and_then(|layer| layer.d_output)
-            && tensor.name == "bias"
-            && **tensor.data.shape() != [o]
-        {
-            let (module, shape) = (&tensor.module, &**tensor.data.shape());
-            mismatch.wrong.push(format!(
-                "the bias of `{module}` is {shape:?}, where its adapter has {o} outputs"
-            ));
-        }
-    }
-}
-
 /// Reads layers one by one.
 struct LayerReader<'a> {
     config: AdapterConfig,
@@ -583,83 +565,6 @@ fn read_scale(
         }
     };
     Ok((values(s), kind))
-}
-
-/// The block size whose strict upper triangle has this many numbers; no numbers are blocks of one.
-pub(super) fn block_size(packed: usize) -> Option<usize> {
-    let root = packed.checked_mul(8)?.checked_add(1)?.isqrt();
-    let b = root.div_ceil(2);
-    (b > 0 && b.checked_mul(b - 1)? / 2 == packed).then_some(b)
-}
-
-/// Lets the configuration say what the tensors are: they decide, and the report tells.
-pub(super) fn reconcile(
-    config: &mut AdapterConfig,
-    layers: &[AdapterLayer],
-    report: &mut LoadReport,
-) {
-    if let AdapterConfig::Boft(boft) = config {
-        let said = boft.n_butterfly_factor;
-        let differ = layers
-            .iter()
-            .filter(|layer| layer.n_butterfly_factor() != said);
-        for layer in differ {
-            let (path, m) = (&layer.path, layer.n_butterfly_factor());
-            report.converted.push(format!(
-                "`{path}` has {}, not the {said} of the configuration: PEFT without its CUDA kernel trains one \
-                 and does not say so",
-                factors(m)
-            ));
-        }
-        if let Some(m) = same(layers.iter().map(AdapterLayer::n_butterfly_factor)) {
-            boft.n_butterfly_factor = m;
-        }
-    }
-    let mut differ = false;
-    for layer in layers {
-        let (b, d) = (layer.block_size, layer.d_input());
-        let expected = expected_block_size(config, d);
-        if expected.is_some_and(|expected| expected != b) {
-            differ = true;
-            let path = &layer.path;
-            report.converted.push(format!(
-                "`{path}` has blocks of {b}, not those of {} that the configuration means",
-                expected.unwrap_or_default()
-            ));
-        }
-    }
-    if differ && let Some(b) = same(layers.iter().map(|layer| layer.block_size)) {
-        match config {
-            AdapterConfig::Boft(config) => config.block = Block::Size(b),
-            AdapterConfig::Oft(config) => config.block = Block::Size(b),
-        }
-    }
-}
-
-/// The block size that PEFT makes of the configuration for an axis, as far as it is known.
-pub(super) fn expected_block_size(config: &AdapterConfig, d_input: Option<usize>) -> Option<usize> {
-    match (config, d_input) {
-        (AdapterConfig::Boft(config), d) => match (config.block, d) {
-            (Block::Size(b), _) => Some(b),
-            (Block::Count(n), Some(d)) if d.is_multiple_of(n) => Some(d / n),
-            (Block::Count(_), _) => None,
-        },
-        // A search for divisors, as long as PEFT's: not for the width of a layer that rotates nothing.
-        (AdapterConfig::Oft(_), None) => None,
-        (AdapterConfig::Oft(_), Some(d)) if d > MAX_WIDTH => None,
-        (AdapterConfig::Oft(config), Some(d)) => Some(match config.block {
-            Block::Size(b) => adjust(d, b),
-            Block::Count(n) => d / adjust(d, n),
-        }),
-    }
-}
-
-/// Wider than any layer; an empty tensor can claim any width.
-const MAX_WIDTH: usize = 1 << 20;
-
-fn same<T: PartialEq>(mut values: impl Iterator<Item = T>) -> Option<T> {
-    let first = values.next()?;
-    values.all(|value| value == first).then_some(first)
 }
 
 /// Says in the model's names which layers are adapted and which modules are saved.

@@ -4,9 +4,9 @@ use burn::tensor::{Device, Tensor};
 
 use super::Adapter;
 use super::layer::{AdapterLayer, values};
-use crate::adapter::AdapterSettings;
-use crate::plan::LayerKind;
-use crate::report;
+use crate::config::LayerKind;
+use crate::model;
+use crate::rotation::Method;
 
 /// One rotation of an adapter, made by [`Adapter::measure`].
 #[derive(Debug, Clone, PartialEq)]
@@ -57,11 +57,12 @@ impl Adapter {
         if !values(&layer.skew).iter().all(|value| value.is_finite()) {
             return Some([f64::NAN; 3]);
         }
-        let settings = AdapterSettings::new(LayerKind::Linear, butterfly, &self.config);
+        let method = Method::new(&self.config).ok()?;
+        let rotation = method.with_sizes(LayerKind::Linear, butterfly, layer.scale.is_some());
         let skew = Tensor::<3>::from_data(layer.skew.clone(), (device, layer.skew.dtype()));
-        let defect = report::defect(&settings.blocks(skew.clone()));
-        let norm = report::norm(&settings, skew);
-        Some([defect, norm, settings.angle(norm)])
+        let defect = model::defect(&rotation.blocks(skew.clone()));
+        let norm = model::norm(&rotation, skew);
+        Some([defect, norm, rotation.angle(norm)])
     }
 }
 

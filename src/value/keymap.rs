@@ -250,7 +250,7 @@ impl KeyMap {
 fn compile(pattern: &str) -> Result<Regex, KeyMapError> {
     Regex::new(pattern).map_err(|error| KeyMapError::Pattern {
         pattern: pattern.to_string(),
-        reason: crate::target::describe(&error),
+        reason: crate::select::describe(&error),
     })
 }
 

@@ -2,10 +2,10 @@
 
 use burn::tensor::{DType, TensorData};
 
-use super::layout::block_size;
+use crate::config::LayerKind;
 use crate::error::Mismatch;
 use crate::ops::upper_triangle;
-use crate::plan::{ButterflyPlan, LayerKind, fits};
+use crate::rotation::{ButterflyPlan, factors, fits};
 
 /// One adapted layer of an [`Adapter`](crate::Adapter).
 #[derive(Debug, Clone, PartialEq)]
@@ -164,13 +164,9 @@ impl AdapterLayer {
             }
             _ => {}
         }
-        Ok(ButterflyPlan {
-            d_input,
-            d_output,
-            block_size: b,
-            n_butterfly_factor: m,
-            block_share: self.block_share,
-        })
+        let sizes = ButterflyPlan::new((d_input, d_output), b, m);
+        let sizes = sizes.ok_or_else(|| format!("{} numbers are too many", factors(m)))?;
+        Ok(sizes.with_block_share(self.block_share))
     }
 }
 
@@ -211,12 +207,11 @@ impl SavedTensor {
     }
 }
 
-/// A number of factors in words.
-pub(crate) fn factors(m: usize) -> String {
-    match m {
-        1 => "1 factor".to_string(),
-        m => format!("{m} factors"),
-    }
+/// The block size whose strict upper triangle has this many numbers; no numbers are blocks of one.
+pub(crate) fn block_size(packed: usize) -> Option<usize> {
+    let root = packed.checked_mul(8)?.checked_add(1)?.isqrt();
+    let b = root.div_ceil(2);
+    (b > 0 && b.checked_mul(b - 1)? / 2 == packed).then_some(b)
 }
 
 /// The packed numbers of square matrices, `½(A − Aᵀ)` above the diagonal.

@@ -1,58 +1,19 @@
-//! [`Adapter`]: a trained adapter as a value, in and out of PEFT's files.
+//! PEFT's files: an [`Adapter`] out of a folder and into one.
 
-mod attach;
-#[cfg(feature = "train")]
-mod checkpoint;
 mod config_json;
-mod extract;
-mod files;
+mod folder;
 mod fused;
-mod keymap;
-mod layer;
-mod layout;
-mod measure;
-mod report;
+mod read;
 mod write;
 
 use std::path::Path;
 
-use burn::tensor::{DType, Device, FloatDType, Tensor};
+use burn::tensor::FloatDType;
 use serde_json::{Map, Value};
 
-#[cfg(feature = "train")]
-pub use checkpoint::AdapterCheckpointer;
-pub use keymap::{KeyMap, Place, Transformers};
-pub use layer::{AdapterLayer, SavedTensor};
-pub use measure::LayerMeasure;
-pub use report::LoadReport;
-
-use crate::adapter::AdapterSettings;
-use crate::config::{AdapterConfig, Selection, TargetModules};
+use crate::config::{Selection, TargetModules};
 use crate::error::{LoadError, Mismatch, SaveError};
-use crate::ops::Blocks;
-use crate::plan::LayerKind;
-
-/// A trained adapter as a value: its settings, and the numbers of every layer on the host.
-///
-/// It needs no model: [`Adapter::load`] and [`Adapter::save`] read and write PEFT's folder,
-/// `adapter_config.json` and `adapter_model.safetensors`.
-#[derive(Debug, Clone)]
-pub struct Adapter {
-    config: AdapterConfig,
-    layers: Vec<AdapterLayer>,
-    tensors: Vec<SavedTensor>,
-    /// Where it comes from, as PEFT's settings say it.
-    about: Map<String, Value>,
-    /// What the file promised, in its own names.
-    promised: Option<Promise>,
-}
-
-/// What a file says it adapts and saves, in its own names.
-#[derive(Debug, Clone)]
-struct Promise {
-    selection: Selection,
-    names: KeyMap,
-}
+use crate::value::{Adapter, KeyMap, LoadReport, Promise};
 
 /// How [`Adapter::load_with`] reads.
 ///
@@ -136,57 +97,6 @@ impl SaveOptions {
 }
 
 impl Adapter {
-    /// Makes an adapter of settings and numbers that are in no file of PEFT's.
-    ///
-    /// The numbers say how many factors and which block sizes there are, and the settings follow.
-    ///
-    /// # Errors
-    ///
-    /// [`Mismatch`]: layers that the kind of adapter does not have, biases that do not fit their layer, and tensors
-    /// that no file keeps.
-    pub fn from_parts(
-        config: impl Into<AdapterConfig>,
-        mut layers: Vec<AdapterLayer>,
-        tensors: Vec<SavedTensor>,
-    ) -> Result<Self, Mismatch> {
-        let mut config = config.into();
-        let mut mismatch = Mismatch::default();
-        if let AdapterConfig::Oft(oft) = &config {
-            for layer in &mut layers {
-                let [m, rows, _] = layer.skew.shape().dims::<3>();
-                if m != 1 || layer.scale.is_some() || (oft.block_share && rows != 1) {
-                    mismatch.wrong.push(format!(
-                        "the adapter of `{}` has a scale, several factors or blocks that are not shared, and the \
-                         settings say OFT without",
-                        layer.path
-                    ));
-                }
-                layer.block_share = oft.block_share;
-            }
-        }
-        for tensor in &tensors {
-            let (module, name, dtype) = (&tensor.module, &tensor.name, tensor.data.dtype());
-            if !layer::is_float(dtype) && dtype != DType::I64 {
-                let why = format!("`{module}.{name}` is {dtype:?}, which no file keeps");
-                mismatch.wrong.push(why);
-            }
-        }
-        layout::check_biases(&layers, &tensors, &mut mismatch);
-        if !mismatch.is_empty() {
-            return Err(mismatch);
-        }
-        layout::reconcile(&mut config, &layers, &mut LoadReport::default());
-        let mut adapter = Self {
-            config,
-            layers,
-            tensors,
-            about: Map::new(),
-            promised: None,
-        };
-        adapter.sort();
-        Ok(adapter)
-    }
-
     /// Reads the folder of an adapter that PEFT or [`Adapter::save`] wrote.
     ///
     /// The tensors say how many factors and which block sizes there are; where the configuration says
@@ -216,15 +126,15 @@ impl Adapter {
         folder: impl AsRef<Path>,
         options: &LoadOptions,
     ) -> Result<(Self, LoadReport), LoadError> {
-        let folder = files::folder(folder.as_ref(), options.name.as_deref())?;
-        let files::Folder {
+        let folder = folder::folder(folder.as_ref(), options.name.as_deref())?;
+        let folder::Folder {
             config: json,
             tensors,
             unreadable,
-        } = files::read(&folder)?;
+        } = folder::read(&folder)?;
         let config_json::Read { config, warnings } =
             config_json::read(&json).map_err(|reason| LoadError::Config {
-                path: folder.join(files::CONFIG),
+                path: folder.join(folder::CONFIG),
                 reason,
             })?;
         let mut report = LoadReport {
@@ -237,10 +147,10 @@ impl Adapter {
         };
         let selection = config.selection().clone();
         let found = (&mut report, &mut mismatch);
-        let parsed = layout::parse(config, &json, tensors, &options.names, found)?;
+        let parsed = read::parse(config, &json, tensors, &options.names, found)?;
         let strict = !options.allow_partial || !mismatch.wrong.is_empty();
         if strict && !mismatch.is_empty() {
-            let path = folder.join(files::TENSORS);
+            let path = folder.join(folder::TENSORS);
             return Err(LoadError::Mismatch { path, mismatch });
         }
         report.missing = mismatch.missing;
@@ -286,7 +196,7 @@ impl Adapter {
         folder: impl AsRef<Path>,
         options: &SaveOptions,
     ) -> Result<(), SaveError> {
-        let folder = files::folder(folder.as_ref(), options.name.as_deref())?;
+        let folder = folder::folder(folder.as_ref(), options.name.as_deref())?;
         write::check_sizes(&self.config, &self.layers)?;
         let names = &options.names;
         let tensors = write::tensors(
@@ -305,8 +215,8 @@ impl Adapter {
         };
         let json = serde_json::to_string_pretty(&json)
             .map_err(|error| unrepresentable(error.to_string()))?;
-        let tensors = files::to_safetensors(&tensors).map_err(unrepresentable)?;
-        files::write(&folder, json.as_bytes(), &tensors)
+        let tensors = folder::to_safetensors(&tensors).map_err(unrepresentable)?;
+        folder::write(&folder, json.as_bytes(), &tensors)
     }
 
     /// Says in the file's names which layers are adapted and which modules are saved.
@@ -333,39 +243,12 @@ impl Adapter {
         Ok(())
     }
 
-    /// Orders layers and tensors by path.
-    fn sort(&mut self) {
-        self.layers.sort_by(|a, b| a.path.cmp(&b.path));
-        self.tensors
-            .sort_by(|a, b| (&a.module, &a.name).cmp(&(&b.module, &b.name)));
-    }
-
-    /// The settings, with the model's names.
-    pub fn config(&self) -> &AdapterConfig {
-        &self.config
-    }
-
-    /// The adapted layers, by path.
-    pub fn layers(&self) -> &[AdapterLayer] {
-        &self.layers
-    }
-
-    /// What travels beside: trained biases and modules to save.
-    pub fn tensors(&self) -> &[SavedTensor] {
-        &self.tensors
-    }
-
     /// The settings as PEFT's `adapter_config.json` says them.
     pub fn settings(&self) -> Map<String, Value> {
         let settings = config_json::write(&self.config, &self.about).into_iter();
         settings
             .map(|(key, value)| (key.to_string(), value))
             .collect()
-    }
-
-    /// Where it comes from, as PEFT's settings say it: the model that it is for, its revision, the task.
-    pub fn about(&self) -> &Map<String, Value> {
-        &self.about
     }
 
     /// Takes over from PEFT's settings where it comes from; other settings are left out.
@@ -375,42 +258,5 @@ impl Adapter {
             .filter_map(|key| Some((key.to_string(), settings.get(*key)?.clone())));
         self.about = about.collect();
         self
-    }
-
-    /// PEFT's `base_model_name_or_path`: the model that the adapter is for.
-    pub fn base_model(&self) -> Option<&str> {
-        self.about.get("base_model_name_or_path")?.as_str()
-    }
-
-    /// Sets the model that the adapter is for, which PEFT looks up.
-    pub fn with_base_model(mut self, name: impl Into<String>) -> Self {
-        let key = "base_model_name_or_path".to_string();
-        self.about.insert(key, Value::String(name.into()));
-        self
-    }
-
-    /// The rotation of one of the layers, for a weight of `d_input` by `d_output`; none where blocks of one
-    /// channel do not rotate.
-    ///
-    /// # Errors
-    ///
-    /// [`Mismatch`] where the adapter does not fit these widths.
-    pub fn rotation(
-        &self,
-        layer: &AdapterLayer,
-        [d_input, d_output]: [usize; 2],
-        device: &Device,
-    ) -> Result<Option<Blocks>, Mismatch> {
-        if !layer.rotates() {
-            return Ok(None);
-        }
-        let butterfly = layer.butterfly(d_input, d_output).map_err(|why| Mismatch {
-            wrong: vec![format!("the adapter of `{}`: {why}", layer.path)],
-            ..Mismatch::default()
-        })?;
-        let kind = layer.kind.unwrap_or(LayerKind::Linear);
-        let settings = AdapterSettings::new(kind, butterfly, &self.config);
-        let skew = Tensor::<3>::from_data(layer.skew.clone(), (device, layer.skew.dtype()));
-        Ok(Some(settings.blocks(skew)))
     }
 }

@@ -266,6 +266,7 @@ impl Fields<'_> {
                     other => other.ends_with("_only").then_some(Bias::AdapterOnly),
                 },
             )?,
+            ..Selection::default()
         })
     }
 

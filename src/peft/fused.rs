@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use burn::tensor::TensorData;
 
-use super::keymap::{KeyMap, Part};
-use super::layer::{AdapterLayer, SavedTensor, data, values};
 use crate::error::{KeyMapError, Mismatch};
+use crate::value::keymap::{KeyMap, Part};
+use crate::value::layer::{AdapterLayer, SavedTensor, data, values};
 
 /// Renames everything to the model's names, and joins the parts of fused layers.
 pub(super) fn to_model_names(

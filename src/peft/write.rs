@@ -5,12 +5,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use burn::tensor::{FloatDType, TensorData};
 
 use super::fused::split_rows;
-use super::keymap::{KeyMap, join};
-use super::layer::{AdapterLayer, SavedTensor, data, factors, unpack, values};
-use super::layout::{PREFIX, expected_block_size};
+use super::read::PREFIX;
 use crate::config::AdapterConfig;
+use crate::config::LayerKind;
 use crate::error::{KeyMapError, SaveError};
-use crate::plan::LayerKind;
+use crate::rotation::factors;
+use crate::value::keymap::{KeyMap, join};
+use crate::value::layer::{AdapterLayer, SavedTensor, data, unpack, values};
+use crate::value::reconcile::expected_block_size;
 
 /// The tensors of an adapter as PEFT writes them.
 pub(crate) fn tensors(

@@ -1,0 +1,107 @@
+//! [`inject`]: attaches adapters to a model.
+
+use std::collections::{HashMap, HashSet};
+
+use burn::module::Module;
+use burn::tensor::TensorData;
+
+use super::misfit::InjectError;
+use super::plan::Preparation;
+use super::walk::{Edit, Numbers, Path, rewrite, walk};
+use crate::config::AdapterConfig;
+use crate::rotation::{Rotation, Values};
+
+/// Attaches an adapter to every layer that the configuration targets, and freezes the rest.
+///
+/// The model keeps its type, and with [`Init::Identity`](crate::Init::Identity) it computes what it did
+/// before. Trainable afterwards: the adapters, the chosen biases, and the modules to save. Layers are
+/// `Linear` and `Conv2d`, wherever the model holds them; embeddings and norms are never adapted.
+///
+/// The running statistics of batch norms are frozen with the rest: in training, a frozen batch norm normalises by
+/// them and leaves them as they are. Name a batch norm in `modules_to_save` to train it. Dropout layers stay as they
+/// are.
+///
+/// A model on a device without autodiff stays there. Call [`Module::train`] on the result before the first backward
+/// pass, which would panic in Burn otherwise; [`plan`](crate::plan()) says so too.
+///
+/// # Errors
+///
+/// Every misfit of the settings and the model at once; see [`Misfit`]. The model passed in is consumed, so
+/// keep a clone where it is needed after an error; clones share their tensors.
+///
+/// # Examples
+///
+/// ```
+/// use burn::nn::{Linear, LinearConfig};
+/// use burn_boft::{BoftConfig, inject, summary};
+///
+/// # #[derive(burn::module::Module, Debug)]
+/// # struct Model { query: Linear, head: Linear }
+/// # let device = burn::tensor::Device::flex().autodiff();
+/// # let model = Model {
+/// #     query: LinearConfig::new(64, 64).init(&device),
+/// #     head: LinearConfig::new(64, 10).init(&device),
+/// # };
+/// let config = BoftConfig::new().with_target_modules(["query"]).with_modules_to_save(["head"]);
+/// let model = inject(model, &config)?;
+/// assert_eq!(summary(&model).trainable, 16 * 6 + 64 + 64 * 10 + 10);
+/// # Ok::<(), burn_boft::model::InjectError>(())
+/// ```
+pub fn inject<M: Module>(model: M, config: impl Into<AdapterConfig>) -> Result<M, InjectError> {
+    let Preparation { plan, rotations } = Preparation::new(&walk(&model), &config.into())?;
+    let layers = plan.layers.into_iter().zip(rotations);
+    let layers = layers.map(|(layer, rotation)| {
+        let values = rotation.initial(&layer.path);
+        (layer.path, (rotation, values))
+    });
+    let placement = Placement {
+        layers: layers.collect(),
+        trained: plan.trained.into_iter().collect(),
+        tensors: HashMap::new(),
+    };
+    Ok(placement.place(model))
+}
+
+/// What a model gets: everything fits, which is checked before.
+pub(crate) struct Placement {
+    /// Adapters by the path of their layer.
+    pub(crate) layers: HashMap<String, (Rotation, Values)>,
+    /// Paths of the parameters that are trained beside them; all others are frozen.
+    pub(crate) trained: HashSet<String>,
+    /// New numbers of parameters by path.
+    pub(crate) tensors: HashMap<String, TensorData>,
+}
+
+impl Placement {
+    pub(crate) fn place<M: Module>(self, model: M) -> M {
+        let Self {
+            mut layers,
+            trained,
+            mut tensors,
+        } = self;
+        let edit = |path: &Path| {
+            let adapter = match path.name() {
+                "weight" => layers.remove(path.owner()),
+                _ => None,
+            };
+            Edit {
+                trainable: Some(adapter.is_none() && trained.contains(path.full())),
+                numbers: tensors.remove(path.full()).map(Numbers::Data),
+                adapter,
+            }
+        };
+        rewrite(model, edit, |path| statistics_move(path, &trained))
+    }
+}
+
+/// Whether a batch norm moves its running statistics: while it is trained.
+fn statistics_move(path: &Path, trained: &HashSet<String>) -> Option<bool> {
+    if path.owner_type() != "BatchNorm" || path.name() != "training" {
+        return None;
+    }
+    let statistic = match path.owner() {
+        "" => "running_mean".to_string(),
+        owner => format!("{owner}.running_mean"),
+    };
+    Some(trained.contains(&statistic))
+}

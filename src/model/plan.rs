@@ -1,0 +1,433 @@
+//! [`plan`]: the dry run of an injection.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt::{self, Display, Formatter};
+
+use burn::module::Module;
+
+use super::candidates::{Unsupported, verdicts};
+use super::misfit::{InjectError, Misfit, nearest};
+use super::walk::{Parameter, Walk, walk};
+use crate::config::{AdapterConfig, LayerKind, Selection, TargetModules};
+use crate::rotation::{ButterflyPlan, Method, Rotation};
+use crate::select::{Decision, Selector, endings};
+
+/// Shows what [`inject`](crate::inject()) would do, without doing it.
+///
+/// # Errors
+///
+/// As [`inject`](crate::inject()).
+///
+/// # Examples
+///
+/// ```
+/// use burn::nn::{Linear, LinearConfig};
+/// use burn::module::Module;
+/// use burn_boft::{BoftConfig, plan};
+///
+/// #[derive(Module, Debug)]
+/// struct Head { hidden: Linear, output: Linear }
+///
+/// # let device = burn::tensor::Device::flex();
+/// let head = Head {
+///     hidden: LinearConfig::new(64, 32).init(&device),
+///     output: LinearConfig::new(32, 10).init(&device),
+/// };
+/// let plan = plan(&head, BoftConfig::new().with_block_size(8).with_target_modules(["hidden"]))?;
+/// assert_eq!(plan.layers[0].path, "hidden");
+/// assert_eq!(plan.parameters(), 8 * 28 + 32);
+/// # Ok::<(), burn_boft::model::InjectError>(())
+/// ```
+pub fn plan<M: Module>(
+    model: &M,
+    config: impl Into<AdapterConfig>,
+) -> Result<InjectPlan, InjectError> {
+    Preparation::new(&walk(model), &config.into()).map(|preparation| preparation.plan)
+}
+
+/// One layer of an [`InjectPlan`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LayerPlan {
+    /// The layer's dotted path.
+    pub path: String,
+    /// Linear or convolution.
+    pub kind: LayerKind,
+    /// Shape of the weight as Burn holds it.
+    pub shape: Vec<usize>,
+    /// The rotation's sizes.
+    pub butterfly: ButterflyPlan,
+    /// Whether a scale is trained.
+    pub scale: bool,
+    /// The block size that was asked for, where OFT adjusted it.
+    pub adjusted_from: Option<usize>,
+}
+
+impl LayerPlan {
+    fn new(path: &str, shape: Vec<usize>, rotation: &Rotation) -> Self {
+        Self {
+            path: path.to_string(),
+            kind: rotation.kind(),
+            shape,
+            butterfly: rotation.sizes(),
+            scale: rotation.scale(),
+            adjusted_from: rotation.adjusted_from(),
+        }
+    }
+
+    /// Trained numbers of the adapter: packed skew, and scale.
+    pub fn parameters(&self) -> usize {
+        let skew: usize = self.butterfly.skew_shape().iter().product();
+        match self.scale {
+            true => skew + self.butterfly.d_output(),
+            false => skew,
+        }
+    }
+}
+
+/// What [`inject`](crate::inject()) would do, made by [`plan`]. `Display` is a table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct InjectPlan {
+    /// The adapted layers, in the model's order.
+    pub layers: Vec<LayerPlan>,
+    /// Paths of the parameters trained beside them: biases and modules to save.
+    pub trained: Vec<String>,
+    /// Whether the model lives on a device with autodiff. If not, call [`Module::train`] on the injected model before
+    /// the first backward pass.
+    pub is_autodiff: bool,
+}
+
+impl InjectPlan {
+    /// Trained numbers of all adapters.
+    pub fn parameters(&self) -> usize {
+        self.layers.iter().map(LayerPlan::parameters).sum()
+    }
+}
+
+impl Display for InjectPlan {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let name = |layer: &LayerPlan| match layer.path.as_str() {
+            "" => "(the model itself)".to_string(),
+            path => path.to_string(),
+        };
+        let names: Vec<_> = self.layers.iter().map(name).collect();
+        let shapes: Vec<_> = self
+            .layers
+            .iter()
+            .map(|layer| format!("{:?}", layer.shape))
+            .collect();
+        let width = |column: &[String]| column.iter().map(String::len).max().unwrap_or(0).max(5);
+        let (name_width, shape_width) = (width(&names), width(&shapes));
+        writeln!(
+            f,
+            "{:name_width$}  {:shape_width$}  {:>5}  {:>6}  {:>7}  {:>10}",
+            "layer", "shape", "block", "blocks", "factors", "parameters"
+        )?;
+        for ((layer, name), shape) in self.layers.iter().zip(&names).zip(&shapes) {
+            let sizes = layer.butterfly;
+            write!(
+                f,
+                "{name:name_width$}  {shape:shape_width$}  {:>5}  {:>6}  {:>7}  {:>10}",
+                sizes.block_size(),
+                sizes.block_num(),
+                sizes.n_butterfly_factor(),
+                layer.parameters(),
+            )?;
+            match layer.adjusted_from {
+                Some(size) => writeln!(f, "  (block size adjusted from {size})")?,
+                None => writeln!(f)?,
+            }
+        }
+        let (layers, parameters) = (self.layers.len(), self.parameters());
+        write!(f, "{layers} layers, {parameters} parameters")?;
+        if !self.trained.is_empty() {
+            write!(f, "; also trained: {}", self.trained.join(", "))?;
+        }
+        if !self.is_autodiff {
+            write!(
+                f,
+                "\nThe model is on a device without autodiff: call `train()` on the injected model before the \
+                 first backward pass."
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// A plan that fits, with the rotation of each of its layers.
+pub(crate) struct Preparation {
+    pub(crate) plan: InjectPlan,
+    pub(crate) rotations: Vec<Rotation>,
+}
+
+impl Preparation {
+    pub(crate) fn new(walk: &Walk, config: &AdapterConfig) -> Result<Self, InjectError> {
+        let selection = config.selection();
+        let method = Method::unchecked(config);
+        let mut misfits: Vec<_> = into_misfits(method.errors()).collect();
+        if selection.target_modules.is_none() {
+            misfits.push(Misfit::NoTargetSetting);
+        }
+        misfits.extend(already_adapted(walk));
+        misfits.extend(unknown_modules_to_save(selection, walk));
+        let selector = match Selector::new(selection) {
+            Ok(selector) => selector,
+            Err(errors) => {
+                misfits.extend(into_misfits(errors));
+                return Err(InjectError::new(misfits));
+            }
+        };
+        let mut targets = Targets::new(selection, &selector);
+        let found = targets.find(walk);
+        let layers = match found {
+            Ok(layers) => layers,
+            Err(error) => {
+                misfits.push(error.into());
+                return Err(InjectError::new(misfits));
+            }
+        };
+        misfits.extend(targets.misfits(walk));
+        let mut rotations = Vec::new();
+        for (parameter, kind) in layers.iter().filter(|_| method.has_sizes()) {
+            let axes = kind.axes(&parameter.stored.shape());
+            match method.rotation(parameter.owner(), *kind, axes) {
+                Ok(rotation) => rotations.push(rotation),
+                Err(error) => misfits.push(error.into()),
+            }
+        }
+        if !misfits.is_empty() {
+            return Err(InjectError::new(misfits));
+        }
+        let adapted = layers.iter().map(|(parameter, _)| parameter.owner());
+        let adapted = adapted.collect();
+        let trained = trained(&selector, walk, &adapted);
+        let planned = layers
+            .iter()
+            .zip(&rotations)
+            .map(|((parameter, _), rotation)| {
+                LayerPlan::new(parameter.owner(), parameter.stored.shape(), rotation)
+            });
+        let plan = InjectPlan {
+            layers: planned.collect(),
+            trained: trained
+                .map(|parameter| parameter.path().to_string())
+                .collect(),
+            is_autodiff: walk.parameters.iter().any(|p| p.stored.is_autodiff()),
+        };
+        Ok(Self { plan, rotations })
+    }
+}
+
+fn into_misfits<E: Into<Misfit>>(errors: Vec<E>) -> impl Iterator<Item = Misfit> {
+    errors.into_iter().map(Into::into)
+}
+
+fn already_adapted(walk: &Walk) -> impl Iterator<Item = Misfit> {
+    walk.parameters.iter().filter_map(|parameter| {
+        let attached = parameter.attached.as_ref()?;
+        Some(Misfit::AlreadyAdapted {
+            path: parameter.path().to_string(),
+            name: attached.name.clone(),
+        })
+    })
+}
+
+/// The entries of `modules_to_save` that are the ending of no module with parameters.
+fn unknown_modules_to_save(selection: &Selection, walk: &Walk) -> Vec<Misfit> {
+    if selection.modules_to_save.is_empty() {
+        return Vec::new();
+    }
+    let modules = || {
+        let holders = walk.modules.iter().filter(|module| module.holds_parameters);
+        holders.map(|module| module.path.as_str())
+    };
+    let known: HashSet<_> = modules().flat_map(endings).collect();
+    let names = selection.modules_to_save.iter();
+    let unknown = names.filter(|name| name.is_empty() || !known.contains(name.as_str()));
+    let misfit = |name: &String| Misfit::UnknownModuleToSave {
+        name: name.clone(),
+        nearest: nearest(name, modules()),
+    };
+    unknown.map(misfit).collect()
+}
+
+/// The biases and parts of modules that are trained beside adapters of these layers, in the model's order.
+pub(crate) fn trained<'a>(
+    selector: &Selector,
+    walk: &'a Walk,
+    adapted: &HashSet<&str>,
+) -> impl Iterator<Item = &'a Parameter> {
+    walk.parameters.iter().filter(|parameter| {
+        let owner = parameter.owner();
+        selector.trains(owner, parameter.is_bias(), adapted.contains(owner))
+    })
+}
+
+/// The search for the layers that a configuration means.
+struct Targets<'a> {
+    selection: &'a Selection,
+    selector: &'a Selector,
+    /// What the names in `target_modules` have selected so far.
+    uses: HashMap<&'a str, Uses>,
+    /// Layers that could carry an adapter, and how many of them are targets or excluded.
+    layers: Vec<String>,
+    targets: usize,
+    excluded: usize,
+    misfits: Vec<Misfit>,
+}
+
+/// What one name in `target_modules` selects.
+#[derive(Default)]
+struct Uses {
+    /// Layers that are adapted, or excluded on purpose.
+    selected: usize,
+    /// Layers outside of `layers_to_transform`.
+    outside: usize,
+    /// The first module that no adapter exists for.
+    unsupported: Option<(String, Unsupported)>,
+}
+
+impl<'a> Targets<'a> {
+    fn new(selection: &'a Selection, selector: &'a Selector) -> Self {
+        let names = match &selection.target_modules {
+            Some(TargetModules::Names(names)) => &names[..],
+            _ => &[],
+        };
+        let uses = names.iter().map(|name| (name.as_str(), Uses::default()));
+        Self {
+            selection,
+            selector,
+            uses: uses.collect(),
+            layers: Vec::new(),
+            targets: 0,
+            excluded: 0,
+            misfits: Vec::new(),
+        }
+    }
+
+    /// The layers to adapt, in the model's order.
+    fn find<'w>(
+        &mut self,
+        walk: &'w Walk,
+    ) -> Result<Vec<(&'w Parameter, LayerKind)>, crate::select::PatternError> {
+        let mut found = Vec::new();
+        for (parameter, verdict) in verdicts(walk, &self.selection.layer_kinds) {
+            let path = parameter.owner();
+            let reason = match verdict {
+                Ok(kind) => {
+                    self.layers.push(path.to_string());
+                    let decision = self.selector.decide(path, kind == LayerKind::Linear)?;
+                    self.count(path, decision);
+                    if decision == Decision::Target {
+                        found.push((parameter, kind));
+                    }
+                    continue;
+                }
+                Err(reason) => reason,
+            };
+            match reason {
+                // The layer's weight says what the layer is.
+                Unsupported::NotTheWeight { .. } => {}
+                Unsupported::TakenOut => self.count(path, Decision::Excluded),
+                Unsupported::Type { .. } => self.note(path, reason),
+                Unsupported::Quantized => {
+                    let decision = self
+                        .selector
+                        .decide(path, parameter.owner_type() == "Linear")?;
+                    self.count(path, decision);
+                    if decision == Decision::Target {
+                        let path = path.to_string();
+                        self.misfits.push(Misfit::Quantized { path });
+                    }
+                }
+                _ => {
+                    let decision = self
+                        .selector
+                        .decide(path, parameter.owner_type() == "Linear")?;
+                    self.count(path, decision);
+                    if decision == Decision::Target {
+                        let path = path.to_string();
+                        self.misfits
+                            .push(Misfit::UnsupportedTarget { path, reason });
+                    }
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    fn count(&mut self, path: &str, decision: Decision) {
+        match decision {
+            Decision::Target => self.targets += 1,
+            Decision::Excluded => self.excluded += 1,
+            Decision::Unmatched => {}
+        }
+        for name in self.selector.names_of(path) {
+            if let Some(uses) = self.uses.get_mut(name) {
+                match decision {
+                    Decision::Target | Decision::Excluded => uses.selected += 1,
+                    Decision::Unmatched => uses.outside += 1,
+                }
+            }
+        }
+    }
+
+    /// Notes for the names that select it that a module cannot be adapted.
+    fn note(&mut self, path: &str, reason: Unsupported) {
+        for name in self.selector.names_of(path) {
+            if let Some(uses) = self.uses.get_mut(name) {
+                let first = || (path.to_string(), reason.clone());
+                uses.unsupported.get_or_insert_with(first);
+            }
+        }
+    }
+
+    /// What is wrong with the targets as a whole.
+    fn misfits(mut self, walk: &Walk) -> Vec<Misfit> {
+        for module in walk.modules.iter().filter(|module| module.holds_parameters) {
+            let type_name = module.type_name.clone();
+            self.note(&module.path, Unsupported::Holder { type_name });
+        }
+        let nearest = |name: &str| nearest(name, self.layers.iter().map(String::as_str));
+        let names = match &self.selection.target_modules {
+            Some(TargetModules::Names(names)) => &names[..],
+            _ => &[],
+        };
+        let mut misfits = std::mem::take(&mut self.misfits);
+        let before = misfits.len();
+        for name in names {
+            let Some(uses) = self.uses.remove(name.as_str()) else {
+                continue; // The list repeats a name.
+            };
+            match uses {
+                Uses { selected: 1.., .. } => {}
+                Uses { outside, .. } if outside > 0 => misfits.push(Misfit::NotInLayers {
+                    name: name.clone(),
+                    layers: outside,
+                }),
+                Uses {
+                    unsupported: Some((path, reason)),
+                    ..
+                } => misfits.push(Misfit::UnsupportedTarget { path, reason }),
+                Uses { .. } if self.selection.allow_absent_targets => {}
+                Uses { .. } => misfits.push(Misfit::UnknownTarget {
+                    name: name.clone(),
+                    nearest: nearest(name),
+                }),
+            }
+        }
+        if let (0, Some(modules)) = (self.targets, &self.selection.target_modules)
+            && misfits.len() == before
+        {
+            let targets = modules.to_string();
+            misfits.push(Misfit::NoTarget {
+                nearest: nearest(&targets),
+                targets,
+                layers: self.layers.len(),
+                excluded: self.excluded,
+            });
+        }
+        misfits
+    }
+}

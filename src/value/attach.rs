@@ -1,0 +1,341 @@
+//! [`Adapter::attach`]: an adapter into a model.
+
+use std::collections::{HashMap, HashSet};
+
+use burn::module::{Module, Reparameterization};
+use burn::tensor::{DType, TensorData};
+
+use super::Adapter;
+use super::keymap::{KeyMap, join};
+use super::layer::{AdapterLayer, data, values};
+use super::report::LoadReport;
+use crate::adapter::BoftAdapter;
+use crate::config::{Bias, LayerKind, Selection};
+use crate::error::{AttachError, Mismatch};
+use crate::model::{
+    InjectError, Misfit, Placement, Unsupported, Walk, it_has, nearest, trained, unload, verdicts,
+    walk,
+};
+use crate::rotation::{Method, Rotation, Values};
+use crate::select::{Decision, Selector};
+
+impl Adapter {
+    /// Attaches the adapter to a model: its rotations to the layers, its biases and saved modules in place.
+    ///
+    /// The model keeps its type and its base weights, which are shared, not copied. What is trainable
+    /// afterwards is what [`inject`](crate::inject()) would leave trainable.
+    ///
+    /// The model may be fresh, or adapted by this crate: then the new adapter takes the place of the old one,
+    /// and what the old one trained beside it stays unless the new one has it too. To switch between adapters,
+    /// attach each to a clone of the base.
+    ///
+    /// On a device with autodiff, Burn's clones of a model share the running statistics of its batch norms, and
+    /// those that an adapter carries show in every clone. On a plain device they do not.
+    ///
+    /// # Errors
+    ///
+    /// [`AttachError`]: every layer, bias and saved tensor that the file promises and has not, that the model
+    /// has no place for, or whose shape does not fit. The model passed in is consumed, so keep a clone where it
+    /// is needed after an error.
+    pub fn attach<M: Module>(&self, model: M) -> Result<M, AttachError> {
+        let walk = walk(&model);
+        let fit = self.fit(&walk)?;
+        if !fit.mismatch.is_empty() {
+            return Err(fit.mismatch.into());
+        }
+        Ok(fit.attach(walk, model))
+    }
+
+    /// Attaches what fits: [`Adapter::attach`] where missing and unexpected parts are reported and left.
+    ///
+    /// # Errors
+    ///
+    /// As [`Adapter::attach`] for what is there and does not fit.
+    pub fn attach_partial<M: Module>(&self, model: M) -> Result<(M, LoadReport), AttachError> {
+        let walk = walk(&model);
+        let fit = self.fit(&walk)?;
+        if !fit.mismatch.wrong.is_empty() {
+            return Err(fit.mismatch.into());
+        }
+        let mut report = fit.report();
+        report.missing = fit.mismatch.missing.clone();
+        report.unexpected = fit.mismatch.unexpected.clone();
+        Ok((fit.attach(walk, model), report))
+    }
+
+    /// What goes where, and what does not.
+    fn fit(&self, walk: &Walk) -> Result<Fit, AttachError> {
+        // The file says which layers there are, so it need not say how they are targeted.
+        let method = Method::new(&self.config).map_err(refused)?;
+        let others = walk.parameters.iter().filter_map(|parameter| {
+            let attached = parameter.attached.as_ref()?;
+            (attached.name != BoftAdapter::NAME).then(|| Misfit::AlreadyAdapted {
+                path: parameter.path().to_string(),
+                name: attached.name.clone(),
+            })
+        });
+        let mut misfits: Vec<_> = others.collect();
+        let selection = self.config.selection();
+        let layers = verdicts(walk, &selection.layer_kinds).filter(|(p, _)| p.name() == "weight");
+        let layers: HashMap<_, _> = layers
+            .map(|(parameter, verdict)| (parameter.owner(), (parameter, verdict)))
+            .collect();
+        let mut fit = Fit::default();
+        for layer in self.layers.iter().filter(|layer| !layer.is_identity()) {
+            match layers.get(layer.path.as_str()) {
+                Some((_, Err(Unsupported::Quantized))) => misfits.push(Misfit::Quantized {
+                    path: layer.path.clone(),
+                }),
+                Some((parameter, Ok(kind))) => {
+                    fit.layer(layer, &method, *kind, &parameter.stored.shape());
+                }
+                Some((_, Err(reason))) => fit.no_layer(&layer.path, &format!(", {reason}")),
+                None => {
+                    let paths = layers.iter().filter(|(_, (_, verdict))| verdict.is_ok());
+                    let nearest = match fit.mismatch.unexpected.len() < SUGGESTIONS {
+                        true => nearest(&layer.path, paths.map(|(path, _)| *path)),
+                        false => Vec::new(),
+                    };
+                    fit.no_layer(&layer.path, &it_has(&nearest));
+                }
+            }
+        }
+        if !misfits.is_empty() {
+            return Err(InjectError::new(misfits).into());
+        }
+        self.fit_tensors(walk, &mut fit);
+        self.find_missing(walk, &mut fit)?;
+        let selector = Selector::new(selection).map_err(refused)?;
+        let adapted = fit.layers.keys().map(String::as_str).collect();
+        fit.trained = trained(&selector, walk, &adapted)
+            .map(|parameter| parameter.path().to_string())
+            .collect();
+        fit.trained.extend(fit.tensors.keys().cloned());
+        Ok(fit)
+    }
+
+    /// Finds the place of every bias and saved tensor.
+    fn fit_tensors(&self, walk: &Walk, fit: &mut Fit) {
+        let places: HashMap<_, _> = walk
+            .parameters
+            .iter()
+            .map(|parameter| ((parameter.owner(), parameter.torch_name()), parameter))
+            .collect();
+        for tensor in &self.tensors {
+            let Some(parameter) = places.get(&(tensor.module.as_str(), tensor.name.as_str()))
+            else {
+                // Burn's norms do not count batches.
+                if tensor.name != "num_batches_tracked" {
+                    fit.mismatch.unexpected.push(format!(
+                        "`{}`, which the model has no parameter for",
+                        join(&tensor.module, &tensor.name)
+                    ));
+                }
+                continue;
+            };
+            let path = parameter.path();
+            let (shape, dtype) = (parameter.stored.shape(), parameter.stored.dtype());
+            let data = match parameter.is_transposed() {
+                true => transposed(&tensor.data),
+                false => Some(tensor.data.clone()),
+            };
+            match data {
+                _ if matches!(dtype, DType::QFloat(_)) => {
+                    fit.unusable.insert(path.to_string());
+                    fit.mismatch.wrong.push(format!(
+                        "`{path}` is quantized and would have to be rewritten"
+                    ));
+                }
+                Some(data) if **data.shape() == shape => {
+                    if data.dtype().size() > dtype.size() {
+                        fit.warnings.push(format!(
+                            "`{path}` is {dtype:?} in the model, and rounded from {:?}",
+                            data.dtype()
+                        ));
+                    }
+                    fit.tensors.insert(path.to_string(), data);
+                }
+                _ => {
+                    fit.unusable.insert(path.to_string());
+                    fit.mismatch.wrong.push(format!(
+                        "`{path}` is {shape:?} in the model, {:?} in the file",
+                        &**tensor.data.shape()
+                    ));
+                }
+            }
+        }
+        fit.mismatch.wrong.sort();
+    }
+
+    /// Finds what the configuration promises and the file has not.
+    fn find_missing(&self, walk: &Walk, fit: &mut Fit) -> Result<(), AttachError> {
+        let own = KeyMap::new();
+        let (selection, names) = match &self.promised {
+            Some(promise) => (&promise.selection, &promise.names),
+            None => (self.config.selection(), &own),
+        };
+        let selector = Selector::new(selection).map_err(refused)?;
+        let layers = self.layers.iter().map(|layer| layer.path.as_str());
+        let present: HashSet<_> = layers.collect();
+        for path in missing_layers(&selector, names, walk, selection, &present)? {
+            let missing = format!("the adapter of `{path}`, which `target_modules` names");
+            fit.mismatch.missing.push(missing);
+        }
+        for parameter in &walk.parameters {
+            let path = parameter.path();
+            // What cannot be used was reported.
+            if fit.tensors.contains_key(path) || fit.unusable.contains(path) {
+                continue;
+            }
+            let owner = parameter.owner();
+            let is_bias = parameter.is_bias() && selection.bias != Bias::None;
+            if is_bias && selector.trains(owner, true, present.contains(owner)) {
+                fit.mismatch.missing.push(format!(
+                    "`{path}`, a bias that the configuration trains; PEFT 0.20 and older trained some and did not save \
+                     them"
+                ));
+                continue;
+            }
+            let owners = names.file_names(owner)?;
+            if owners.iter().any(|owner| selector.saves(owner)) {
+                let missing = format!("`{path}`, a part of a module to save");
+                fit.mismatch.missing.push(missing);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Missing layers of which as many are told with similar names.
+const SUGGESTIONS: usize = 20;
+
+fn refused<E: Into<Misfit>>(errors: Vec<E>) -> InjectError {
+    InjectError::new(errors.into_iter().map(Into::into).collect())
+}
+
+/// The layers that the settings of a file name and the file has not.
+fn missing_layers(
+    selector: &Selector,
+    names: &KeyMap,
+    walk: &Walk,
+    selection: &Selection,
+    present: &HashSet<&str>,
+) -> Result<Vec<String>, AttachError> {
+    let mut missing = Vec::new();
+    for (parameter, verdict) in verdicts(walk, &selection.layer_kinds) {
+        let path = parameter.owner();
+        let Ok(kind) = verdict else { continue };
+        if present.contains(path) {
+            continue;
+        }
+        for name in names.file_names(path)? {
+            let decision = selector.decide(&name, kind == LayerKind::Linear);
+            if decision.map_err(|error| refused(vec![error]))? == Decision::Target {
+                missing.push(path.to_string());
+                break;
+            }
+        }
+    }
+    Ok(missing)
+}
+
+/// What goes where.
+#[derive(Default)]
+struct Fit {
+    layers: HashMap<String, (Rotation, Values)>,
+    tensors: HashMap<String, TensorData>,
+    trained: HashSet<String>,
+    /// Parameters whose tensors are there and cannot be used.
+    unusable: HashSet<String>,
+    warnings: Vec<String>,
+    mismatch: Mismatch,
+}
+
+impl Fit {
+    fn layer(&mut self, layer: &AdapterLayer, method: &Method, kind: LayerKind, shape: &[usize]) {
+        let path = &layer.path;
+        if let Some(other) = layer.kind.filter(|other| *other != kind) {
+            let (other, kind) = (other.in_words(), kind.in_words());
+            self.mismatch.wrong.push(format!(
+                "the adapter of `{path}` is for {other}, the model has {kind}"
+            ));
+            return;
+        }
+        let (d_input, d_output) = kind.axes(shape);
+        match layer.butterfly(d_input, d_output) {
+            Ok(butterfly) => {
+                let rotation = method.with_sizes(kind, butterfly, layer.scale.is_some());
+                let values = Values {
+                    skew: layer.skew.clone(),
+                    scale: layer.scale.clone(),
+                };
+                self.layers.insert(path.clone(), (rotation, values));
+            }
+            Err(why) => {
+                let why = format!("the adapter of `{path}`: {why}");
+                self.mismatch.wrong.push(why);
+            }
+        }
+    }
+
+    fn no_layer(&mut self, path: &str, why: &str) {
+        self.mismatch.unexpected.push(format!(
+            "an adapter of `{path}`, where the model has no linear layer or convolution{why}"
+        ));
+    }
+
+    fn report(&self) -> LoadReport {
+        let layers = self
+            .layers
+            .keys()
+            .map(|path| format!("the adapter of `{path}`"));
+        let tensors = self.tensors.keys().map(|path| format!("`{path}`"));
+        let mut applied: Vec<_> = layers.chain(tensors).collect();
+        applied.sort();
+        LoadReport {
+            applied,
+            warnings: self.warnings.clone(),
+            ..LoadReport::default()
+        }
+    }
+
+    fn attach<M: Module>(self, walk: Walk, model: M) -> M {
+        let is_adapted = walk.adapted().next().is_some();
+        let mut parameters = walk.parameters.iter();
+        let statistics =
+            parameters.any(|p| p.is_statistic() && self.tensors.contains_key(p.path()));
+        drop(walk);
+        let model = match is_adapted {
+            true => unload(model),
+            false => model,
+        };
+        let plain = model.devices().iter().all(|device| !device.is_autodiff());
+        // Clones share running statistics. A model for validation has its own, and on a plain device it is the same
+        // model otherwise.
+        let model = match statistics && plain {
+            true => model.valid(),
+            false => model,
+        };
+        let placement = Placement {
+            layers: self.layers,
+            trained: self.trained,
+            tensors: self.tensors,
+        };
+        placement.place(model)
+    }
+}
+
+/// The transpose of a matrix.
+pub(super) fn transposed(matrix: &TensorData) -> Option<TensorData> {
+    let [rows, columns] = **matrix.shape() else {
+        return None;
+    };
+    let numbers = values(matrix);
+    let transpose = (0..columns).flat_map(|column| (0..rows).map(move |row| (row, column)));
+    let transpose = transpose.map(|(row, column)| numbers[row * columns + column]);
+    Some(data(
+        transpose.collect(),
+        vec![columns, rows],
+        matrix.dtype(),
+    ))
+}

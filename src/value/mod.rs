@@ -1,0 +1,166 @@
+//! [`Adapter`]: a trained adapter as a value, in and out of PEFT's files.
+
+mod attach;
+mod extract;
+pub(crate) mod keymap;
+pub(crate) mod layer;
+mod measure;
+pub(crate) mod reconcile;
+mod report;
+
+use burn::tensor::{DType, Device, Tensor};
+use serde_json::{Map, Value};
+
+pub use extract::ExtractError;
+pub use keymap::{KeyMap, Place, Transformers};
+pub use layer::{AdapterLayer, SavedTensor};
+pub use measure::LayerMeasure;
+pub use report::LoadReport;
+
+use crate::config::{AdapterConfig, LayerKind, Selection};
+use crate::error::Mismatch;
+use crate::ops::Blocks;
+use crate::rotation::Method;
+
+/// A trained adapter as a value: its settings, and the numbers of every layer on the host.
+///
+/// It needs no model: [`Adapter::load`] and [`Adapter::save`] read and write PEFT's folder,
+/// `adapter_config.json` and `adapter_model.safetensors`.
+#[derive(Debug, Clone)]
+pub struct Adapter {
+    pub(crate) config: AdapterConfig,
+    pub(crate) layers: Vec<AdapterLayer>,
+    pub(crate) tensors: Vec<SavedTensor>,
+    /// Where it comes from, as PEFT's settings say it.
+    pub(crate) about: Map<String, Value>,
+    /// What the file promised, in its own names.
+    pub(crate) promised: Option<Promise>,
+}
+
+/// What a file says it adapts and saves, in its own names.
+#[derive(Debug, Clone)]
+pub(crate) struct Promise {
+    pub(crate) selection: Selection,
+    pub(crate) names: KeyMap,
+}
+
+impl Adapter {
+    /// Makes an adapter of settings and numbers that are in no file of PEFT's.
+    ///
+    /// The numbers say how many factors and which block sizes there are, and the settings follow.
+    ///
+    /// # Errors
+    ///
+    /// [`Mismatch`]: layers that the kind of adapter does not have, biases that do not fit their layer, and tensors
+    /// that no file keeps.
+    pub fn from_parts(
+        config: impl Into<AdapterConfig>,
+        mut layers: Vec<AdapterLayer>,
+        tensors: Vec<SavedTensor>,
+    ) -> Result<Self, Mismatch> {
+        let mut config = config.into();
+        let mut mismatch = Mismatch::default();
+        if let AdapterConfig::Oft(oft) = &config {
+            for layer in &mut layers {
+                let [m, rows, _] = layer.skew.shape().dims::<3>();
+                if m != 1 || layer.scale.is_some() || (oft.block_share && rows != 1) {
+                    mismatch.wrong.push(format!(
+                        "the adapter of `{}` has a scale, several factors or blocks that are not shared, and the \
+                         settings say OFT without",
+                        layer.path
+                    ));
+                }
+                layer.block_share = oft.block_share;
+            }
+        }
+        for tensor in &tensors {
+            let (module, name, dtype) = (&tensor.module, &tensor.name, tensor.data.dtype());
+            if !layer::is_float(dtype) && dtype != DType::I64 {
+                let why = format!("`{module}.{name}` is {dtype:?}, which no file keeps");
+                mismatch.wrong.push(why);
+            }
+        }
+        reconcile::check_biases(&layers, &tensors, &mut mismatch);
+        if !mismatch.is_empty() {
+            return Err(mismatch);
+        }
+        reconcile::reconcile(&mut config, &layers, &mut LoadReport::default());
+        let mut adapter = Self {
+            config,
+            layers,
+            tensors,
+            about: Map::new(),
+            promised: None,
+        };
+        adapter.sort();
+        Ok(adapter)
+    }
+
+    /// Orders layers and tensors by path.
+    pub(crate) fn sort(&mut self) {
+        self.layers.sort_by(|a, b| a.path.cmp(&b.path));
+        self.tensors
+            .sort_by(|a, b| (&a.module, &a.name).cmp(&(&b.module, &b.name)));
+    }
+
+    /// The settings, with the model's names.
+    pub fn config(&self) -> &AdapterConfig {
+        &self.config
+    }
+
+    /// The adapted layers, by path.
+    pub fn layers(&self) -> &[AdapterLayer] {
+        &self.layers
+    }
+
+    /// What travels beside: trained biases and modules to save.
+    pub fn tensors(&self) -> &[SavedTensor] {
+        &self.tensors
+    }
+
+    /// Where it comes from, as PEFT's settings say it: the model that it is for, its revision, the task.
+    pub fn about(&self) -> &Map<String, Value> {
+        &self.about
+    }
+
+    /// PEFT's `base_model_name_or_path`: the model that the adapter is for.
+    pub fn base_model(&self) -> Option<&str> {
+        self.about.get("base_model_name_or_path")?.as_str()
+    }
+
+    /// Sets the model that the adapter is for, which PEFT looks up.
+    pub fn with_base_model(mut self, name: impl Into<String>) -> Self {
+        let key = "base_model_name_or_path".to_string();
+        self.about.insert(key, Value::String(name.into()));
+        self
+    }
+
+    /// The rotation of one of the layers, for a weight of `d_input` by `d_output`; none where blocks of one
+    /// channel do not rotate.
+    ///
+    /// # Errors
+    ///
+    /// [`Mismatch`] where the adapter does not fit these widths.
+    pub fn rotation(
+        &self,
+        layer: &AdapterLayer,
+        [d_input, d_output]: [usize; 2],
+        device: &Device,
+    ) -> Result<Option<Blocks>, Mismatch> {
+        if !layer.rotates() {
+            return Ok(None);
+        }
+        let butterfly = layer.butterfly(d_input, d_output).map_err(|why| Mismatch {
+            wrong: vec![format!("the adapter of `{}`: {why}", layer.path)],
+            ..Mismatch::default()
+        })?;
+        let method = Method::new(&self.config).map_err(|errors| Mismatch {
+            wrong: errors.iter().map(ToString::to_string).collect(),
+            ..Mismatch::default()
+        })?;
+        let kind = layer.kind.unwrap_or(LayerKind::Linear);
+        let rotation = method.with_sizes(kind, butterfly, layer.scale.is_some());
+        let skew = Tensor::<3>::from_data(layer.skew.clone(), (device, layer.skew.dtype()));
+        Ok(Some(rotation.blocks(skew)))
+    }
+}

@@ -1,0 +1,86 @@
+//! What the numbers of an adapter say against its configuration: the numbers decide.
+
+use super::layer::{AdapterLayer, SavedTensor};
+use super::report::LoadReport;
+use crate::config::{AdapterConfig, Block};
+use crate::error::Mismatch;
+use crate::rotation::{Method, factors};
+
+/// Biases of layers that are not adapted belong to `Bias::All`.
+pub(crate) fn check_biases(
+    layers: &[AdapterLayer],
+    tensors: &[SavedTensor],
+    mismatch: &mut Mismatch,
+) {
+    for tensor in tensors {
+        let layer = layers.iter().find(|layer| layer.path == tensor.module);
+        if let Some(o) = layer.and_then(|layer| layer.d_output)
+            && tensor.name == "bias"
+            && **tensor.data.shape() != [o]
+        {
+            let (module, shape) = (&tensor.module, &**tensor.data.shape());
+            mismatch.wrong.push(format!(
+                "the bias of `{module}` is {shape:?}, where its adapter has {o} outputs"
+            ));
+        }
+    }
+}
+
+/// Lets the configuration say what the tensors are: they decide, and the report tells.
+pub(crate) fn reconcile(
+    config: &mut AdapterConfig,
+    layers: &[AdapterLayer],
+    report: &mut LoadReport,
+) {
+    if let AdapterConfig::Boft(boft) = config {
+        let said = boft.n_butterfly_factor;
+        let differ = layers
+            .iter()
+            .filter(|layer| layer.n_butterfly_factor() != said);
+        for layer in differ {
+            let (path, m) = (&layer.path, layer.n_butterfly_factor());
+            report.converted.push(format!(
+                "`{path}` has {}, not the {said} of the configuration: PEFT without its CUDA kernel trains one \
+                 and does not say so",
+                factors(m)
+            ));
+        }
+        if let Some(m) = same(layers.iter().map(AdapterLayer::n_butterfly_factor)) {
+            boft.n_butterfly_factor = m;
+        }
+    }
+    let mut differ = false;
+    for layer in layers {
+        let (b, d) = (layer.block_size, layer.d_input());
+        let expected = expected_block_size(config, d);
+        if expected.is_some_and(|expected| expected != b) {
+            differ = true;
+            let path = &layer.path;
+            report.converted.push(format!(
+                "`{path}` has blocks of {b}, not those of {} that the configuration means",
+                expected.unwrap_or_default()
+            ));
+        }
+    }
+    if differ && let Some(b) = same(layers.iter().map(|layer| layer.block_size)) {
+        config.set_block(Block::Size(b));
+    }
+}
+
+/// The block size that PEFT makes of the configuration for an axis, as far as it is known.
+pub(crate) fn expected_block_size(config: &AdapterConfig, d_input: Option<usize>) -> Option<usize> {
+    let method = Method::new(config).ok()?;
+    match d_input {
+        // A search for divisors, as long as PEFT's: not for the width of a layer that rotates nothing.
+        Some(d) if d <= MAX_WIDTH => method.block_size(d),
+        _ => method.fixed_block_size(),
+    }
+}
+
+/// Wider than any layer; an empty tensor can claim any width.
+const MAX_WIDTH: usize = 1 << 20;
+
+fn same<T: PartialEq>(mut values: impl Iterator<Item = T>) -> Option<T> {
+    let first = values.next()?;
+    values.all(|value| value == first).then_some(first)
+}

@@ -73,7 +73,7 @@ fn extraction_refuses_a_configuration_of_other_layers() {
 }
 
 #[test]
-fn a_model_knows_its_configuration() {
+fn extraction_without_settings_finds_those_of_the_injection() {
     for config in [
         AdapterConfig::from(boft()),
         boft()
@@ -121,7 +121,7 @@ fn a_model_knows_its_configuration() {
 }
 
 #[test]
-fn a_bias_that_is_trained_alone_is_named() {
+fn extraction_refuses_a_single_trained_bias() {
     let model = adapted::<BoftLinear>(boft().with_bias(Bias::None));
     let group = ParamGroup::from_path("hidden.bias");
     let model = model.set_require_grad_group(group, true);

@@ -137,7 +137,7 @@ impl Adapter {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn extract<M: Module>(model: &M) -> Result<Self, ExtractError> {
-        let found = Found::new(walk(model))?;
+        let found = Found::new(current(model))?;
         let selection = found.selection()?;
         let config = found.method.config(selection);
         found.adapter(config)
@@ -157,7 +157,7 @@ impl Adapter {
         config: impl Into<AdapterConfig>,
     ) -> Result<Self, ExtractError> {
         let config = config.into();
-        let found = Found::new(walk(model))?;
+        let found = Found::new(current(model))?;
         let method = Method::new(&config).map_err(|errors| {
             let misfits = errors.into_iter().map(Misfit::from);
             InjectError::new(misfits.collect())
@@ -168,6 +168,18 @@ impl Adapter {
         found.check_targets(config.selection())?;
         found.adapter(config)
     }
+}
+
+/// Reads a model with running statistics as they are after the last forward pass.
+fn current<M: Module>(model: &M) -> Walk {
+    let found = walk(model);
+    if !found.parameters.iter().any(Parameter::is_statistic) {
+        return found;
+    }
+    // Burn keeps the last update of a running statistic aside until it is asked for the value, and a traversal does
+    // not ask; taking a validation model does.
+    drop(model.valid());
+    walk(model)
 }
 
 /// The adapters of a model.

@@ -2,10 +2,10 @@
 
 use burn::module::Module;
 use burn::tensor::DType;
-use burn_boft::{BoftLinear, Init, OftConfig, inject, project};
+use burn_boft::{BoftAdapter, BoftLinear, Init, OftConfig, inject, project};
 
-use crate::common::models::{distance, gradients, linear, numbers, rows, trainable};
-use crate::common::{assert_close, devices};
+use crate::common::models::{distance, gradients, linear, numbers, rows, set, trainable};
+use crate::common::{assert_close, devices, host};
 
 /// The Frobenius norm of the largest block of six packed numbers.
 fn largest_block(skew: &[f64]) -> f64 {
@@ -59,5 +59,30 @@ fn coft_stays_within_its_radius_and_still_learns() {
                 "{backend}"
             );
         }
+    }
+}
+
+#[test]
+fn coft_computes_with_the_projected_numbers_however_large_the_stored_ones_are() {
+    const RADIUS: f64 = 6e-5;
+    for (backend, device) in devices() {
+        let base = BoftLinear::from(linear([24, 10], 3, DType::F32, &device.autodiff()));
+        let config = OftConfig::new()
+            .with_block_size(4)
+            .with_coft_radius(RADIUS)
+            .with_target_modules(".*")
+            .with_init(Init::Random { seed: 5 });
+        let model = inject(base, config).unwrap();
+        let path = "weight.boft.skew";
+        let model = set(model, path, |skew| skew.iter().map(|v| 5e3 * v).collect());
+        assert!(largest_block(&numbers(&model)[path]) > 1e3);
+        let blocks = |model: &BoftLinear| {
+            let adapter = model.weight.reparameterization::<BoftAdapter>().unwrap();
+            host(adapter.blocks().values())
+        };
+        let (bounded, projected) = (blocks(&model), blocks(&project(model.clone())));
+        // The rotation differs from the identity by about twice the radius of a block, 5e-5.
+        assert_close(backend, &bounded, &projected, 1e-9);
+        assert!(bounded.iter().any(|value| (1e-6..1e-4).contains(value)));
     }
 }

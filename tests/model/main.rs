@@ -3,14 +3,19 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod batch_norms;
 mod coft;
+mod devices;
 mod diagnosis;
 mod dropout;
 mod errors;
 mod layers;
 mod lifecycle;
+mod many_layers;
 mod oracle;
 mod peft_numbers;
 mod precision;
 mod pytorch_files;
+mod recognition;
+mod targets;
 mod tree;

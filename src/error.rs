@@ -492,6 +492,9 @@ pub enum SaveError {
     /// Names cannot be mapped.
     #[error(transparent)]
     KeyMap(#[from] KeyMapError),
+    /// The settings could not be read back.
+    #[error("the settings cannot be written: {0}")]
+    Config(#[from] ConfigError),
     /// PEFT's file has no place for it.
     #[error("PEFT's format cannot hold `{path}`: {reason}")]
     Unrepresentable {

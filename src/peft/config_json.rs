@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use serde::de::{Deserialize, Deserializer, Error as _};
-use serde::ser::{Serialize, Serializer};
+use serde::de::{self, Deserialize, Deserializer};
+use serde::ser::{Error as _, Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
 use crate::config::{
@@ -19,6 +19,11 @@ const PEFT_VERSION_016: &str = "0.17.1";
 const EPS: f64 = 6e-5;
 /// PEFT's default number of Neumann terms.
 const TERMS: usize = 5;
+
+/// The most terms that are computed: further ones are zero in every precision.
+const MOST_TERMS: u64 = 100;
+/// The most factors that blocks of two channels can have before their span is no integer.
+const MOST_FACTORS: u64 = 63;
 
 /// Keys that say where an adapter comes from, not what it computes; they are carried along.
 pub(crate) const ABOUT: [&str; 4] = [
@@ -126,7 +131,12 @@ fn read_boft(fields: &Fields) -> Result<BoftConfig, ConfigError> {
     let count = fields.count("boft_block_num", 0)?;
     let mut config = BoftConfig::new();
     config.block = block(("boft_block_size", size), ("boft_block_num", count))?;
-    config.n_butterfly_factor = fields.count("boft_n_butterfly_factor", 1)?;
+    config.n_butterfly_factor = fields.up_to(
+        MOST_FACTORS,
+        "boft_n_butterfly_factor",
+        1,
+        "a whole number from 0 to 63",
+    )?;
     config.dropout = fields.number("boft_dropout", 0.0)?;
     config.init = fields.init()?;
     config.selection = fields.selection()?;
@@ -141,16 +151,11 @@ fn read_oft(fields: &Fields) -> Result<OftConfig, ConfigError> {
     let count = fields.count("r", 0)?;
     let mut config = OftConfig::new();
     config.block = block(("oft_block_size", size), ("r", count))?;
-    let terms = fields.read(
+    let terms = fields.up_to(
+        MOST_TERMS,
         "num_cayley_neumann_terms",
         TERMS,
         "a whole number from 0 to 100",
-        |value| {
-            value
-                .as_u64()
-                .filter(|terms| *terms <= 100)
-                .map(|terms| terms as usize)
-        },
     )?;
     config.cayley = match fields.flag("use_cayley_neumann", true)? {
         false => Cayley::Exact,
@@ -212,6 +217,19 @@ impl Fields<'_> {
             value
                 .as_u64()
                 .and_then(|number| usize::try_from(number).ok())
+        })
+    }
+
+    fn up_to(
+        &self,
+        most: u64,
+        field: &'static str,
+        default: usize,
+        expected: &'static str,
+    ) -> Result<usize, ConfigError> {
+        self.read(field, default, expected, |value| {
+            let number = value.as_u64().filter(|number| *number <= most)?;
+            usize::try_from(number).ok()
         })
     }
 
@@ -331,6 +349,26 @@ fn shortened(value: &Value) -> String {
     }
 }
 
+/// Refuses settings that [`read`] would not read back as they are.
+pub(crate) fn check(config: &AdapterConfig) -> Result<(), ConfigError> {
+    let number = match config {
+        AdapterConfig::Boft(config) => ("boft_dropout", config.dropout),
+        AdapterConfig::Oft(config) => ("eps", config.coft_radius.unwrap_or(EPS)),
+    };
+    if let (field, value) = number
+        && !value.is_finite()
+    {
+        return Err(ConfigError::Field {
+            field,
+            value: value.to_string(),
+            expected: "a finite number",
+        });
+    }
+    let fields = write(config, &Map::new()).into_iter();
+    let object = fields.map(|(key, value)| (key.to_string(), value));
+    read(&object.collect()).map(drop)
+}
+
 /// PEFT's settings, key by key, with what is carried along.
 pub(crate) fn write(
     config: &AdapterConfig,
@@ -430,6 +468,7 @@ fn json_modules(modules: &Option<TargetModules>) -> Value {
 
 impl Serialize for AdapterConfig {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        check(self).map_err(S::Error::custom)?;
         serializer.collect_map(write(self, &Map::new()))
     }
 }
@@ -439,7 +478,7 @@ impl<'de> Deserialize<'de> for AdapterConfig {
         let object = Map::deserialize(deserializer)?;
         read(&object)
             .map(|read| read.config)
-            .map_err(D::Error::custom)
+            .map_err(de::Error::custom)
     }
 }
 
@@ -456,7 +495,7 @@ macro_rules! by_adapter_config {
             fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
                 match AdapterConfig::deserialize(deserializer)? {
                     AdapterConfig::$variant(config) => Ok(config),
-                    _ => Err(D::Error::custom(concat!("peft_type is not ", $name))),
+                    _ => Err(de::Error::custom(concat!("peft_type is not ", $name))),
                 }
             }
         }
@@ -544,6 +583,43 @@ mod tests {
                     assert_eq!(&serde_json::from_str::<OftConfig>(&json).unwrap(), oft);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn settings_that_could_not_be_read_back_are_not_written() {
+        let boft = BoftConfig::new;
+        let oft = OftConfig::new;
+        let huge = Cayley::Neumann { terms: 101 };
+        for (config, expected) in [
+            (
+                AdapterConfig::from(oft().with_block_num(0)),
+                "`oft_block_size` and `r` are both 0; one of them must say how blocks are cut",
+            ),
+            (
+                boft().with_block_size(0).into(),
+                "`boft_block_size` and `boft_block_num` are both 0; one of them must say how blocks are cut",
+            ),
+            (
+                oft().with_coft_radius(f64::NAN).into(),
+                "`eps` is NaN, not a finite number",
+            ),
+            (
+                boft().with_dropout(f64::INFINITY).into(),
+                "`boft_dropout` is inf, not a finite number",
+            ),
+            (
+                boft().with_n_butterfly_factor(usize::MAX).into(),
+                "`boft_n_butterfly_factor` is 18446744073709551615, not a whole number from 0 to 63",
+            ),
+            (
+                oft().with_cayley(huge).into(),
+                "`num_cayley_neumann_terms` is 101, not a whole number from 0 to 100",
+            ),
+        ] {
+            assert_eq!(check(&config).unwrap_err().to_string(), expected);
+            let error = serde_json::to_string(&config).unwrap_err();
+            assert_eq!(error.to_string(), expected);
         }
     }
 
@@ -686,6 +762,10 @@ mod tests {
             (
                 json!({"boft_block_size": 4.5}),
                 "`boft_block_size` is 4.5, not a whole number, 0 or more",
+            ),
+            (
+                json!({"boft_n_butterfly_factor": u64::MAX}),
+                "`boft_n_butterfly_factor` is 18446744073709551615, not a whole number from 0 to 63",
             ),
             (
                 json!({"boft_block_size": 0}),

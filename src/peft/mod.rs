@@ -197,6 +197,7 @@ impl Adapter {
         options: &SaveOptions,
     ) -> Result<(), SaveError> {
         let folder = folder::folder(folder.as_ref(), options.name.as_deref())?;
+        config_json::check(&self.config)?;
         write::check_sizes(&self.config, &self.layers)?;
         let names = &options.names;
         let tensors = write::tensors(

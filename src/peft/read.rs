@@ -9,12 +9,12 @@ use super::config_json::warn_of_old_series;
 use super::fused::to_model_names;
 use crate::config::{AdapterConfig, Bias, Block, BoftConfig, OftConfig, Selection, TargetModules};
 use crate::error::{KeyMapError, Mismatch};
-use crate::model::plan::{LayerKind, fits};
+use crate::model::plan::LayerKind;
 use crate::select::is_saved;
 use crate::value::LoadReport;
 use crate::value::keymap::{KeyMap, ends_with, join, split};
 use crate::value::layer::{
-    AdapterLayer, SavedTensor, block_size, data, factors, pack, values, wide,
+    AdapterLayer, SavedTensor, block_size, check_sizes, data, pack, values, wide,
 };
 use crate::value::reconcile::{check_biases, reconcile};
 
@@ -400,6 +400,7 @@ impl LayerReader<'_> {
             let expected = if share { "one block" } else { "blocks" };
             return Err(wrong(format!("{expected} expected, {rows} found")));
         }
+        check_sizes([1, rows, b]).map_err(wrong)?;
         let dtype = wide(r.dtype());
         Ok(AdapterLayer {
             path,
@@ -437,6 +438,7 @@ impl LayerReader<'_> {
         if oft.block_share && rows != 1 {
             return Err(wrong("a shared block is one"));
         }
+        check_sizes([1, rows, b]).map_err(|why| wrong(&why))?;
         let (scale, _) = read_scale(path, "oft_s", &s)?;
         let o = scale.len();
         let mut squares = values(&r);
@@ -526,12 +528,7 @@ fn read_boft(path: String, r: TensorData, s: Option<TensorData>) -> Result<Adapt
     if b != columns || b == 0 || m == 0 || n == 0 {
         return Err(wrong("factors and blocks of squares expected".into()));
     }
-    if b > 1 && !n.checked_mul(b).is_some_and(|d| fits(d, b, m)) {
-        return Err(wrong(format!(
-            "{} of block size {b} and {n} blocks do not fit",
-            factors(m)
-        )));
-    }
+    check_sizes([m, n, b]).map_err(wrong)?;
     let scale = s.map(|s| read_scale(&path, "boft_s", &s)).transpose()?;
     let dtype = wide(r.dtype());
     Ok(AdapterLayer {

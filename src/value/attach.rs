@@ -379,6 +379,10 @@ fn transposed(matrix: &TensorData) -> Option<TensorData> {
     let [rows, columns] = **matrix.shape() else {
         return None;
     };
+    if matrix.num_elements() == 0 {
+        // The other axis can claim any length.
+        return Some(data(Vec::new(), vec![columns, rows], matrix.dtype()));
+    }
     let numbers = values(matrix);
     let transpose = (0..columns).flat_map(|column| (0..rows).map(move |row| (row, column)));
     let transpose = transpose.map(|(row, column)| numbers[row * columns + column]);

@@ -50,11 +50,7 @@ impl AdapterLayer {
         };
         let b = block_size(packed)
             .ok_or_else(|| wrong(&skew, format!("no block has {packed} numbers, b(b−1)/2")))?;
-        let is_rotation = || b == 1 || n.checked_mul(b).is_some_and(|d| fits(d, b, m));
-        if m == 0 || n == 0 || !is_rotation() {
-            let why = format!("{} of block size {b} and {n} blocks do not fit", factors(m));
-            return Err(wrong(&skew, why));
-        }
+        check_sizes([m, n, b]).map_err(|why| wrong(&skew, why))?;
         if let Some(scale) = scale.as_ref().filter(|scale| scale.rank() != 1) {
             return Err(wrong(scale, "a scale has one axis".into()));
         }
@@ -207,6 +203,28 @@ impl SavedTensor {
     /// Its numbers.
     pub fn data(&self) -> &TensorData {
         &self.data
+    }
+}
+
+/// No layer is wider; an empty tensor could claim any width.
+pub(crate) const WIDEST: usize = 1 << 24;
+
+/// Refuses factors, blocks and block sizes that no layer has.
+pub(crate) fn check_sizes([m, n, b]: [usize; 3]) -> Result<(), String> {
+    let Some(d) = n.checked_mul(b).filter(|d| *d <= WIDEST) else {
+        return Err(format!("no layer has {n} blocks of {b} channels"));
+    };
+    // Blocks of one channel do not rotate, and more factors need halves of blocks.
+    let is_rotation = match b {
+        1 => m == 1,
+        _ => m > 0 && fits(d, b, m),
+    };
+    match n > 0 && is_rotation {
+        true => Ok(()),
+        false => Err(format!(
+            "{} of block size {b} and {n} blocks do not fit",
+            factors(m)
+        )),
     }
 }
 

@@ -78,18 +78,13 @@ pub(crate) fn expected_block_size(config: &AdapterConfig, d_input: Option<usize>
             (Block::Count(n), Some(d)) if d.is_multiple_of(n) => Some(d / n),
             (Block::Count(_), _) => None,
         },
-        // A search for divisors, as long as PEFT's: not for the width of a layer that rotates nothing.
         (AdapterConfig::Oft(_), None) => None,
-        (AdapterConfig::Oft(_), Some(d)) if d > MAX_WIDTH => None,
         (AdapterConfig::Oft(config), Some(d)) => Some(match config.block {
             Block::Size(b) => adjust(d, b),
             Block::Count(n) => d / adjust(d, n),
         }),
     }
 }
-
-/// Wider than any layer; an empty tensor can claim any width.
-const MAX_WIDTH: usize = 1 << 20;
 
 fn same<T: PartialEq>(mut values: impl Iterator<Item = T>) -> Option<T> {
     let first = values.next()?;

@@ -2,20 +2,25 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use burn::tensor::{DType, TensorData, bf16, f16};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use same_file::Handle;
 use serde_json::{Map, Value};
+use xxhash_rust::xxh3::xxh3_128;
 
 use crate::error::{LoadError, NameError, SaveError};
 
 pub(crate) const CONFIG: &str = "adapter_config.json";
 pub(crate) const TENSORS: &str = "adapter_model.safetensors";
 const PICKLE: &str = "adapter_model.bin";
-/// How often a folder is read that somebody else is writing.
-const ATTEMPTS: usize = 10;
+/// How often a folder is read that somebody else is writing, and how long to wait in between.
+const ATTEMPTS: usize = 200;
+const PAUSE: Duration = Duration::from_millis(2);
 
 /// What a folder holds.
 pub(crate) struct Folder {
@@ -74,34 +79,63 @@ pub(crate) fn read(folder: &Path) -> Result<Folder, LoadError> {
     })
 }
 
-/// The bytes of settings and tensors that belong together.
-fn read_pair(folder: &Path) -> Result<(Vec<u8>, Vec<u8>), LoadError> {
-    let read = |path: PathBuf| fs::read(&path).map_err(|source| LoadError::Io { path, source });
-    for _ in 0..ATTEMPTS {
-        let config = read(folder.join(CONFIG));
-        let tensors = match read(folder.join(TENSORS)) {
-            Ok(tensors) => tensors,
-            Err(error) => {
-                // A folder that is no adapter at all lacks its settings first.
-                config?;
-                let folder = folder.to_path_buf();
-                return Err(match folder.join(PICKLE).exists() {
-                    true => LoadError::Pickle { folder },
-                    false => error,
-                });
-            }
-        };
-        // A save that replaced the tensors and not yet the settings left them under the tensors' name.
-        if let Ok(pending) = fs::read(pending(folder, &tensors)) {
-            return Ok((pending, tensors));
+/// Settings and tensors, as bytes.
+type Pair = (Vec<u8>, Vec<u8>);
+
+/// The bytes of settings and tensors that one save wrote.
+fn read_pair(folder: &Path) -> Result<Pair, LoadError> {
+    for attempt in 0..ATTEMPTS {
+        if attempt > 0 {
+            thread::sleep(PAUSE);
         }
-        let config = config?;
-        if read(folder.join(CONFIG))? == config {
-            return Ok((config, tensors));
+        if let Some(pair) = try_read_pair(folder)? {
+            return Ok(pair);
         }
     }
     let folder = folder.to_path_buf();
     Err(LoadError::Busy { folder })
+}
+
+/// The pair, unless somebody replaced the adapter meanwhile.
+///
+/// A save replaces the tensors before the settings, and the settings wait under the tensors' name in between. So the
+/// settings of these tensors are those that wait, or, where none do, the ones in place for as long as the tensors
+/// are not replaced.
+fn try_read_pair(folder: &Path) -> Result<Option<Pair>, LoadError> {
+    let failed = |path: &Path| {
+        let path = path.to_path_buf();
+        move |source| LoadError::Io { path, source }
+    };
+    let (config_path, tensors_path) = (folder.join(CONFIG), folder.join(TENSORS));
+    let config = || fs::read(&config_path).map_err(failed(&config_path));
+    let mut file = match File::open(&tensors_path) {
+        Ok(file) => file,
+        Err(error) => {
+            // A folder that is no adapter at all lacks its settings first.
+            config()?;
+            let folder = folder.to_path_buf();
+            return Err(match folder.join(PICKLE).exists() {
+                true => LoadError::Pickle { folder },
+                false => failed(&tensors_path)(error),
+            });
+        }
+    };
+    let mut tensors = Vec::new();
+    file.read_to_end(&mut tensors)
+        .map_err(failed(&tensors_path))?;
+    let waiting = pending(folder, &tensors);
+    match fs::read(&waiting) {
+        Ok(config) => return Ok(Some((config, tensors))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(failed(&waiting)(error)),
+    }
+    let found = config()?;
+    // PEFT rewrites its files where they are, so they are also compared. An open file shares its identity with no
+    // other, even if the path comes to hold the same bytes again.
+    let is_same = Handle::from_file(file)
+        .and_then(|file| Ok(file == Handle::from_path(&tensors_path)?))
+        .map_err(failed(&tensors_path))?;
+    Ok((is_same && config()? == found).then_some((found, tensors)))
 }
 
 fn decode(view: &TensorView) -> Option<TensorData> {
@@ -171,14 +205,16 @@ pub(crate) fn to_safetensors(tensors: &BTreeMap<String, TensorData>) -> Result<V
 /// Replaces the adapter in a folder.
 ///
 /// The new tensors are in place with one rename, and from then on they name the new settings, which are
-/// moved into place next. Whenever this stops, a reader finds the old pair or the new one.
+/// moved into place next. Whenever this stops, a reader finds the old pair or the new one. Writers take turns, also
+/// those of other processes.
 pub(crate) fn write(folder: &Path, config: &[u8], tensors: &[u8]) -> Result<(), SaveError> {
     let failed = |path: &Path| {
         let path = path.to_path_buf();
         move |source| SaveError::Io { path, source }
     };
     fs::create_dir_all(folder).map_err(failed(folder))?;
-    finish(folder).map_err(failed(folder))?;
+    let lock = Lock::take(folder).map_err(failed(folder))?;
+    finish(folder, &lock).map_err(failed(folder))?;
     let pending = pending(folder, tensors);
     let (config_path, tensors_path) = (folder.join(CONFIG), folder.join(TENSORS));
     let tensors = staged(&tensors_path, tensors).map_err(failed(&tensors_path))?;
@@ -201,7 +237,7 @@ pub(crate) fn write(folder: &Path, config: &[u8], tensors: &[u8]) -> Result<(), 
 }
 
 /// Finishes a save that stopped halfway, and removes what one left behind.
-fn finish(folder: &Path) -> io::Result<()> {
+fn finish(folder: &Path, lock: &Lock) -> io::Result<()> {
     let current = match fs::read(folder.join(TENSORS)) {
         Ok(tensors) => Some(pending(folder, &tensors)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
@@ -210,31 +246,81 @@ fn finish(folder: &Path) -> io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let is = |prefix, suffix| name.starts_with(prefix) && name.ends_with(suffix);
         if current.as_ref() == Some(&path) {
             fs::rename(&path, folder.join(CONFIG))?;
-        } else if name.starts_with(PENDING) && name.ends_with(JSON) {
+        } else if lock.is_held && (is(PENDING, JSON) || is(STAGED, TEMPORARY)) {
             fs::remove_file(&path)?;
         }
     }
     sync(folder)
 }
 
+/// The turn of one writer, which ends when this is dropped or its process ends.
+struct Lock {
+    path: PathBuf,
+    /// The file that is locked, which unlocks when it is closed.
+    _file: Handle,
+    /// Whether the file system has locks. Without them, two writers at once may mix their files.
+    is_held: bool,
+}
+
+impl Lock {
+    /// Waits for the turn.
+    fn take(folder: &Path) -> io::Result<Self> {
+        let path = folder.join(LOCK);
+        loop {
+            let file = File::options()
+                .create(true)
+                .truncate(false)
+                .write(true)
+                .open(&path)?;
+            let is_held = match file.lock() {
+                Ok(()) => true,
+                Err(error) if error.kind() == io::ErrorKind::Unsupported => false,
+                Err(error) => return Err(error),
+            };
+            // The writer before removed the file that this one waited for, and a third may have made another.
+            let file = Handle::from_file(file)?;
+            match Handle::from_path(&path) {
+                Ok(current) if current == file => {
+                    return Ok(Self {
+                        path,
+                        _file: file,
+                        is_held,
+                    });
+                }
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // A file that stays is no harm: the next writer locks it.
+        _ = fs::remove_file(&self.path);
+    }
+}
+
+const LOCK: &str = ".adapter.lock";
 const PENDING: &str = ".adapter_config.";
 const JSON: &str = ".json";
+const STAGED: &str = ".adapter_model.";
+const TEMPORARY: &str = ".tmp";
 
 /// Where the settings of these tensors wait.
 fn pending(folder: &Path, tensors: &[u8]) -> PathBuf {
-    // FNV-1a: it tells two saves apart, and keeps no secret.
-    let hash = tensors.iter().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-    });
-    folder.join(format!("{PENDING}{hash:016x}{JSON}"))
+    let hash = xxh3_128(tensors);
+    folder.join(format!("{PENDING}{hash:032x}{JSON}"))
 }
 
 /// What a file is going to be, on the disk under another name.
 fn staged(path: &Path, content: &[u8]) -> io::Result<tempfile::NamedTempFile> {
     let mut builder = tempfile::Builder::new();
-    builder.prefix(".adapter-");
+    builder.prefix(STAGED).suffix(TEMPORARY);
     // As open as any other file, not for the owner alone as temporary files are.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
@@ -292,9 +378,8 @@ mod tests {
         save(folder, "old settings", "old tensors");
 
         // Before the first rename: files under other names.
-        fs::write(folder.join(".adapter-x7Yz"), "new ten").unwrap();
+        fs::write(folder.join(".adapter_model.x7Yz.tmp"), "new ten").unwrap();
         assert_eq!(state(folder), pair("old settings", "old tensors"));
-        fs::remove_file(folder.join(".adapter-x7Yz")).unwrap();
 
         // The new settings wait for tensors that are not there yet.
         let waiting = pending(folder, b"new tensors");
@@ -307,7 +392,8 @@ mod tests {
 
         // The next save finishes that one first, and leaves nothing else.
         fs::write(pending(folder, b"lost tensors"), "lost settings").unwrap();
-        finish(folder).unwrap();
+        fs::write(folder.join(LOCK), "").unwrap();
+        finish(folder, &Lock::take(folder).unwrap()).unwrap();
         assert_eq!(state(folder), pair("new settings", "new tensors"));
         assert_eq!(names(folder), [CONFIG, TENSORS]);
         save(folder, "third settings", "third tensors");

@@ -171,8 +171,10 @@ impl Adapter {
 
     /// Writes the folder of an adapter for PEFT 0.18 and later.
     ///
-    /// Only the adapter is written, never a base weight. What the folder had is replaced as one: a crash leaves
-    /// the old adapter or the new one for [`Adapter::load`]. Other files in the folder are left alone.
+    /// Only the adapter is written, never a base weight. The two files of the folder are replaced as one: readers find
+    /// the old adapter or the new one, also after a crash, and several writers take turns, in one process or in many.
+    /// Writers take turns by a lock on the file `.adapter.lock`, which exists only while they write; on a file system
+    /// without locks, let one process write at a time. Other files in the folder are left alone.
     ///
     /// PEFT's BOFT always has a scale, so one that was not trained is written as ones; more than one factor
     /// needs PEFT's CUDA kernel there, which says so. [`Cayley::Neumann016`](crate::Cayley::Neumann016) is

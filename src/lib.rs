@@ -72,6 +72,7 @@ mod model;
 pub mod ops;
 mod peft;
 mod select;
+pub mod tensors;
 mod value;
 
 pub use adapter::BoftAdapter;

@@ -2,11 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use burn::tensor::TensorData;
-
 use crate::error::{KeyMapError, Mismatch};
+use crate::tensors::concatenate;
 use crate::value::keymap::{KeyMap, Part};
-use crate::value::layer::{AdapterLayer, SavedTensor, data, values};
+use crate::value::layer::{AdapterLayer, SavedTensor};
 
 /// Renames everything to the model's names, and joins the parts of fused layers.
 pub(super) fn to_model_names(
@@ -136,9 +135,7 @@ fn fuse_layers(parts: Vec<AdapterLayer>, path: String) -> Result<AdapterLayer, &
     }
     let scales: Option<Vec<_>> = parts.iter().map(|part| part.scale.as_ref()).collect();
     let scale = match scales {
-        Some(scales) => {
-            Some(concatenate(scales.into_iter()).ok_or("their scales differ in precision")?)
-        }
+        Some(scales) => Some(concatenate(scales).ok_or("their scales differ in precision")?),
         None => None,
     };
     Ok(AdapterLayer {
@@ -148,41 +145,4 @@ fn fuse_layers(parts: Vec<AdapterLayer>, path: String) -> Result<AdapterLayer, &
         scale,
         ..first.clone()
     })
-}
-
-/// Joins tensors along their first axis.
-fn concatenate<'a>(parts: impl Iterator<Item = &'a TensorData>) -> Option<TensorData> {
-    let parts: Vec<_> = parts.collect();
-    let (dtype, shape) = (parts.first()?.dtype(), parts.first()?.shape().to_vec());
-    let alike = |part: &&TensorData| {
-        part.dtype() == dtype && part.rank() > 0 && part.shape()[1..] == shape[1..]
-    };
-    if shape.is_empty() || !parts.iter().all(alike) {
-        return None;
-    }
-    let mut shape = shape;
-    shape[0] = parts.iter().map(|part| part.shape()[0]).sum();
-    let values = parts.iter().flat_map(|part| part.iter::<f64>()).collect();
-    Some(data(values, shape, dtype))
-}
-
-/// Splits a tensor along its first axis into equal parts.
-pub(super) fn split_rows(tensor: &TensorData, parts: usize) -> Option<Vec<TensorData>> {
-    if parts == 1 {
-        return Some(vec![tensor.clone()]);
-    }
-    let mut shape = tensor.shape().to_vec();
-    let rows = *shape.first()?;
-    if !rows.is_multiple_of(parts) {
-        return None;
-    }
-    shape[0] = rows / parts;
-    let values = values(tensor);
-    let each = (values.len() / parts).max(1);
-    let split = values.chunks(each);
-    Some(
-        split
-            .map(|part| data(part.to_vec(), shape.clone(), tensor.dtype()))
-            .collect(),
-    )
 }

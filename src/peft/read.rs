@@ -11,11 +11,10 @@ use crate::config::{AdapterConfig, Bias, Block, BoftConfig, OftConfig, Selection
 use crate::error::{KeyMapError, Mismatch};
 use crate::model::plan::LayerKind;
 use crate::select::is_saved;
+use crate::tensors::{from_values, is_finite, values, widened};
 use crate::value::LoadReport;
 use crate::value::keymap::{KeyMap, ends_with, join, split};
-use crate::value::layer::{
-    AdapterLayer, SavedTensor, block_size, check_sizes, data, pack, values, wide,
-};
+use crate::value::layer::{AdapterLayer, SavedTensor, block_size, check_sizes, pack};
 use crate::value::reconcile::{check_biases, reconcile};
 
 /// What every key starts with.
@@ -376,7 +375,7 @@ impl LayerReader<'_> {
         if numbers
             .into_iter()
             .flatten()
-            .any(|data| data.iter::<f64>().any(|value| !value.is_finite()))
+            .any(|numbers| !is_finite(numbers))
         {
             let why = format!("the adapter of `{path}` holds NaN or infinity");
             self.report.warnings.push(why);
@@ -401,14 +400,14 @@ impl LayerReader<'_> {
             return Err(wrong(format!("{expected} expected, {rows} found")));
         }
         check_sizes([1, rows, b]).map_err(wrong)?;
-        let dtype = wide(r.dtype());
+        let dtype = widened(r.dtype());
         Ok(AdapterLayer {
             path,
             kind: None,
             block_size: b,
             block_share: share,
             d_output: None,
-            skew: data(values(&r), vec![1, rows, packed], dtype),
+            skew: from_values(values(&r), vec![1, rows, packed], dtype),
             scale: None,
         })
     }
@@ -475,7 +474,7 @@ impl LayerReader<'_> {
             config.selection = oft.selection;
             self.config = config.into();
         }
-        let dtype = wide(r.dtype());
+        let dtype = widened(r.dtype());
         Ok(AdapterLayer {
             path: path.to_string(),
             // That version wrote (out, 1) for convolutions as well.
@@ -483,8 +482,8 @@ impl LayerReader<'_> {
             block_size: b,
             block_share: oft.block_share,
             d_output: Some(o),
-            skew: data(pack(&squares, b), vec![1, rows, b * (b - 1) / 2], dtype),
-            scale: Some(data(scale, vec![o], dtype)),
+            skew: from_values(pack(&squares, b), vec![1, rows, b * (b - 1) / 2], dtype),
+            scale: Some(from_values(scale, vec![o], dtype)),
         })
     }
 }
@@ -530,17 +529,17 @@ fn read_boft(path: String, r: TensorData, s: Option<TensorData>) -> Result<Adapt
     }
     check_sizes([m, n, b]).map_err(wrong)?;
     let scale = s.map(|s| read_scale(&path, "boft_s", &s)).transpose()?;
-    let dtype = wide(r.dtype());
+    let dtype = widened(r.dtype());
     Ok(AdapterLayer {
         path,
         kind: scale.as_ref().and_then(|(_, kind)| *kind),
         block_size: b,
         block_share: false,
         d_output: scale.as_ref().map(|(scale, _)| scale.len()),
-        skew: data(pack(&values(&r), b), vec![m, n, b * (b - 1) / 2], dtype),
+        skew: from_values(pack(&values(&r), b), vec![m, n, b * (b - 1) / 2], dtype),
         scale: scale.map(|(scale, _)| {
             let shape = vec![scale.len()];
-            data(scale, shape, dtype)
+            from_values(scale, shape, dtype)
         }),
     })
 }

@@ -4,13 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use burn::tensor::{FloatDType, TensorData};
 
-use super::fused::split_rows;
 use super::read::PREFIX;
 use crate::config::AdapterConfig;
 use crate::error::{KeyMapError, SaveError};
 use crate::model::plan::LayerKind;
+use crate::tensors::{from_values, split, values};
 use crate::value::keymap::{KeyMap, join};
-use crate::value::layer::{AdapterLayer, SavedTensor, data, factors, unpack, values};
+use crate::value::layer::{AdapterLayer, SavedTensor, factors, unpack};
 use crate::value::reconcile::expected_block_size;
 
 /// The tensors of an adapter as PEFT writes them.
@@ -49,15 +49,14 @@ pub(crate) fn tensors(
     let adapted: BTreeSet<&str> = layers.iter().map(|layer| layer.path.as_str()).collect();
     for tensor in saved {
         let paths = names.file_paths(&tensor.module)?;
-        let parts =
-            split_rows(&tensor.data, paths.len()).ok_or_else(|| SaveError::Unrepresentable {
-                path: join(&tensor.module, &tensor.name),
-                reason: format!(
-                    "its {:?} do not split into {}",
-                    &**tensor.data.shape(),
-                    paths.len()
-                ),
-            })?;
+        let parts = split(&tensor.data, paths.len()).ok_or_else(|| SaveError::Unrepresentable {
+            path: join(&tensor.module, &tensor.name),
+            reason: format!(
+                "its {:?} do not split into {}",
+                &**tensor.data.shape(),
+                paths.len()
+            ),
+        })?;
         let base_layer = match adapted.contains(tensor.module.as_str()) {
             true => "base_layer",
             false => "",
@@ -108,7 +107,7 @@ fn write_boft(layer: &AdapterLayer, parts: usize) -> Result<Entries, String> {
         1 => vec![0.0; m * n],
         _ => unpack(&values(&layer.skew), b),
     };
-    let rotation = data(squares, vec![m, n, b, b], dtype);
+    let rotation = from_values(squares, vec![m, n, b, b], dtype);
     let scale = match (&layer.scale, layer.d_output) {
         (Some(scale), _) => values(scale),
         (None, Some(o)) => vec![1.0; o],
@@ -134,7 +133,7 @@ fn write_boft(layer: &AdapterLayer, parts: usize) -> Result<Entries, String> {
             Some(LayerKind::Conv2d) => vec![1, each],
             Some(LayerKind::Linear) | None => vec![each, 1],
         };
-        data(scale.to_vec(), shape, dtype)
+        from_values(scale.to_vec(), shape, dtype)
     });
     Ok(("boft_R", rotation, scales.collect()))
 }
@@ -144,7 +143,7 @@ fn write_oft(layer: &AdapterLayer) -> Result<Entries, String> {
     if m != 1 || layer.scale.is_some() {
         return Err("OFT has one factor and no scale".to_string());
     }
-    let numbers = data(values(&layer.skew), vec![rows, packed], layer.skew.dtype());
+    let numbers = from_values(values(&layer.skew), vec![rows, packed], layer.skew.dtype());
     Ok(("oft_R.weight", numbers, Vec::new()))
 }
 

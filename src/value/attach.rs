@@ -7,7 +7,7 @@ use burn::tensor::{DType, Tensor, TensorData};
 
 use super::Adapter;
 use super::keymap::{KeyMap, join};
-use super::layer::{AdapterLayer, data, values};
+use super::layer::AdapterLayer;
 use super::report::LoadReport;
 use crate::adapter::{AdapterSettings, BoftAdapter, Values};
 use crate::config::{Bias, Selection};
@@ -16,6 +16,7 @@ use crate::model::inject::{check_settings, nearest, place, trained_parameters, u
 use crate::model::plan::LayerKind;
 use crate::model::walk::{Layer, Parameter, Path, Survey};
 use crate::select::{Decision, TargetMatcher, is_saved};
+use crate::tensors::transposed;
 
 impl Adapter {
     /// Attaches the adapter to a model: its rotations to the layers, its biases and saved modules in place.
@@ -372,23 +373,4 @@ impl ModuleVisitor for Shapes<'_> {
                 .insert(path, (base.dims().to_vec(), base.dtype()));
         }
     }
-}
-
-/// The transpose of a matrix.
-fn transposed(matrix: &TensorData) -> Option<TensorData> {
-    let [rows, columns] = **matrix.shape() else {
-        return None;
-    };
-    if matrix.num_elements() == 0 {
-        // The other axis can claim any length.
-        return Some(data(Vec::new(), vec![columns, rows], matrix.dtype()));
-    }
-    let numbers = values(matrix);
-    let transpose = (0..columns).flat_map(|column| (0..rows).map(move |row| (row, column)));
-    let transpose = transpose.map(|(row, column)| numbers[row * columns + column]);
-    Some(data(
-        transpose.collect(),
-        vec![columns, rows],
-        matrix.dtype(),
-    ))
 }

@@ -7,12 +7,13 @@ use burn::tensor::{Tensor, TensorData};
 use serde_json::Map;
 
 use super::Adapter;
-use super::layer::{AdapterLayer, SavedTensor, data, is_float, values, wide};
+use super::layer::{AdapterLayer, SavedTensor};
 use crate::adapter::AdapterSettings;
 use crate::config::AdapterConfig;
 use crate::error::ExtractError;
 use crate::model::inject::trained_parameters;
 use crate::model::walk::{Parameter, Path, Survey};
+use crate::tensors::{from_values, is_float, values, widened};
 
 impl Adapter {
     /// Reads the adapter out of a model that [`inject`](crate::inject()) or [`Adapter::attach`] adapted.
@@ -129,7 +130,7 @@ impl Found {
         }
         let missing = || ExtractError::NotAdapted;
         let skew = self.skew.ok_or_else(missing)?;
-        let dtype = wide(skew.dtype());
+        let dtype = widened(skew.dtype());
         let [m, stored, packed] = plan.skew_shape();
         let mut numbers = values(&skew);
         // PEFT's BOFT has no shared blocks.
@@ -146,10 +147,10 @@ impl Found {
             block_size: plan.block_size,
             block_share: share,
             d_output: Some(plan.d_output),
-            skew: data(numbers, vec![m, stored, packed], dtype),
+            skew: from_values(numbers, vec![m, stored, packed], dtype),
             scale: self
                 .scale
-                .map(|scale| data(values(&scale), vec![plan.d_output], dtype)),
+                .map(|scale| from_values(values(&scale), vec![plan.d_output], dtype)),
         })
     }
 }

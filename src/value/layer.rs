@@ -1,10 +1,11 @@
 //! [`AdapterLayer`] and [`SavedTensor`]: the numbers of an adapter, on the host.
 
-use burn::tensor::{DType, TensorData};
+use burn::tensor::TensorData;
 
 use crate::error::Mismatch;
 use crate::model::plan::{ButterflyPlan, LayerKind, fits};
 use crate::ops::upper_triangle;
+use crate::tensors::{is_float, widened};
 
 /// One adapted layer of an [`Adapter`](crate::Adapter).
 #[derive(Debug, Clone, PartialEq)]
@@ -54,7 +55,7 @@ impl AdapterLayer {
         if let Some(scale) = scale.as_ref().filter(|scale| scale.rank() != 1) {
             return Err(wrong(scale, "a scale has one axis".into()));
         }
-        let dtype = wide(skew.dtype());
+        let dtype = widened(skew.dtype());
         Ok(Self {
             path,
             kind,
@@ -263,27 +264,4 @@ pub(crate) fn unpack(packed: &[f64], b: usize) -> Vec<f64> {
         }
     }
     squares
-}
-
-/// The numbers of float data, widened.
-pub(crate) fn values(data: &TensorData) -> Vec<f64> {
-    data.iter::<f64>().collect()
-}
-
-/// Data of a float precision.
-pub(crate) fn data(values: Vec<f64>, shape: Vec<usize>, dtype: DType) -> TensorData {
-    TensorData::new(values, shape).convert_dtype(dtype)
-}
-
-/// Whether a precision is one of floats that files hold.
-pub(crate) fn is_float(dtype: DType) -> bool {
-    matches!(dtype, DType::F64 | DType::F32 | DType::F16 | DType::BF16)
-}
-
-/// The precision that adapters compute in: f32 or f64.
-pub(crate) fn wide(dtype: DType) -> DType {
-    match dtype {
-        DType::F64 => DType::F64,
-        _ => DType::F32,
-    }
 }

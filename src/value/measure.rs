@@ -3,10 +3,11 @@
 use burn::tensor::{Device, Tensor};
 
 use super::Adapter;
-use super::layer::{AdapterLayer, values};
+use super::layer::AdapterLayer;
 use crate::adapter::AdapterSettings;
 use crate::model::plan::LayerKind;
 use crate::model::report;
+use crate::tensors::values;
 
 /// One rotation of an adapter, made by [`Adapter::measure`].
 #[derive(Debug, Clone, PartialEq)]

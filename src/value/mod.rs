@@ -21,6 +21,7 @@ use crate::config::{AdapterConfig, Selection};
 use crate::error::Mismatch;
 use crate::model::plan::LayerKind;
 use crate::ops::Blocks;
+use crate::tensors::is_float;
 
 /// A trained adapter as a value: its settings, and the numbers of every layer on the host.
 ///
@@ -75,7 +76,7 @@ impl Adapter {
         }
         for tensor in &tensors {
             let (module, name, dtype) = (&tensor.module, &tensor.name, tensor.data.dtype());
-            if !layer::is_float(dtype) && dtype != DType::I64 {
+            if !is_float(dtype) && dtype != DType::I64 {
                 let why = format!("`{module}.{name}` is {dtype:?}, which no file keeps");
                 mismatch.wrong.push(why);
             }

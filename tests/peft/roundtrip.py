@@ -170,7 +170,7 @@ def main():
     parser = argparse.ArgumentParser(description="Checks that adapters travel between PEFT and burn-boft without loss.")
     parser.add_argument("cases", nargs="*", type=Path, help="fixture folders; all if none is given")
     parser.add_argument("--dinov2", type=Path, metavar="FOLDER", help="an adapter that examples/dinov2 trained")
-    programs = ROOT / os.environ.get("CARGO_TARGET_DIR", "target") / "release/examples"
+    programs = ROOT / os.environ.get("CARGO_TARGET_DIR", "target") / "release"
     parser.add_argument("--program", type=Path, default=programs / "roundtrip", help="the toy program")
     parser.add_argument("--logits", type=Path, default=programs / "logits", help="the DINOv2 program")
     args = parser.parse_args()

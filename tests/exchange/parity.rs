@@ -2,20 +2,18 @@
 //!
 //! `fixtures/peft/README.md` says what the files hold.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::common::host;
+use crate::common::models::{Layer, gradients, numbers};
+use crate::common::peft::{Eval, Model, SetBase, Tensors, UseModel, linear, read, with_model};
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_boft::{
     Adapter, BoftLinear, KeyMap, LoadOptions, LoadReport, SaveOptions, Transformers, merge,
 };
-use common::host;
-use common::models::{Layer, gradients, numbers};
-use common::peft::{Eval, Model, SetBase, Tensors, UseModel, linear, read, with_model};
 
 /// Of the largest number in a tensor.
 const FORWARD: f64 = 1e-5;

@@ -1,7 +1,5 @@
 //! Every refusal: what it names, and that it leaves the model as it was.
 
-mod common;
-
 use burn::module::{Lora, Module, ParamGroup, Quantizer};
 use burn::nn;
 use burn::tensor::quantization::{Calibration, QuantValue};
@@ -10,7 +8,8 @@ use burn_boft::{
     AdapterConfig, BoftConfig, Cayley, Init, InjectError, MergeError, Misfit, OftConfig,
     PatternError, inject, merge, plan, unload,
 };
-use common::models::{Net, linear, numbers, set, trainable};
+
+use crate::common::models::{Net, linear, numbers, set, trainable};
 
 type Model = Net<nn::Linear>;
 

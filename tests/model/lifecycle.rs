@@ -1,7 +1,5 @@
 //! One model through everything that Burn does with a model: built, adapted, trained, stored, merged.
 
-mod common;
-
 use std::collections::BTreeMap;
 
 use burn::data::dataloader::{DataLoaderBuilder, batcher::Batcher};
@@ -10,20 +8,18 @@ use burn::module::{Module, ParamGroup};
 use burn::nn;
 use burn::optim::{AdamWConfig, GradientsAccumulator, GradientsParams, ModuleOptimizer};
 use burn::store::ModuleRecord;
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
 use burn::train::metric::LossMetric;
 use burn::train::renderer::CliMetricsRenderer;
 use burn::train::{
     InferenceStep, Learner, RegressionOutput, SupervisedTraining, TrainOutput, TrainStep,
 };
-use burn_boft::{
-    Bias, BoftConfig, BoftLinear, Init, OftConfig, diagnose, inject, merge, project, summary,
-    unload,
+use burn_boft::{Bias, BoftConfig, BoftLinear, Init, diagnose, inject, merge, summary, unload};
+
+use crate::common::models::{
+    INPUT, Layer, Net, OUTPUT, distance, gradients, numbers, rows, trainable,
 };
-use common::models::{
-    INPUT, Layer, Net, OUTPUT, distance, gradients, linear, numbers, rows, set, trainable,
-};
-use common::{devices, host};
+use crate::common::{devices, host};
 
 const RATE: f64 = 1e-2;
 const TOKENS: usize = 7;
@@ -466,170 +462,4 @@ fn a_thousand_steps_keep_every_rotation_orthogonal() {
             assert!(energy.abs() <= 1e-5, "{backend}: {layer:?}");
         }
     }
-}
-
-#[test]
-fn a_number_that_is_none_shows_in_every_measurement() {
-    for (backend, device) in devices() {
-        let model = inject(Net::<BoftLinear>::new(1, &device), config()).unwrap();
-        let model = set(model, "hidden.weight.boft.skew", |mut numbers| {
-            numbers[3] = f64::NAN;
-            numbers
-        });
-        let layer = &diagnose(&model).layers[0];
-        for number in [
-            layer.orthogonality_defect,
-            layer.skew_norm,
-            layer.largest_angle,
-            layer.energy_after,
-        ] {
-            assert!(number.is_nan(), "{backend}: {layer:?}");
-        }
-        assert!(layer.energy_before.is_finite());
-    }
-}
-
-/// The Frobenius norm of the largest block of six packed numbers.
-fn largest_block(skew: &[f64]) -> f64 {
-    let norm = |packed: &[f64]| (2.0 * packed.iter().map(|v| v * v).sum::<f64>()).sqrt();
-    skew.chunks(6).map(norm).fold(0.0, f64::max)
-}
-
-#[test]
-fn coft_stays_within_its_radius_and_still_learns() {
-    const RADIUS: f64 = 0.3;
-    for (backend, device) in devices() {
-        let device = device.autodiff();
-        let base = BoftLinear::from(linear([24, 10], 3, DType::F32, &device));
-        let config = || {
-            let config = OftConfig::new().with_block_size(4);
-            config
-                .with_target_modules(".*")
-                .with_init(Init::Random { seed: 5 })
-        };
-        let free = inject(base.clone(), config()).unwrap();
-        let model = inject(base, config().with_coft_radius(RADIUS)).unwrap();
-        let stored = |model: &BoftLinear| largest_block(&numbers(model)["weight.boft.skew"]);
-        let bound = RADIUS / 6f64.sqrt();
-        assert!(stored(&model) > 1.5 * bound);
-        let projected = project(model.clone());
-        assert!(stored(&projected) <= bound * (1.0 + 1e-6));
-        assert_eq!(trainable(&projected), trainable(&model));
-        assert_eq!(
-            trainable(&project(model.valid()).train()),
-            trainable(&model)
-        );
-        // What lies inside already stays as it is, but for the rounding of the length.
-        let (once, twice) = (numbers(&projected), numbers(&project(projected.clone())));
-        let path = "weight.boft.skew";
-        common::assert_close(backend, &twice[path], &once[path], 1e-7);
-        assert_eq!(numbers(&project(free.clone())), numbers(&free));
-
-        let input = rows([TOKENS, 24], 4, &device);
-        let output = projected.forward(input.clone());
-        let drift = distance(model.forward(input.clone()), output.clone());
-        assert!(drift <= 2e-6, "{backend}: {drift}");
-        assert!(distance(free.forward(input.clone()), output) > 0.1);
-
-        for model in [&model, &projected] {
-            let loss = model.forward(input.clone()).powi_scalar(3).sum();
-            let found = gradients(model, &loss.backward());
-            let path = "weight.boft.skew";
-            assert_eq!(Vec::from_iter(found.keys()), [path]);
-            assert!(
-                found[path].iter().all(|&value| value.abs() > 1e-6),
-                "{backend}"
-            );
-        }
-    }
-}
-
-/// The factors and the number of their blocks that are the identity, over many draws.
-fn draws(model: &BoftLinear, count: usize) -> Vec<Vec<usize>> {
-    let adapter = model.adapter().unwrap();
-    let plan = adapter.butterfly();
-    let (n, b) = (plan.block_num(), plan.block_size);
-    (0..count)
-        .map(|_| {
-            let blocks = host(adapter.blocks().values());
-            let is_identity = |block: &[f64]| {
-                let mut cells = block.iter().enumerate();
-                cells.all(|(i, &value)| value == f64::from(i / b == i % b))
-            };
-            let factors = blocks.chunks(n * b * b);
-            let identities = |factor: &[f64]| {
-                factor
-                    .chunks(b * b)
-                    .filter(|block| is_identity(block))
-                    .count()
-            };
-            factors.map(identities).collect()
-        })
-        .collect()
-}
-
-#[test]
-fn multiplicative_dropout_takes_a_share_of_one_factor() {
-    let config = |dropout| {
-        let config = BoftConfig::new().with_n_butterfly_factor(3);
-        config
-            .with_dropout(dropout)
-            .with_target_modules(".*")
-            .with_init(Init::Random { seed: 5 })
-    };
-    for (backend, device) in devices() {
-        let device = device.autodiff();
-        let base = BoftLinear::from(linear([48, 10], 3, DType::F32, &device));
-        // floor(p·12) of twelve blocks.
-        for (dropout, share) in [(0.26, 3), (0.5, 6), (0.99, 11)] {
-            let model = inject(base.clone(), config(dropout)).unwrap();
-            let draws = draws(&model, 120);
-            let mut hits = [0; 3];
-            for draw in &draws {
-                let hit = draw.iter().position(|&count| count > 0).unwrap();
-                hits[hit] += 1;
-                let mut expected = [0; 3];
-                expected[hit] = share;
-                assert_eq!(draw, &expected, "{backend}, {dropout}");
-            }
-            // 40 each, with a deviation of 5.
-            assert!(
-                hits.iter().all(|hits| (10..=75).contains(hits)),
-                "{backend}: {hits:?}"
-            );
-            let still = self::draws(&model.valid(), 5);
-            assert!(still.iter().flatten().all(|&count| count == 0), "{backend}");
-            let again = self::draws(&model.valid().train(), 5);
-            assert!(again.iter().all(|draw| draw.iter().sum::<usize>() == share));
-        }
-        let model = inject(base.clone(), config(1.0 / 12.5)).unwrap();
-        let draws = draws(&model, 20);
-        assert!(draws.iter().flatten().all(|&count| count == 0), "{backend}");
-    }
-}
-
-#[test]
-fn multiplicative_dropout_takes_every_block_alike() {
-    let device = Device::flex().autodiff();
-    let config = BoftConfig::new()
-        .with_n_butterfly_factor(2)
-        .with_dropout(0.5);
-    let config = config
-        .with_target_modules(".*")
-        .with_init(Init::Random { seed: 5 });
-    let model = inject(linear([16, 10], 3, DType::F32, &device), config).unwrap();
-    let adapter = Layer::adapter(&model).unwrap();
-    let mut hits = [0; 8];
-    for _ in 0..400 {
-        let blocks = host(adapter.blocks().values());
-        for (hit, block) in hits.iter_mut().zip(blocks.chunks(16)) {
-            *hit += usize::from(block[0] == 1.0 && block[1] == 0.0);
-        }
-    }
-    assert_eq!(hits.iter().sum::<usize>(), 2 * 400);
-    // 100 each, with a deviation of 9.
-    assert!(
-        hits.iter().all(|hits| (50..=150).contains(hits)),
-        "{hits:?}"
-    );
 }

@@ -3,7 +3,7 @@
 //!
 //! `roundtrip <case folder> <output folder>`
 
-#[path = "../tests/common/mod.rs"]
+#[path = "../common/mod.rs"]
 mod common;
 
 use std::error::Error;

@@ -1,0 +1,197 @@
+//! Checkpoints of a training run hold what the run changed, and nothing of the base.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::data::dataloader::{DataLoaderBuilder, batcher::Batcher};
+use burn::data::dataset::InMemDataset;
+use burn::module::Module;
+use burn::nn::{BatchNorm, BatchNormConfig};
+use burn::optim::AdamWConfig;
+use burn::store::ModuleRecord;
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::train::checkpoint::{Checkpointer, FileCheckpointer, KeepLastNCheckpoints};
+use burn::train::metric::LossMetric;
+use burn::train::renderer::CliMetricsRenderer;
+use burn::train::{
+    InferenceStep, Learner, RegressionOutput, SupervisedTraining, TrainOutput, TrainStep,
+};
+use burn_boft::{AdapterCheckpointer, Bias, BoftConfig, BoftLinear, inject};
+
+use super::support::*;
+use crate::common::models::{INPUT, linear, numbers};
+use crate::common::noise;
+
+/// A model with running statistics outside of the adapter, which training moves.
+#[derive(Module, Debug)]
+struct Tower {
+    hidden: BoftLinear,
+    norm: BatchNorm,
+    head: BoftLinear,
+}
+
+impl Tower {
+    fn new(seed: u64) -> Self {
+        let layer = |sizes, seed| BoftLinear::from(linear(sizes, seed, DType::F32, &device()));
+        Self {
+            hidden: layer([INPUT, 16], seed),
+            norm: BatchNormConfig::new(16).init(&device()),
+            head: layer([16, 5], seed + 10),
+        }
+    }
+
+    fn forward(&self, input: Tensor<2>) -> Tensor<2> {
+        let hidden = self.norm.forward(self.hidden.forward(input));
+        self.head.forward(burn::tensor::activation::gelu(hidden))
+    }
+}
+
+fn config() -> BoftConfig {
+    BoftConfig::new()
+        .with_n_butterfly_factor(2)
+        .with_target_modules(["hidden"])
+        .with_bias(Bias::AdapterOnly)
+        .with_modules_to_save(["head"])
+}
+
+fn tower() -> Tower {
+    inject(Tower::new(3), config()).unwrap()
+}
+
+#[derive(Clone, Debug)]
+pub struct Batch {
+    input: Tensor<2>,
+    targets: Tensor<2>,
+}
+
+struct Rows;
+
+impl Batcher<(Vec<f32>, Vec<f32>), Batch> for Rows {
+    fn batch(&self, items: Vec<(Vec<f32>, Vec<f32>)>, device: &Device) -> Batch {
+        let count = items.len();
+        let (inputs, targets): (Vec<_>, Vec<_>) = items.into_iter().unzip();
+        let stack = |rows: Vec<Vec<f32>>, width| {
+            Tensor::from_data(TensorData::new(rows.concat(), [count, width]), device)
+        };
+        Batch {
+            input: stack(inputs, INPUT),
+            targets: stack(targets, 5),
+        }
+    }
+}
+
+fn regress(model: &Tower, batch: Batch) -> RegressionOutput {
+    let output = model.forward(batch.input);
+    let loss = (output.clone() - batch.targets.clone()).square().mean();
+    RegressionOutput::new(loss, output, batch.targets)
+}
+
+impl TrainStep for Tower {
+    type Input = Batch;
+    type Output = RegressionOutput;
+
+    fn step(&self, batch: Batch) -> TrainOutput<RegressionOutput> {
+        let output = regress(self, batch);
+        TrainOutput::new(self, output.loss.backward(), output)
+    }
+}
+
+impl InferenceStep for Tower {
+    type Input = Batch;
+    type Output = RegressionOutput;
+
+    fn step(&self, batch: Batch) -> RegressionOutput {
+        regress(self, batch)
+    }
+}
+
+/// Trains for some epochs, from the checkpoint of an epoch where one is given.
+fn train(folder: &Path, epochs: usize, resume: Option<usize>) -> BTreeMap<String, Vec<f64>> {
+    let items: Vec<_> = (0..30u64)
+        .map(|row| {
+            let single = |values: Vec<f64>| values.iter().map(|x| *x as f32).collect();
+            let input: Vec<f32> = single(noise(INPUT, 900 + row, 1.0));
+            let targets: Vec<f32> = single(noise(5, 300 + row, 1.0));
+            (input, targets)
+        })
+        .collect();
+    let loader = || {
+        DataLoaderBuilder::new(Rows)
+            .batch_size(10)
+            .build(InMemDataset::new(items.clone()))
+    };
+    let model = tower();
+    let training = SupervisedTraining::new(folder, loader(), loader())
+        .metrics((LossMetric::new(),))
+        .with_application_logger(None)
+        .renderer(Box::new(CliMetricsRenderer::new()))
+        .with_custom_checkpointers(
+            AdapterCheckpointer::new(folder.join("kept"), &model).unwrap(),
+            FileCheckpointer::new(folder.join("kept"), "optim"),
+            FileCheckpointer::new(folder.join("kept"), "scheduler"),
+        )
+        .with_checkpointing_strategy(KeepLastNCheckpoints::new(2))
+        .num_epochs(epochs);
+    let training = match resume {
+        Some(epoch) => training.checkpoint(epoch),
+        None => training,
+    };
+    let optimizer = AdamWConfig::new().with_weight_decay(0.01).init();
+    let result = training.launch(Learner::new(model, optimizer, 1e-2));
+    assert!(result.error.is_none(), "{:?}", result.error);
+    numbers(&result.model)
+}
+
+#[test]
+fn a_run_resumes_bit_for_bit_from_what_it_changed() {
+    let (whole, halves) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let expected = train(whole.path(), 4, None);
+    let halfway = train(halves.path(), 2, None);
+    assert_ne!(expected, halfway);
+    let resumed = train(halves.path(), 4, Some(2));
+    assert_eq!(resumed, expected);
+
+    let path = halves.path().join("kept/adapter-4.bpk");
+    let reader = burn_pack::Reader::from_file(&path).unwrap();
+    let mut kept = reader.tensor_names();
+    kept.sort_unstable();
+    assert_eq!(
+        kept,
+        [
+            "head.bias",
+            "head.weight",
+            "hidden.bias",
+            "hidden.weight.boft.scale",
+            "hidden.weight.boft.skew",
+            "norm.running_mean",
+            "norm.running_var",
+        ]
+    );
+    assert!(!halves.path().join("kept/adapter-2.bpk").exists());
+}
+
+#[test]
+fn a_checkpoint_over_another_base_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpointer = AdapterCheckpointer::new(folder.path(), &tower()).unwrap();
+    checkpointer.save(1, tower().into_record()).unwrap();
+    let other = inject(Tower::new(4), config()).unwrap();
+    let other = AdapterCheckpointer::new(folder.path(), &other).unwrap();
+    let restored = |checkpointer: &AdapterCheckpointer, epoch| {
+        Checkpointer::<ModuleRecord>::restore(checkpointer, epoch)
+    };
+    let error = restored(&other, 1).unwrap_err().to_string();
+    assert!(
+        error.contains("was saved over another base model"),
+        "{error}"
+    );
+    assert!(restored(&checkpointer, 2).is_err());
+    let again = AdapterCheckpointer::new(folder.path(), &tower()).unwrap();
+    let model = tower()
+        .try_load_record(restored(&again, 1).unwrap())
+        .unwrap();
+    assert_eq!(numbers(&model), numbers(&tower()));
+    Checkpointer::<ModuleRecord>::delete(&again, 1).unwrap();
+    Checkpointer::<ModuleRecord>::delete(&again, 1).unwrap();
+    assert!(restored(&again, 1).is_err());
+}

@@ -1,0 +1,287 @@
+//! Key maps: names in files that differ from those in the model.
+
+use std::collections::BTreeSet;
+
+use burn::module::Module;
+use burn::tensor::DType;
+use burn_boft::{
+    Adapter, Bias, BoftConfig, BoftLinear, KeyMap, LoadError, LoadOptions, SaveOptions,
+    Transformers, inject,
+};
+use serde_json::json;
+
+use super::support::*;
+use crate::common::models::{linear, numbers};
+
+/// A layer of DINOv2 with the names of its files.
+#[derive(Module, Debug)]
+struct Dino {
+    encoder: Encoder,
+    classifier: BoftLinear,
+}
+
+#[derive(Module, Debug)]
+struct Encoder {
+    layer: Vec<DinoLayer>,
+}
+
+#[derive(Module, Debug)]
+struct DinoLayer {
+    attention: Attention,
+    mlp: SwiGlu,
+}
+
+#[derive(Module, Debug)]
+struct Attention {
+    attention: Projections,
+    output: Dense,
+}
+
+#[derive(Module, Debug)]
+struct Projections {
+    query: BoftLinear,
+    value: BoftLinear,
+}
+
+#[derive(Module, Debug)]
+struct Dense {
+    dense: BoftLinear,
+}
+
+#[derive(Module, Debug)]
+struct SwiGlu {
+    weights_in: BoftLinear,
+    weights_out: BoftLinear,
+}
+
+impl Dino {
+    fn new() -> Self {
+        let mut seed = 0;
+        let mut layer = |sizes| {
+            seed += 2;
+            BoftLinear::from(linear(sizes, seed, DType::F32, &device()))
+        };
+        let block = |layer: &mut dyn FnMut([usize; 2]) -> BoftLinear| DinoLayer {
+            attention: Attention {
+                attention: Projections {
+                    query: layer([8, 12]),
+                    value: layer([8, 12]),
+                },
+                output: Dense {
+                    dense: layer([12, 8]),
+                },
+            },
+            mlp: SwiGlu {
+                weights_in: layer([8, 20]),
+                weights_out: layer([12, 8]),
+            },
+        };
+        Self {
+            encoder: Encoder {
+                layer: vec![block(&mut layer), block(&mut layer)],
+            },
+            classifier: layer([8, 3]),
+        }
+    }
+}
+
+fn dino() -> BoftConfig {
+    BoftConfig::new()
+        .with_block_size(2)
+        .with_n_butterfly_factor(2)
+        .with_init(INIT)
+        .with_bias(Bias::AdapterOnly)
+        .with_target_modules([
+            "query",
+            "value",
+            "output.dense",
+            "weights_in",
+            "weights_out",
+        ])
+        .with_modules_to_save(["classifier"])
+}
+
+#[test]
+fn dinov2_is_written_for_either_transformers_and_read_from_both() {
+    let model = inject(Dino::new(), dino()).unwrap();
+    let adapter = Adapter::extract(&model, dino()).unwrap();
+    let mut written = Vec::new();
+    for version in [Transformers::V4, Transformers::V5] {
+        let folder = tempfile::tempdir().unwrap();
+        let names = SaveOptions::new().with_key_map(KeyMap::dinov2(version));
+        adapter.save_with(folder.path(), &names).unwrap();
+        let modules: BTreeSet<_> = shapes(folder.path())
+            .into_iter()
+            .filter_map(|(key, _)| {
+                let key = key
+                    .strip_prefix("encoder.layer.1.")?
+                    .strip_suffix(".boft_R")?;
+                Some(key.to_string())
+            })
+            .collect();
+        written.push(modules.into_iter().collect::<Vec<_>>());
+        // Either map reads either file.
+        for reader in [Transformers::V4, Transformers::V5] {
+            let names = LoadOptions::new().with_key_map(KeyMap::dinov2(reader));
+            let (loaded, report) = Adapter::load_with(folder.path(), &names).unwrap();
+            assert!(report.converted.is_empty(), "{report}");
+            let attached = loaded.attach(Dino::new()).unwrap();
+            assert_eq!(
+                numbers(&attached),
+                numbers(&model),
+                "{version:?} by {reader:?}"
+            );
+            let again = Adapter::extract(&attached, loaded.config()).unwrap();
+            assert_eq!(again.layers(), adapter.layers());
+        }
+    }
+    let v4 = [
+        "attention.attention.query",
+        "attention.attention.value",
+        "attention.output.dense",
+        "mlp.weights_in",
+        "mlp.weights_out",
+    ];
+    let v5 = [
+        "attention.o_proj",
+        "attention.q_proj",
+        "attention.v_proj",
+        "mlp.down_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+    ];
+    assert_eq!(written, [v4.to_vec(), v5.to_vec()]);
+}
+
+#[test]
+fn a_fused_layer_splits_into_the_same_rotation_twice_and_halves_of_the_rest() {
+    let adapter = Adapter::extract(&inject(Dino::new(), dino()).unwrap(), dino()).unwrap();
+    let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    adapter.save(whole.path()).unwrap();
+    let names = SaveOptions::new().with_key_map(KeyMap::dinov2(Transformers::V5));
+    adapter.save_with(parts.path(), &names).unwrap();
+    let (whole, file) = (stored(whole.path()), stored(parts.path()));
+    let key = |name: &str| format!("base_model.model.encoder.layer.0.mlp.{name}");
+    let rotation = &whole[&key("weights_in.boft_R")];
+    assert_eq!(&file[&key("gate_proj.boft_R")], rotation);
+    assert_eq!(&file[&key("up_proj.boft_R")], rotation);
+    for (name, shape) in [("boft_s", vec![10, 1]), ("base_layer.bias", vec![10])] {
+        let all = single(&whole[&key(&format!("weights_in.{name}"))]);
+        let gate = &file[&key(&format!("gate_proj.{name}"))];
+        let up = &file[&key(&format!("up_proj.{name}"))];
+        assert_eq!((&gate.1, &up.1), (&shape, &shape));
+        assert_eq!(single(gate), all[..10]);
+        assert_eq!(single(up), all[10..]);
+    }
+    let targets = &settings(parts.path())["target_modules"];
+    assert_eq!(targets.as_array().unwrap().len(), 12);
+    assert!(
+        targets
+            .to_string()
+            .contains("\"encoder.layer.1.mlp.up_proj\""),
+        "{targets}"
+    );
+}
+
+#[test]
+fn two_rotations_fit_no_fused_layer() {
+    let json = boft_json(json!({"boft_block_size": 2, "target_modules": ["gate_proj", "up_proj"]}));
+    let key = |index: usize, name: &str| format!("encoder.layer.{index}.mlp.{name}");
+    let keys = [
+        (key(0, "gate_proj.boft_R"), vec![1, 4, 2, 2]),
+        (key(0, "gate_proj.boft_s"), vec![10, 1]),
+        (key(0, "up_proj.boft_R"), vec![1, 4, 2, 2]),
+        (key(0, "up_proj.boft_s"), vec![10, 1]),
+        (key(1, "gate_proj.boft_R"), vec![1, 4, 2, 2]),
+        (key(1, "gate_proj.boft_s"), vec![10, 1]),
+    ];
+    let tensors: Vec<_> = keys.iter().map(|(k, s)| (k.as_str(), s.clone())).collect();
+    let folder = write(&json, &tensors);
+    let names = LoadOptions::new()
+        .with_key_map(KeyMap::dinov2(Transformers::V5))
+        .allow_partial(true);
+    let error = Adapter::load_with(folder.path(), &names).unwrap_err();
+    let LoadError::Mismatch { mismatch, .. } = error else {
+        panic!("{error}");
+    };
+    assert_eq!(
+        mismatch.to_string(),
+        "wrong: `encoder.layer.0.mlp.gate_proj` and `encoder.layer.0.mlp.up_proj` are one layer here, \
+         `encoder.layer.0.mlp.weights_in`, and one layer has one rotation where theirs differ; merge the adapter in \
+         PEFT instead\n\
+         wrong: `encoder.layer.1.mlp.weights_in` is one layer here and 2 in the file, which has nothing for \
+         `encoder.layer.1.mlp.up_proj`"
+    );
+    // A model that has two layers as well needs no map, and no such rule.
+    assert_eq!(Adapter::load(folder.path()).unwrap().0.layers().len(), 3);
+}
+
+#[test]
+fn a_fused_layer_beside_its_parts_is_refused() {
+    let json = boft_json(
+        json!({"boft_block_size": 2, "target_modules": ["weights_in", "gate_proj", "up_proj"]}),
+    );
+    let layer = |name: &str| format!("mlp.{name}");
+    let keys = ["weights_in", "gate_proj", "up_proj"].map(|name| {
+        let outputs = if name == "weights_in" { 20 } else { 10 };
+        [
+            (layer(&format!("{name}.boft_R")), vec![1, 4, 2, 2]),
+            (layer(&format!("{name}.boft_s")), vec![outputs, 1]),
+        ]
+    });
+    let tensors: Vec<_> = keys
+        .iter()
+        .flatten()
+        .map(|(k, s)| (k.as_str(), s.clone()))
+        .collect();
+    let folder = write(&json, &tensors);
+    let names = LoadOptions::new().with_key_map(KeyMap::dinov2(Transformers::V4));
+    let error = Adapter::load_with(folder.path(), &names).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the key map gives `mlp.weights_in` and `mlp.gate_proj` the same name, `mlp.weights_in`"
+    );
+}
+
+#[test]
+fn two_files_of_one_name_are_refused() {
+    let folder = write(
+        &boft_json(json!({"target_modules": ["up", "hidden"]})),
+        &[
+            ("hidden.boft_R", vec![1, 6, 4, 4]),
+            ("hidden.boft_s", vec![16, 1]),
+            ("up.boft_R", vec![1, 6, 4, 4]),
+            ("up.boft_s", vec![16, 1]),
+        ],
+    );
+    let names = KeyMap::new().with_to_model("^up$", "hidden").unwrap();
+    let options = LoadOptions::new().with_key_map(names);
+    let error = Adapter::load_with(folder.path(), &options).unwrap_err();
+    assert!(matches!(error, LoadError::KeyMap(_)));
+    assert_eq!(
+        error.to_string(),
+        "the key map gives `hidden` and `up` the same name, `hidden`"
+    );
+}
+
+#[test]
+fn targets_of_a_file_are_checked_in_its_own_names() {
+    // The last layer is missing, which only the names of the file can tell.
+    let json = boft_json(json!({"boft_block_size": 2, "target_modules": ["q_proj"]}));
+    let folder = write(
+        &json,
+        &[
+            ("encoder.layer.0.attention.q_proj.boft_R", vec![1, 4, 2, 2]),
+            ("encoder.layer.0.attention.q_proj.boft_s", vec![12, 1]),
+        ],
+    );
+    for version in [Transformers::V4, Transformers::V5] {
+        let names = LoadOptions::new().with_key_map(KeyMap::dinov2(version));
+        let (adapter, _) = Adapter::load_with(folder.path(), &names).unwrap();
+        let error = adapter.attach(Dino::new()).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "missing: the adapter of `encoder.layer.1.attention.attention.query`, which `target_modules` names"
+        );
+    }
+}

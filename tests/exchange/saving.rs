@@ -1,0 +1,150 @@
+//! What a saved folder holds.
+
+use std::fs;
+
+use burn::module::Module;
+use burn::tensor::{DType, Device, FloatDType};
+use burn_boft::{Adapter, BoftConfig, BoftLinear, LoadOptions, SaveOptions, inject};
+use safetensors::SafeTensors;
+use safetensors::tensor::Dtype;
+use serde_json::json;
+
+use super::support::*;
+use crate::common::models::{distance, linear, numbers};
+
+#[test]
+fn the_file_has_the_keys_and_shapes_of_peft() {
+    let folder = saved(&Adapter::extract(&adapted::<BoftLinear>(boft()), boft()).unwrap());
+    let expected = [
+        ("head.bias", vec![5]),
+        ("head.weight", vec![5, 12]),
+        ("hidden.base_layer.bias", vec![16]),
+        ("hidden.boft_R", vec![2, 6, 4, 4]),
+        ("hidden.boft_s", vec![16, 1]),
+        ("output.base_layer.bias", vec![12]),
+        ("output.boft_R", vec![2, 4, 4, 4]),
+        ("output.boft_s", vec![12, 1]),
+    ];
+    let expected = expected.map(|(key, shape)| (key.to_string(), shape));
+    assert_eq!(shapes(folder.path()), expected);
+    let bytes = fs::read(folder.path().join(TENSORS)).unwrap();
+    let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+    let metadata = metadata.metadata().clone().unwrap();
+    assert_eq!(metadata, [("format".to_string(), "pt".to_string())].into());
+
+    let model = adapted::<BoftLinear>(boft());
+    let numbers = numbers(&model);
+    let file = stored(folder.path());
+    let r = single(&file["base_model.model.hidden.boft_R"]);
+    let skew = &numbers["hidden.weight.boft.skew"];
+    assert_eq!((r[1], r[4], r[0]), (skew[0] as f32, -skew[0] as f32, 0.0));
+    let head = single(&file["base_model.model.head.weight"]);
+    let ours = &numbers["head.weight"];
+    assert_eq!((head[1], head[12]), (ours[5] as f32, ours[1] as f32));
+
+    let json = settings(folder.path());
+    assert_eq!(json["bias"], "boft_only");
+    assert_eq!(json["boft_n_butterfly_factor"], 2);
+    assert_eq!(json["target_modules"], json!(["hidden", "output"]));
+    assert_eq!(json["modules_to_save"], json!(["head"]));
+}
+
+#[test]
+fn all_linear_is_written_as_the_names_it_stood_for() {
+    let config = boft().with_target_modules("all-linear");
+    let folder = saved(&Adapter::extract(&adapted::<BoftLinear>(&config), &config).unwrap());
+    assert_eq!(
+        settings(folder.path())["target_modules"],
+        json!(["hidden", "output"])
+    );
+}
+
+#[test]
+fn a_scale_that_is_not_trained_is_written_as_ones() {
+    let config = boft().with_scale(false);
+    let model = adapted::<BoftLinear>(&config);
+    let folder = saved(&Adapter::extract(&model, &config).unwrap());
+    let file = stored(folder.path());
+    assert_eq!(single(&file["base_model.model.hidden.boft_s"]), [1.0; 16]);
+    let attached = Adapter::load(folder.path())
+        .unwrap()
+        .0
+        .attach(base::<BoftLinear>())
+        .unwrap();
+    assert_eq!(distance(outputs(&attached), outputs(&model)), 0.0);
+}
+
+#[test]
+fn half_precision_is_written_on_request_and_read() {
+    let model = adapted::<BoftLinear>(boft());
+    let adapter = Adapter::extract(&model, boft()).unwrap();
+    for (dtype, stored_as, tolerance) in [
+        (FloatDType::F16, Dtype::F16, 2e-3),
+        (FloatDType::BF16, Dtype::BF16, 2e-2),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let options = SaveOptions::new().with_dtype(dtype);
+        adapter.save_with(folder.path(), &options).unwrap();
+        let file = stored(folder.path());
+        assert_eq!(file["base_model.model.hidden.boft_R"].0, stored_as);
+        assert_eq!(file["base_model.model.output.boft_s"].0, stored_as);
+        assert_eq!(file["base_model.model.head.weight"].0, Dtype::F32);
+        let (loaded, _) = Adapter::load(folder.path()).unwrap();
+        assert_eq!(loaded.layers()[0].skew().dtype(), DType::F32);
+        let attached = loaded.attach(base::<BoftLinear>()).unwrap();
+        let drift = distance(outputs(&attached), outputs(&model));
+        assert!(drift > 0.0 && drift < tolerance, "{dtype:?}: {drift}");
+    }
+}
+
+#[test]
+fn double_precision_stays_double() {
+    #[derive(Module, Debug)]
+    struct One {
+        hidden: BoftLinear,
+    }
+    let one = |device: &Device| One {
+        hidden: linear([24, 16], 9, DType::F64, device).into(),
+    };
+    let config = BoftConfig::new()
+        .with_init(INIT)
+        .with_target_modules(["hidden"]);
+    let model = inject(one(&device()), &config).unwrap();
+    let folder = saved(&Adapter::extract(&model, &config).unwrap());
+    let file = stored(folder.path());
+    assert_eq!(file["base_model.model.hidden.boft_R"].0, Dtype::F64);
+    let (loaded, _) = Adapter::load(folder.path()).unwrap();
+    assert_eq!(
+        numbers(&loaded.attach(one(&device())).unwrap()),
+        numbers(&model)
+    );
+}
+
+#[test]
+fn named_adapters_have_folders_of_their_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = Adapter::extract(&adapted::<BoftLinear>(boft()), boft()).unwrap();
+    let config = boft().with_block_size(2);
+    let second = Adapter::extract(&adapted::<BoftLinear>(&config), &config).unwrap();
+    first.save(folder.path()).unwrap();
+    let named = SaveOptions::new().with_name("digits");
+    second.save_with(folder.path(), &named).unwrap();
+    fs::write(folder.path().join("notes.txt"), "mine").unwrap();
+    first
+        .save_with(folder.path(), &SaveOptions::new().with_name("default"))
+        .unwrap();
+
+    let load = |name: &str| {
+        let options = LoadOptions::new().with_name(name);
+        Adapter::load_with(folder.path(), &options).map(|(adapter, _)| adapter)
+    };
+    assert_eq!(load("default").unwrap().layers()[0].block_size(), 4);
+    assert_eq!(load("digits").unwrap().layers()[0].block_size(), 2);
+    assert!(folder.path().join("digits").join(TENSORS).exists());
+    assert_eq!(fs::read(folder.path().join("notes.txt")).unwrap(), b"mine");
+    let error = load("../digits").unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "`../digits` cannot name an adapter: it must be the name of one folder, without `.` and separators"
+    );
+}

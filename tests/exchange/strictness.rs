@@ -1,0 +1,193 @@
+//! Whatever is missing, unexpected or of another shape is an error, unless the caller asks for a part.
+
+use std::fs;
+
+use burn::module::Module;
+use burn::tensor::DType;
+use burn_boft::{Adapter, Bias, BoftLinear, LoadOptions};
+use serde_json::json;
+
+use super::support::*;
+use crate::common::models::{Layer, linear, numbers};
+
+#[test]
+fn anything_missing_or_unexpected_is_an_error_that_lists_all_of_it() {
+    let folder = write(
+        &boft_json(json!({"target_modules": ["hidden", "output"]})),
+        &[
+            ("hidden.boft_R", vec![1, 6, 4, 4]),
+            ("output.boft_s", vec![12, 1]),
+            ("output.lora_A.weight", vec![2, 16]),
+            ("output.base_layer.bias", vec![12]),
+            ("emb.oft_embedding_R.weight", vec![4, 6]),
+            ("hidden.base_layer.weight", vec![16, 24]),
+        ],
+    );
+    let tensors = fs::read(folder.path().join(TENSORS)).unwrap();
+    assert_eq!(
+        amiss(folder.path()),
+        "missing: `base_model.model.hidden.boft_s`\n\
+         missing: `base_model.model.output.boft_R`\n\
+         unexpected: `base_model.model.emb.oft_embedding_R.weight`: an adapter of an embedding; only linear layers and \
+         convolutions are adapted\n\
+         unexpected: `base_model.model.hidden.base_layer.weight`: a base weight; only adapters and biases are read\n\
+         unexpected: `base_model.model.output.base_layer.bias`: the bias of an adapted layer, where the configuration \
+         trains none\n\
+         unexpected: `base_model.model.output.lora_A.weight`: neither an adapter, nor a trained bias, nor part of a \
+         module to save"
+    );
+    let partial = LoadOptions::new().allow_partial(true);
+    let (adapter, report) = Adapter::load_with(folder.path(), &partial).unwrap();
+    assert_eq!((report.missing.len(), report.unexpected.len()), (2, 4));
+    assert_eq!(adapter.layers().len(), 1);
+    assert_eq!(adapter.layers()[0].path(), "hidden");
+    let error = adapter.attach(base::<BoftLinear>()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "missing: the adapter of `output`, which `target_modules` names"
+    );
+    let (model, report) = adapter.attach_partial(base::<BoftLinear>()).unwrap();
+    assert_eq!(report.applied, ["the adapter of `hidden`"]);
+    assert_eq!(report.missing.len(), 1);
+    assert!(model.hidden.adapter().is_some() && model.output.adapter().is_none());
+    assert_eq!(fs::read(folder.path().join(TENSORS)).unwrap(), tensors);
+}
+
+#[test]
+fn a_model_that_does_not_fit_is_an_error_that_lists_all_of_it() {
+    let config = boft().with_bias(Bias::All);
+    let adapter = Adapter::extract(&adapted::<BoftLinear>(&config), &config).unwrap();
+
+    #[derive(Module, Debug)]
+    struct Other {
+        hidden: BoftLinear,
+        out: BoftLinear,
+        head: BoftLinear,
+    }
+    let layer = |sizes| BoftLinear::from(linear(sizes, 1, DType::F32, &device()));
+    let other = Other {
+        hidden: layer([32, 16]),
+        out: layer([16, 12]),
+        head: layer([12, 7]),
+    };
+    let before = numbers(&other);
+    let error = adapter.attach(other.clone()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "missing: `out.bias`, a bias that the configuration trains; PEFT 0.20 and older trained some and did not save \
+         them\n\
+         unexpected: an adapter of `output`, where the model has no linear layer or convolution; it has `out`\n\
+         unexpected: `norm.bias`, which the model has no parameter for\n\
+         unexpected: `output.bias`, which the model has no parameter for\n\
+         wrong: `head.bias` is [7] in the model, [5] in the file\n\
+         wrong: `head.weight` is [12, 7] in the model, [5, 12] in the file\n\
+         wrong: the adapter of `hidden`: it rotates 24 input features, the layer has 32"
+    );
+    assert!(adapter.attach_partial(other.clone()).is_err());
+    assert_eq!(numbers(&other), before);
+}
+
+#[test]
+fn biases_that_an_old_file_lost_are_missing() {
+    let json = boft_json(json!({"bias": "boft_only", "peft_version": "0.20.0"}));
+    let folder = write(&json, &hidden());
+    let (adapter, _) = Adapter::load(folder.path()).unwrap();
+    let error = adapter.attach(base::<BoftLinear>()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "missing: `hidden.bias`, a bias that the configuration trains; PEFT 0.20 and older trained some and did not \
+         save them"
+    );
+    assert!(adapter.attach_partial(base::<BoftLinear>()).is_ok());
+}
+
+#[test]
+fn a_module_to_save_without_tensors_is_missing_only_where_the_model_has_it() {
+    let json = boft_json(json!({"modules_to_save": ["head", "score"]}));
+    let folder = write(&json, &hidden());
+    let (adapter, report) = Adapter::load(folder.path()).unwrap();
+    assert_eq!(
+        report.warnings,
+        ["head", "score"].map(|name| format!(
+            "`modules_to_save` names `{name}`, and the file has nothing of it"
+        ))
+    );
+    let error = adapter.attach(base::<BoftLinear>()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "missing: `head.weight`, a part of a module to save\n\
+         missing: `head.bias`, a part of a module to save"
+    );
+    let saved = saved(&adapter);
+    assert_eq!(
+        settings(saved.path())["modules_to_save"],
+        json!(["head", "score"])
+    );
+}
+
+#[test]
+fn what_the_settings_name_and_the_file_lacks_is_told_once() {
+    let json = boft_json(json!({
+        "bias": "all", "target_modules": ["hidden", "output", "head", "classifier"],
+        "modules_to_save": ["head", "classifier", "score"]
+    }));
+    let classifier = [
+        ("classifier.weight", vec![5, 12]),
+        ("classifier.bias", vec![5]),
+    ];
+    let folder = write(&json, &[hidden(), classifier.to_vec()].concat());
+    let (adapter, report) = Adapter::load(folder.path()).unwrap();
+    assert_eq!(
+        report.warnings,
+        [
+            "`target_modules` names `output`, and the file has no adapter of it",
+            "`modules_to_save` names `head`, and the file has nothing of it",
+            "the configuration trains biases, and the file has none: the layers have none, or PEFT 0.20 or older \
+             trained them and did not save them",
+        ]
+    );
+    assert_eq!(
+        adapter.config().selection().modules_to_save,
+        ["classifier", "head"],
+        "PEFT names `score` beside `classifier` by itself"
+    );
+    let partial = LoadOptions::new().allow_partial(true);
+    let nothing = write(&json, &classifier);
+    let (_, report) = Adapter::load_with(nothing.path(), &partial).unwrap();
+    assert_eq!(
+        (report.missing, report.warnings),
+        (
+            vec!["the file holds no `boft_R` at all".to_string()],
+            Vec::new()
+        )
+    );
+}
+
+#[test]
+fn the_adapter_of_a_convolution_is_for_no_linear_layer() {
+    let folder = write(
+        &boft_json(json!({})),
+        &[
+            ("hidden.boft_R", vec![1, 6, 4, 4]),
+            ("hidden.boft_s", vec![1, 16]),
+        ],
+    );
+    let (adapter, _) = Adapter::load(folder.path()).unwrap();
+    let error = adapter.attach(base::<BoftLinear>()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "wrong: the adapter of `hidden` is for a convolution, the model has a linear layer"
+    );
+}
+
+#[test]
+fn a_foreign_reparameterization_is_refused() {
+    use burn::module::Lora;
+    let model = base::<BoftLinear>().apply_lora(Lora::new(2, 4.0));
+    let adapter = Adapter::extract(&adapted::<BoftLinear>(boft()), boft()).unwrap();
+    let error = adapter.attach(model).unwrap_err().to_string();
+    assert!(
+        error.contains("`hidden.weight` already carries the reparameterization `lora`"),
+        "{error}"
+    );
+}

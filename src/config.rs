@@ -464,6 +464,21 @@ impl AdapterConfig {
         }
     }
 
+    /// Sets what the numbers of an adapter say: its block size, where the layers have one.
+    pub(crate) fn set_block_size(&mut self, block_size: usize) {
+        match self {
+            Self::Boft(config) => config.block = Block::Size(block_size),
+            Self::Oft(config) => config.block = Block::Size(block_size),
+        }
+    }
+
+    /// Sets the factors and whether there is a scale. OFT has one factor and no scale.
+    pub(crate) fn set_factors_and_scale(&mut self, factors: usize, scale: bool) {
+        if let Self::Boft(config) = self {
+            (config.n_butterfly_factor, config.scale) = (factors, scale);
+        }
+    }
+
     pub(crate) fn init(&self) -> Init {
         match self {
             Self::Boft(config) => config.init,

@@ -70,19 +70,16 @@ mod error;
 mod linear;
 mod model;
 pub mod ops;
-mod peft;
+pub mod peft;
 mod select;
 pub mod tensors;
-mod value;
+pub mod value;
 
 pub use adapter::BoftAdapter;
 pub use config::{
     AdapterConfig, Bias, Block, BoftConfig, Cayley, Init, OftConfig, Selection, TargetModules,
 };
-pub use error::{
-    AttachError, ConfigError, ExtractError, InjectError, KeyMapError, LoadError, MergeError,
-    Misfit, Mismatch, NameError, PatternError, SaveError,
-};
+pub use error::{ExtractError, InjectError, MergeError, Misfit, PatternError};
 pub use linear::{Linear as BoftLinear, LinearConfig as BoftLinearConfig};
 #[cfg(feature = "train")]
 pub use model::AdapterCheckpointer;
@@ -90,10 +87,7 @@ pub use model::{
     ButterflyPlan, Diagnosis, InjectPlan, LayerDiagnosis, LayerKind, LayerPlan, LayerSummary,
     Summary, diagnose, inject, merge, plan, project, summary, unload,
 };
-pub use peft::{LoadOptions, SaveOptions};
-pub use value::{
-    Adapter, AdapterLayer, KeyMap, LayerMeasure, LoadReport, Place, SavedTensor, Transformers,
-};
+pub use value::{Adapter, KeyMap, Transformers};
 
 /// The README's example, compiled.
 #[cfg(doctest)]

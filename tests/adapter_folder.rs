@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::{env, fs, thread};
 
 use burn::tensor::TensorData;
-use burn_boft::{Adapter, AdapterConfig, AdapterLayer, Cayley, LayerKind, OftConfig};
+use burn_boft::value::AdapterLayer;
+use burn_boft::{Adapter, AdapterConfig, Cayley, LayerKind, OftConfig};
 
 /// The folder that a child process writes into, and which adapters it writes how often.
 const FOLDER: &str = "BURN_BOFT_WRITER_FOLDER";
@@ -127,7 +128,7 @@ fn read_while(folder: &Path, writers: Vec<Child>) -> [usize; 8] {
 fn readers_never_find_a_mixture_while_one_process_alternates_two_adapters() {
     let folder = tempfile::tempdir().unwrap();
     adapter(0).save(folder.path()).unwrap();
-    let loads = read_while(folder.path(), vec![writer(folder.path(), "0,1", 1000)]);
+    let loads = read_while(folder.path(), vec![writer(folder.path(), "0,1", 500)]);
     assert!(loads[0] > 0 && loads[1] > 0, "{loads:?}");
     assert_eq!(
         names(folder.path()),
@@ -139,7 +140,7 @@ fn readers_never_find_a_mixture_while_one_process_alternates_two_adapters() {
 fn readers_never_find_a_mixture_while_three_processes_save_different_adapters() {
     let folder = tempfile::tempdir().unwrap();
     adapter(0).save(folder.path()).unwrap();
-    let writers = ["1", "2", "3,4"].map(|numbers| writer(folder.path(), numbers, 300));
+    let writers = ["1", "2", "3,4"].map(|numbers| writer(folder.path(), numbers, 150));
     let loads = read_while(folder.path(), writers.into());
     assert!(loads[1..5].iter().all(|loads| *loads > 0), "{loads:?}");
     assert_eq!(

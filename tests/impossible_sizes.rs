@@ -5,9 +5,8 @@ mod common;
 use std::fs;
 
 use burn::tensor::{Device, TensorData};
-use burn_boft::{
-    Adapter, AdapterConfig, AdapterLayer, Block, BoftConfig, BoftLinear, OftConfig, SavedTensor,
-};
+use burn_boft::value::{AdapterLayer, SavedTensor};
+use burn_boft::{Adapter, AdapterConfig, Block, BoftConfig, BoftLinear, OftConfig};
 use common::models::Net;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};

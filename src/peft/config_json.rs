@@ -6,10 +6,10 @@ use serde::de::{self, Deserialize, Deserializer};
 use serde::ser::{Error as _, Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
+use super::keys::{ABOUT, BOFT, COMMON, Format, OFT};
 use crate::config::{
     AdapterConfig, Bias, Block, BoftConfig, Cayley, Init, OftConfig, Selection, TargetModules,
 };
-use crate::error::ConfigError;
 
 /// The version whose formats are written.
 const PEFT_VERSION: &str = "0.21.2";
@@ -25,64 +25,81 @@ const MOST_TERMS: u64 = 100;
 /// The most factors that blocks of two channels can have before their span is no integer.
 const MOST_FACTORS: u64 = 63;
 
-/// Keys that say where an adapter comes from, not what it computes; they are carried along.
-pub(crate) const ABOUT: [&str; 4] = [
-    "auto_mapping",
-    "base_model_name_or_path",
-    "revision",
-    "task_type",
-];
+/// Why PEFT's settings are refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// Nothing says what kind of adapter it is.
+    #[error("`peft_type` is missing; PEFT writes \"BOFT\" or \"OFT\" there")]
+    NoPeftType,
+    /// An adapter of another kind.
+    #[error("`peft_type` is {peft_type}, and only BOFT and OFT are supported")]
+    OtherPeftType {
+        /// The kind found.
+        peft_type: String,
+    },
+    /// A value that its field cannot have.
+    #[error("`{field}` is {value}, not {expected}")]
+    Field {
+        /// The field.
+        field: &'static str,
+        /// Its value, as JSON.
+        value: String,
+        /// What it can be.
+        expected: &'static str,
+    },
+    /// Neither a size nor a count of blocks.
+    #[error(
+        "`{size_field}` and `{count_field}` are both 0; one of them must say how blocks are cut"
+    )]
+    NoSize {
+        /// The field of the size.
+        size_field: &'static str,
+        /// The field of the count.
+        count_field: &'static str,
+    },
+    /// Both a size and a count of blocks.
+    #[error("`{size_field}` is {size} and `{count_field}` is {count}; one of them must be 0")]
+    TwoSizes {
+        /// The field of the size.
+        size_field: &'static str,
+        /// The size.
+        size: usize,
+        /// The field of the count.
+        count_field: &'static str,
+        /// The count.
+        count: usize,
+    },
+    /// OFT of PEFT 0.13 or older.
+    #[error(
+        "`oft_block_size` is missing, so PEFT 0.13 or older wrote this OFT adapter, whose rotation is another; \
+         merge it with that version, or train it anew"
+    )]
+    OldOft,
+}
 
-const COMMON: [&str; 11] = [
-    "bias",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "inference_mode",
-    "init_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "modules_to_save",
-    "peft_type",
-    "peft_version",
-    "target_modules",
-];
-const BOFT: [&str; 4] = [
-    "boft_block_num",
-    "boft_block_size",
-    "boft_dropout",
-    "boft_n_butterfly_factor",
-];
-/// The two patterns are PEFT 0.15's and older; what they changed, the tensors say.
-const OFT: [&str; 10] = [
-    "alpha_pattern",
-    "block_share",
-    "coft",
-    "eps",
-    "module_dropout",
-    "num_cayley_neumann_terms",
-    "oft_block_size",
-    "r",
-    "rank_pattern",
-    "use_cayley_neumann",
-];
-
-/// Settings read from PEFT's JSON, and what is worth telling about them.
-pub(crate) struct Read {
-    pub(crate) config: AdapterConfig,
-    pub(crate) warnings: Vec<String>,
+/// Settings read from PEFT's JSON.
+pub(super) struct Settings {
+    pub(super) config: AdapterConfig,
+    /// The method, which says how tensors are stored.
+    pub(super) format: Format,
+    /// Whether one stored block serves a layer.
+    pub(super) block_share: bool,
+    /// What is read as it is and may surprise.
+    pub(super) warnings: Vec<String>,
 }
 
 /// Reads PEFT's settings.
-pub(crate) fn read(object: &Map<String, Value>) -> Result<Read, ConfigError> {
+pub(super) fn read(object: &Map<String, Value>) -> Result<Settings, ConfigError> {
     let fields = Fields(object);
-    let (config, own): (AdapterConfig, &[&str]) = match object.get("peft_type") {
-        None | Some(Value::Null) => return Err(ConfigError::NoPeftType),
-        Some(Value::String(name)) if name == "BOFT" => (read_boft(&fields)?.into(), &BOFT),
-        Some(Value::String(name)) if name == "OFT" => (read_oft(&fields)?.into(), &OFT),
-        Some(other) => {
-            let peft_type = other.as_str().map_or(other.to_string(), str::to_string);
-            return Err(ConfigError::OtherPeftType { peft_type });
-        }
+    let format = fields.format()?;
+    let config = match format {
+        Format::Boft => read_boft(&fields)?.into(),
+        Format::Oft => read_oft(&fields)?.into(),
+    };
+    let own: &[&str] = match format {
+        Format::Boft => &BOFT,
+        Format::Oft => &OFT,
     };
     let mut warnings = Vec::new();
     let unknown: Vec<_> = object
@@ -97,17 +114,28 @@ pub(crate) fn read(object: &Map<String, Value>) -> Result<Read, ConfigError> {
             "settings that are not known are ignored: {unknown}"
         ));
     }
-    if let AdapterConfig::Oft(_) = config
-        && fields.number("module_dropout", 0.0)? != 0.0
-        && !fields.is_before((0, 16))
-    {
+    let has_dropout = || Ok::<_, ConfigError>(fields.number("module_dropout", 0.0)? != 0.0);
+    if format == Format::Oft && has_dropout()? && !fields.is_before((0, 16)) {
         warnings.push("`module_dropout` has no effect in PEFT 0.16 and later, nor here".into());
     }
-    Ok(Read { config, warnings })
+    Ok(Settings {
+        config,
+        format,
+        block_share: format == Format::Oft && fields.flag("block_share", false)?,
+        warnings,
+    })
+}
+
+/// The method of a configuration, which says how its tensors are stored.
+pub(super) fn format(config: &AdapterConfig) -> Format {
+    match config {
+        AdapterConfig::Boft(_) => Format::Boft,
+        AdapterConfig::Oft(_) => Format::Oft,
+    }
 }
 
 /// What is worth telling where layers are computed with the polynomial of PEFT 0.16.
-pub(crate) fn warn_of_old_series(
+pub(super) fn warn_of_old_series(
     config: &AdapterConfig,
     object: &Map<String, Value>,
 ) -> Option<String> {
@@ -143,7 +171,7 @@ fn read_boft(fields: &Fields) -> Result<BoftConfig, ConfigError> {
     Ok(config)
 }
 
-fn read_oft(fields: &Fields) -> Result<OftConfig, ConfigError> {
+pub(super) fn read_oft(fields: &Fields) -> Result<OftConfig, ConfigError> {
     if !fields.0.contains_key("oft_block_size") {
         return Err(ConfigError::OldOft);
     }
@@ -192,9 +220,22 @@ fn block(
 }
 
 /// A JSON object that is read field by field, a missing field being its default.
-struct Fields<'a>(&'a Map<String, Value>);
+pub(super) struct Fields<'a>(pub(super) &'a Map<String, Value>);
 
 impl Fields<'_> {
+    /// The method that `peft_type` names.
+    fn format(&self) -> Result<Format, ConfigError> {
+        match self.0.get("peft_type") {
+            None | Some(Value::Null) => Err(ConfigError::NoPeftType),
+            Some(Value::String(name)) if name == Format::Boft.peft_type() => Ok(Format::Boft),
+            Some(Value::String(name)) if name == Format::Oft.peft_type() => Ok(Format::Oft),
+            Some(other) => {
+                let peft_type = other.as_str().map_or(other.to_string(), str::to_string);
+                Err(ConfigError::OtherPeftType { peft_type })
+            }
+        }
+    }
+
     fn read<T>(
         &self,
         field: &'static str,
@@ -233,7 +274,7 @@ impl Fields<'_> {
         })
     }
 
-    fn number(&self, field: &'static str, default: f64) -> Result<f64, ConfigError> {
+    pub(super) fn number(&self, field: &'static str, default: f64) -> Result<f64, ConfigError> {
         self.read(field, default, "a number", Value::as_f64)
     }
 
@@ -364,21 +405,13 @@ pub(crate) fn check(config: &AdapterConfig) -> Result<(), ConfigError> {
             expected: "a finite number",
         });
     }
-    let fields = write(config, &Map::new()).into_iter();
-    let object = fields.map(|(key, value)| (key.to_string(), value));
-    read(&object.collect()).map(drop)
+    read(&write(config, &Map::new())).map(drop)
 }
 
 /// PEFT's settings, key by key, with what is carried along.
-pub(crate) fn write(
-    config: &AdapterConfig,
-    about: &Map<String, Value>,
-) -> BTreeMap<&'static str, Value> {
+pub(super) fn write(config: &AdapterConfig, about: &Map<String, Value>) -> Map<String, Value> {
     let selection = config.selection();
-    let (peft_type, only) = match config {
-        AdapterConfig::Boft(_) => ("BOFT", "boft_only"),
-        AdapterConfig::Oft(_) => ("OFT", "oft_only"),
-    };
+    let format = format(config);
     let list = |names: &[String]| match names {
         [] => Value::Null,
         names => json!(names),
@@ -393,7 +426,7 @@ pub(crate) fn write(
             json!(match selection.bias {
                 Bias::None => "none",
                 Bias::All => "all",
-                Bias::AdapterOnly => only,
+                Bias::AdapterOnly => format.bias_only(),
             }),
         ),
         ("exclude_modules", json_modules(&selection.exclude_modules)),
@@ -409,7 +442,7 @@ pub(crate) fn write(
             },
         ),
         ("modules_to_save", list(&selection.modules_to_save)),
-        ("peft_type", json!(peft_type)),
+        ("peft_type", json!(format.peft_type())),
         ("target_modules", json_modules(&selection.target_modules)),
     ]);
     let mut version = PEFT_VERSION;
@@ -446,7 +479,10 @@ pub(crate) fn write(
         }
     }
     fields.insert("peft_version", json!(version));
+    let fields = fields.into_iter();
     fields
+        .map(|(key, value)| (key.to_string(), value))
+        .collect()
 }
 
 /// PEFT's pair of size and count, of which one is 0.
@@ -509,7 +545,7 @@ by_adapter_config!(OftConfig, Oft, "OFT");
 mod tests {
     use super::*;
 
-    fn parse(json: Value) -> Result<Read, ConfigError> {
+    fn parse(json: Value) -> Result<Settings, ConfigError> {
         read(json.as_object().unwrap())
     }
 
@@ -523,7 +559,7 @@ mod tests {
         }
     }
 
-    fn oft(fields: Value) -> Result<Read, ConfigError> {
+    fn oft(fields: Value) -> Result<Settings, ConfigError> {
         let mut json = json!({"peft_type": "OFT", "oft_block_size": 32});
         let object = json.as_object_mut().unwrap();
         object.extend(fields.as_object().unwrap().clone());

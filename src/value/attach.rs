@@ -6,17 +6,33 @@ use burn::module::{Module, ModuleVisitor, Param, Reparameterization};
 use burn::tensor::{DType, Tensor, TensorData};
 
 use super::Adapter;
-use super::keymap::{KeyMap, join};
+use super::keymap::{KeyMap, KeyMapError, join};
 use super::layer::AdapterLayer;
+use super::mismatch::{Mismatch, Missing, Unexpected, Wrong};
 use super::report::LoadReport;
 use crate::adapter::{AdapterSettings, BoftAdapter, Values};
 use crate::config::{Bias, Selection};
-use crate::error::{AttachError, InjectError, KeyMapError, Misfit, Mismatch};
+use crate::error::{InjectError, Misfit};
 use crate::model::inject::{check_settings, nearest, place, trained_parameters, unload};
 use crate::model::plan::LayerKind;
 use crate::model::walk::{Layer, Parameter, Path, Survey};
 use crate::select::{Decision, TargetMatcher, is_saved};
 use crate::tensors::transposed;
+
+/// Why [`Adapter::attach`](crate::Adapter::attach) refuses. The model passed in is unchanged.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum AttachError {
+    /// The adapter and the model do not fit.
+    #[error(transparent)]
+    Mismatch(#[from] Mismatch),
+    /// The settings do not work in any model, or the model cannot be adapted.
+    #[error(transparent)]
+    Inject(#[from] InjectError),
+    /// Names cannot be mapped.
+    #[error(transparent)]
+    KeyMap(#[from] KeyMapError),
+}
 
 impl Adapter {
     /// Attaches the adapter to a model: its rotations to the layers, its biases and saved modules in place.
@@ -103,14 +119,10 @@ impl Adapter {
         let Some(target) = survey.layers.iter().find(|target| target.path == *path) else {
             let paths = survey.layers.iter().map(|layer| layer.path.as_str());
             let nearest = nearest(path, paths);
-            let unexpected = &mut fit.mismatch.unexpected;
-            unexpected.push(format!(
-                "an adapter of `{path}`, where the model has no linear layer or convolution{}",
-                match nearest.is_empty() {
-                    true => String::new(),
-                    false => format!("; it has {}", nearest.join(", ")),
-                }
-            ));
+            fit.mismatch.unexpected.push(Unexpected::Layer {
+                path: path.clone(),
+                nearest,
+            });
             return;
         };
         let Layer {
@@ -123,21 +135,9 @@ impl Adapter {
             });
             return;
         }
-        let name = |kind: LayerKind| match kind {
-            LayerKind::Linear => "a linear layer",
-            LayerKind::Conv2d => "a convolution",
-        };
-        let wrong = &mut fit.mismatch.wrong;
-        if let Some(other) = layer.kind.filter(|other| other != kind) {
-            wrong.push(format!(
-                "the adapter of `{path}` is for {}, the model has {}",
-                name(other),
-                name(*kind)
-            ));
-            return;
-        }
         let (d_input, d_output) = kind.axes(shape);
-        match layer.butterfly(d_input, d_output) {
+        let butterfly = layer.check_kind(*kind);
+        match butterfly.and_then(|()| layer.butterfly(d_input, d_output)) {
             Ok(butterfly) => {
                 let settings = AdapterSettings::new(*kind, butterfly, &self.config);
                 let values = Values {
@@ -146,7 +146,10 @@ impl Adapter {
                 };
                 fit.layers.insert(path.clone(), (settings, values));
             }
-            Err(why) => wrong.push(format!("the adapter of `{path}`: {why}")),
+            Err(reason) => fit.mismatch.wrong.push(Wrong::Fit {
+                path: path.clone(),
+                reason,
+            }),
         }
     }
 
@@ -168,10 +171,9 @@ impl Adapter {
                 Some(parameter) => _ = wanted.insert(parameter.path.as_str(), (tensor, *parameter)),
                 // Burn's norms do not count batches.
                 None if tensor.name == "num_batches_tracked" => {}
-                None => fit.mismatch.unexpected.push(format!(
-                    "`{}`, which the model has no parameter for",
-                    join(&tensor.module, &tensor.name)
-                )),
+                None => fit.mismatch.unexpected.push(Unexpected::Parameter {
+                    path: join(&tensor.module, &tensor.name),
+                }),
             }
         }
         let mut shapes = Shapes {
@@ -189,25 +191,27 @@ impl Adapter {
                 false => Some(tensor.data.clone()),
             };
             match data {
-                _ if matches!(dtype, DType::QFloat(_)) => fit.mismatch.wrong.push(format!(
-                    "`{path}` is quantized ({dtype:?}) and would have to be rewritten"
-                )),
+                _ if matches!(dtype, DType::QFloat(_)) => fit.refuse(Wrong::Quantized {
+                    path: path.to_string(),
+                }),
                 Some(data) if **data.shape() == shape => {
                     if data.dtype().size() > dtype.size() {
                         fit.warnings.push(format!(
-                            "`{path}` is {dtype:?} in the model, and rounded from {:?}",
-                            data.dtype()
+                            "`{path}` is {} in the model, and rounded from {}",
+                            dtype.name(),
+                            data.dtype().name()
                         ));
                     }
                     fit.tensors.insert(path.to_string(), data);
                 }
-                _ => fit.mismatch.wrong.push(format!(
-                    "`{path}` is {shape:?} in the model, {:?} in the file",
-                    &**tensor.data.shape()
-                )),
+                _ => fit.refuse(Wrong::Parameter {
+                    path: path.to_string(),
+                    model: shape,
+                    file: tensor.data.shape().to_vec(),
+                }),
             }
         }
-        fit.mismatch.wrong.sort();
+        fit.mismatch.sort_wrong();
     }
 
     /// Finds what the configuration promises and the file has not.
@@ -223,23 +227,22 @@ impl Adapter {
             .map(|layer| layer.path.as_str())
             .collect();
         for path in missing_layers(selection, names, survey, &present)? {
-            let missing = format!("the adapter of `{path}`, which `target_modules` names");
-            fit.mismatch.missing.push(missing);
+            fit.mismatch.missing.push(Missing::Layer { path });
         }
         for parameter in &survey.parameters {
             if fit.tensors.contains_key(&parameter.path)
+                || fit.refused.contains(&parameter.path)
                 || !fit.expects(parameter, &present, selection, names)?
             {
                 continue;
             }
-            let path = &parameter.path;
-            fit.mismatch.missing.push(match parameter.is_bias && selection.bias != Bias::None {
-                true => format!(
-                    "`{path}`, a bias that the configuration trains; PEFT 0.20 and older trained some and did not save \
-                     them"
-                ),
-                false => format!("`{path}`, a part of a module to save"),
-            });
+            let path = parameter.path.clone();
+            fit.mismatch
+                .missing
+                .push(match parameter.is_bias && selection.bias != Bias::None {
+                    true => Missing::Bias { path },
+                    false => Missing::Saved { path },
+                });
         }
         Ok(())
     }
@@ -279,9 +282,19 @@ struct Fit {
     trained: HashSet<String>,
     warnings: Vec<String>,
     mismatch: Mismatch,
+    /// Parameters for which the adapter has a tensor that does not fit.
+    refused: HashSet<String>,
 }
 
 impl Fit {
+    /// Notes a tensor that does not fit its parameter.
+    fn refuse(&mut self, wrong: Wrong) {
+        if let Wrong::Parameter { path, .. } | Wrong::Quantized { path } = &wrong {
+            self.refused.insert(path.clone());
+        }
+        self.mismatch.wrong.push(wrong);
+    }
+
     /// Whether a tensor for this parameter belongs to the adapter.
     fn expects(
         &self,
@@ -290,16 +303,6 @@ impl Fit {
         selection: &Selection,
         names: &KeyMap,
     ) -> Result<bool, KeyMapError> {
-        // A shape that does not fit was reported.
-        let wrong = format!("`{}` is ", parameter.path);
-        if self
-            .mismatch
-            .wrong
-            .iter()
-            .any(|why| why.starts_with(&wrong))
-        {
-            return Ok(false);
-        }
         let bias = parameter.is_bias
             && match selection.bias {
                 Bias::None => false,

@@ -2,7 +2,49 @@
 
 use fancy_regex::Regex;
 
-use crate::error::KeyMapError;
+/// Why a [`KeyMap`](crate::KeyMap) is refused, or has no answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum KeyMapError {
+    /// A pattern that does not compile.
+    #[error("the key pattern `{pattern}` cannot be used: {reason}")]
+    Pattern {
+        /// The pattern as given.
+        pattern: String,
+        /// Why it is refused.
+        reason: String,
+    },
+    /// A pattern without an answer for a path.
+    #[error("the key pattern `{pattern}` has no answer for `{path}`: {reason}")]
+    Undecided {
+        /// The pattern as given.
+        pattern: String,
+        /// The module's path.
+        path: String,
+        /// Why there is none, such as a search that backtracks without end.
+        reason: String,
+    },
+    /// Two modules would get one name.
+    #[error("the key map gives `{first}` and `{second}` the same name, `{name}`")]
+    Collision {
+        /// The first path.
+        first: String,
+        /// The second path.
+        second: String,
+        /// The name of both.
+        name: String,
+    },
+    /// What is written would not be read back.
+    #[error("the key map writes `{path}` as `{written}`, and reads that as `{read}`")]
+    OneWay {
+        /// The path in the model.
+        path: String,
+        /// Its name in the file.
+        written: String,
+        /// What that name is read as.
+        read: String,
+    },
+}
 
 /// The generation of transformers whose module names a file has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,7 +71,7 @@ pub enum Transformers {
 ///     .with_to_model(r"^transformer\.h\.(\d+)\.attn\b", "blocks.$1.attention")?
 ///     .with_to_file(r"^blocks\.(\d+)\.attention\b", "transformer.h.$1.attn")?;
 /// # drop(names);
-/// # Ok::<(), burn_boft::KeyMapError>(())
+/// # Ok::<(), burn_boft::value::KeyMapError>(())
 /// ```
 #[derive(Debug, Clone, Default)]
 pub struct KeyMap {

@@ -2,7 +2,7 @@
 
 use burn::tensor::TensorData;
 
-use crate::error::Mismatch;
+use super::mismatch::{FitError, Mismatch, SizeError, Wrong};
 use crate::model::plan::{ButterflyPlan, LayerKind, fits};
 use crate::ops::upper_triangle;
 use crate::tensors::{is_float, widened};
@@ -32,28 +32,23 @@ impl AdapterLayer {
         scale: Option<TensorData>,
     ) -> Result<Self, Mismatch> {
         let path = path.into();
-        let wrong = |data: &TensorData, why: String| Mismatch {
-            wrong: vec![format!(
-                "the adapter of `{path}` has numbers {:?} {:?}: {why}",
-                &**data.shape(),
-                data.dtype()
-            )],
-            ..Mismatch::default()
+        let wrong = |data: &TensorData, reason| {
+            Mismatch::from(Wrong::Layer {
+                path: path.clone(),
+                shape: data.shape().to_vec(),
+                dtype: data.dtype().name(),
+                reason,
+            })
         };
         for data in [Some(&skew), scale.as_ref()].into_iter().flatten() {
             if !is_float(data.dtype()) {
-                return Err(wrong(data, "an adapter computes with floats".into()));
+                return Err(wrong(data, SizeError::NotFloat));
             }
         }
-        let [m, n, packed] = skew.shape()[..] else {
-            let why = "factors, blocks and packed numbers are three axes";
-            return Err(wrong(&skew, why.into()));
-        };
-        let b = block_size(packed)
-            .ok_or_else(|| wrong(&skew, format!("no block has {packed} numbers, b(b−1)/2")))?;
-        check_sizes([m, n, b]).map_err(|why| wrong(&skew, why))?;
+        let b = sizes(skew.shape()).map_err(|reason| wrong(&skew, reason))?;
         if let Some(scale) = scale.as_ref().filter(|scale| scale.rank() != 1) {
-            return Err(wrong(scale, "a scale has one axis".into()));
+            let expected = "a scale has one axis";
+            return Err(wrong(scale, SizeError::Axes { expected }));
         }
         let dtype = widened(skew.dtype());
         Ok(Self {
@@ -117,8 +112,7 @@ impl AdapterLayer {
     /// Whether its sizes leave the weight as it is: blocks of one channel, which PEFT's OFT makes where no other
     /// size fits, and no scale but ones.
     pub fn is_identity(&self) -> bool {
-        let is_one = |scale: &TensorData| scale.iter::<f64>().all(|scale| scale == 1.0);
-        !self.rotates() && self.scale.as_ref().is_none_or(is_one)
+        !self.rotates() && !self.scales()
     }
 
     /// Whether blocks have more than one channel.
@@ -126,45 +120,82 @@ impl AdapterLayer {
         self.block_size > 1
     }
 
-    /// The sizes of the rotation in a layer of these widths, or why there are none.
+    /// Whether there is a scale other than ones.
+    pub(crate) fn scales(&self) -> bool {
+        let is_one = |scale: &TensorData| scale.iter::<f64>().all(|scale| scale == 1.0);
+        self.scale.as_ref().is_some_and(|scale| !is_one(scale))
+    }
+
+    /// The numbers that are free to change: the packed skew, and the scale.
+    pub fn effective(&self) -> usize {
+        self.skew.num_elements() + self.scale.as_ref().map_or(0, TensorData::num_elements)
+    }
+
+    /// The kind of the layer whose weight this is, if the adapter fits it.
+    ///
+    /// # Shapes
+    ///
+    /// - `weight`: as PyTorch has it, `[d_output, d_input]` or `[d_output, c_in/groups, kh, kw]`
+    ///
+    /// # Errors
+    ///
+    /// [`FitError`]: a layer of the other kind, or of other sizes.
+    pub fn check_fit(&self, weight: &[usize]) -> Result<LayerKind, FitError> {
+        let kind = match weight.len() {
+            2 => LayerKind::Linear,
+            4 => LayerKind::Conv2d,
+            axes => return Err(FitError::Axes { axes }),
+        };
+        self.check_kind(kind)?;
+        self.check_widths(weight[1..].iter().product(), weight[0])?;
+        Ok(kind)
+    }
+
+    /// Refuses a layer of the other kind.
+    pub(crate) fn check_kind(&self, layer: LayerKind) -> Result<(), FitError> {
+        match self.kind {
+            Some(adapter) if adapter != layer => Err(FitError::Kind { adapter, layer }),
+            _ => Ok(()),
+        }
+    }
+
+    fn check_widths(&self, d_input: usize, d_output: usize) -> Result<(), FitError> {
+        let (b, m) = (self.block_size, self.n_butterfly_factor());
+        if let Some(adapter) = self.d_input().filter(|d| *d != d_input) {
+            let layer = d_input;
+            return Err(FitError::Inputs { adapter, layer });
+        }
+        if self.rotates() && !fits(d_input, b, m) || d_input == 0 {
+            return Err(FitError::Blocks {
+                n_butterfly_factor: m,
+                block_size: b,
+                d_input,
+            });
+        }
+        match self.d_output.filter(|o| *o != d_output) {
+            Some(adapter) => Err(FitError::Outputs {
+                adapter,
+                layer: d_output,
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// The sizes of the rotation in a layer of these widths.
     pub(crate) fn butterfly(
         &self,
         d_input: usize,
         d_output: usize,
-    ) -> Result<ButterflyPlan, String> {
+    ) -> Result<ButterflyPlan, FitError> {
         if !self.rotates() {
-            return Err(
-                "its blocks of one channel do not rotate, and a scale alone is not attached; merge it with the tool \
-                 `burn-boft`, or in PEFT"
-                    .to_string(),
-            );
+            return Err(FitError::ScaleAlone);
         }
-        let (b, m) = (self.block_size, self.n_butterfly_factor());
-        match self.d_input() {
-            Some(d) if d != d_input => {
-                return Err(format!(
-                    "it rotates {d} input features, the layer has {d_input}"
-                ));
-            }
-            _ => {}
-        }
-        if !fits(d_input, b, m) {
-            let factors = factors(m);
-            return Err(format!(
-                "{factors} of block size {b} and {d_input} input features do not fit"
-            ));
-        }
-        match self.d_output {
-            Some(o) if o != d_output => {
-                return Err(format!("it scales {o} outputs, the layer has {d_output}"));
-            }
-            _ => {}
-        }
+        self.check_widths(d_input, d_output)?;
         Ok(ButterflyPlan {
             d_input,
             d_output,
-            block_size: b,
-            n_butterfly_factor: m,
+            block_size: self.block_size,
+            n_butterfly_factor: self.n_butterfly_factor(),
             block_share: self.block_share,
         })
     }
@@ -210,11 +241,25 @@ impl SavedTensor {
 /// No layer is wider; an empty tensor could claim any width.
 pub(crate) const WIDEST: usize = 1 << 24;
 
-/// Refuses factors, blocks and block sizes that no layer has.
-pub(crate) fn check_sizes([m, n, b]: [usize; 3]) -> Result<(), String> {
-    let Some(d) = n.checked_mul(b).filter(|d| *d <= WIDEST) else {
-        return Err(format!("no layer has {n} blocks of {b} channels"));
+/// The block size of packed numbers of this shape, `[m, n, b(b−1)/2]`.
+fn sizes(skew: &[usize]) -> Result<usize, SizeError> {
+    let [m, n, numbers] = skew[..] else {
+        let expected = "factors, blocks and packed numbers are three axes";
+        return Err(SizeError::Axes { expected });
     };
+    let b = block_size(numbers).ok_or(SizeError::Packed { numbers })?;
+    check_sizes([m, n, b])?;
+    Ok(b)
+}
+
+/// Refuses factors, blocks and block sizes that no layer has.
+pub(crate) fn check_sizes([m, n, b]: [usize; 3]) -> Result<(), SizeError> {
+    let (block_num, block_size) = (n, b);
+    let d = n.checked_mul(b).filter(|d| *d <= WIDEST);
+    let d = d.ok_or(SizeError::Width {
+        block_num,
+        block_size,
+    })?;
     // Blocks of one channel do not rotate, and more factors need halves of blocks.
     let is_rotation = match b {
         1 => m == 1,
@@ -222,10 +267,11 @@ pub(crate) fn check_sizes([m, n, b]: [usize; 3]) -> Result<(), String> {
     };
     match n > 0 && is_rotation {
         true => Ok(()),
-        false => Err(format!(
-            "{} of block size {b} and {n} blocks do not fit",
-            factors(m)
-        )),
+        false => Err(SizeError::Factors {
+            n_butterfly_factor: m,
+            block_num,
+            block_size,
+        }),
     }
 }
 

@@ -5,23 +5,27 @@ mod extract;
 pub(crate) mod keymap;
 pub(crate) mod layer;
 mod measure;
+pub(crate) mod mismatch;
 pub(crate) mod reconcile;
 mod report;
 
 use burn::tensor::{DType, Device, Tensor};
 use serde_json::{Map, Value};
 
-pub use keymap::{KeyMap, Place, Transformers};
+pub use attach::AttachError;
+pub use keymap::{KeyMap, KeyMapError, Place, Transformers};
 pub use layer::{AdapterLayer, SavedTensor};
 pub use measure::LayerMeasure;
+pub use mismatch::{FitError, Mismatch, Missing, PartsError, SizeError, Unexpected, Wrong};
 pub use report::LoadReport;
 
 use crate::adapter::AdapterSettings;
 use crate::config::{AdapterConfig, Selection};
-use crate::error::Mismatch;
 use crate::model::plan::LayerKind;
 use crate::ops::Blocks;
+use crate::peft::check_settings;
 use crate::tensors::is_float;
+use keymap::join;
 
 /// A trained adapter as a value: its settings, and the numbers of every layer on the host.
 ///
@@ -65,20 +69,19 @@ impl Adapter {
             for layer in &mut layers {
                 let [m, rows, _] = layer.skew.shape().dims::<3>();
                 if m != 1 || layer.scale.is_some() || (oft.block_share && rows != 1) {
-                    mismatch.wrong.push(format!(
-                        "the adapter of `{}` has a scale, several factors or blocks that are not shared, and the \
-                         settings say OFT without",
-                        layer.path
-                    ));
+                    let path = layer.path.clone();
+                    mismatch.wrong.push(Wrong::NotOft { path });
                 }
                 layer.block_share = oft.block_share;
             }
         }
         for tensor in &tensors {
-            let (module, name, dtype) = (&tensor.module, &tensor.name, tensor.data.dtype());
+            let dtype = tensor.data.dtype();
             if !is_float(dtype) && dtype != DType::I64 {
-                let why = format!("`{module}.{name}` is {dtype:?}, which no file keeps");
-                mismatch.wrong.push(why);
+                mismatch.wrong.push(Wrong::Kept {
+                    path: join(&tensor.module, &tensor.name),
+                    dtype: dtype.name(),
+                });
             }
         }
         reconcile::check_biases(&layers, &tensors, &mut mismatch);
@@ -86,6 +89,7 @@ impl Adapter {
             return Err(mismatch);
         }
         reconcile::reconcile(&mut config, &layers, &mut LoadReport::default());
+        check_settings(&config).map_err(Wrong::from)?;
         let mut adapter = Self {
             config,
             layers,
@@ -151,9 +155,10 @@ impl Adapter {
         if !layer.rotates() {
             return Ok(None);
         }
-        let butterfly = layer.butterfly(d_input, d_output).map_err(|why| Mismatch {
-            wrong: vec![format!("the adapter of `{}`: {why}", layer.path)],
-            ..Mismatch::default()
+        let butterfly = layer.butterfly(d_input, d_output);
+        let butterfly = butterfly.map_err(|reason| Wrong::Fit {
+            path: layer.path.clone(),
+            reason,
         })?;
         let kind = layer.kind.unwrap_or(LayerKind::Linear);
         let settings = AdapterSettings::new(kind, butterfly, &self.config);

@@ -1,9 +1,9 @@
 //! What the numbers of an adapter say against its configuration: the numbers decide.
 
 use super::layer::{AdapterLayer, SavedTensor, factors};
+use super::mismatch::{Mismatch, Wrong};
 use super::report::LoadReport;
 use crate::config::{AdapterConfig, Block};
-use crate::error::Mismatch;
 use crate::model::plan::adjust;
 
 /// Biases of layers that are not adapted belong to `Bias::All`.
@@ -18,10 +18,11 @@ pub(crate) fn check_biases(
             && tensor.name == "bias"
             && **tensor.data.shape() != [o]
         {
-            let (module, shape) = (&tensor.module, &**tensor.data.shape());
-            mismatch.wrong.push(format!(
-                "the bias of `{module}` is {shape:?}, where its adapter has {o} outputs"
-            ));
+            mismatch.wrong.push(Wrong::Bias {
+                path: tensor.module.clone(),
+                shape: tensor.data.shape().to_vec(),
+                d_output: o,
+            });
         }
     }
 }
@@ -45,28 +46,25 @@ pub(crate) fn reconcile(
                 factors(m)
             ));
         }
-        if let Some(m) = same(layers.iter().map(AdapterLayer::n_butterfly_factor)) {
-            boft.n_butterfly_factor = m;
+        let is_scaled = layers.iter().any(|layer| layer.scale.is_some());
+        let m = same(layers.iter().map(AdapterLayer::n_butterfly_factor)).unwrap_or(said);
+        if !layers.is_empty() {
+            config.set_factors_and_scale(m, is_scaled);
         }
     }
     let mut differ = false;
     for layer in layers {
         let (b, d) = (layer.block_size, layer.d_input());
-        let expected = expected_block_size(config, d);
-        if expected.is_some_and(|expected| expected != b) {
+        if let Some(expected) = expected_block_size(config, d).filter(|expected| *expected != b) {
             differ = true;
             let path = &layer.path;
             report.converted.push(format!(
-                "`{path}` has blocks of {b}, not those of {} that the configuration means",
-                expected.unwrap_or_default()
+                "`{path}` has blocks of {b}, not those of {expected} that the configuration means"
             ));
         }
     }
     if differ && let Some(b) = same(layers.iter().map(|layer| layer.block_size)) {
-        match config {
-            AdapterConfig::Boft(config) => config.block = Block::Size(b),
-            AdapterConfig::Oft(config) => config.block = Block::Size(b),
-        }
+        config.set_block_size(b);
     }
 }
 

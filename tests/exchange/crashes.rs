@@ -3,9 +3,8 @@
 use std::collections::BTreeSet;
 use std::fs;
 
-use burn_boft::{
-    Adapter, AdapterConfig, BoftLinear, Cayley, Init, KeyMap, OftConfig, SaveOptions, inject,
-};
+use burn_boft::peft::SaveOptions;
+use burn_boft::{Adapter, AdapterConfig, BoftLinear, Cayley, Init, KeyMap, OftConfig, inject};
 
 use super::support::*;
 

@@ -11,9 +11,9 @@ use crate::common::models::{Layer, gradients, numbers};
 use crate::common::peft::{Eval, Model, SetBase, Tensors, UseModel, linear, read, with_model};
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_boft::{
-    Adapter, BoftLinear, KeyMap, LoadOptions, LoadReport, SaveOptions, Transformers, merge,
-};
+use burn_boft::peft::{LoadOptions, SaveOptions};
+use burn_boft::value::LoadReport;
+use burn_boft::{Adapter, BoftLinear, KeyMap, Transformers, merge};
 
 /// Of the largest number in a tensor.
 const FORWARD: f64 = 1e-5;

@@ -11,6 +11,7 @@ mod legacy;
 mod load;
 mod read;
 mod save;
+mod scale;
 mod write;
 
 use serde_json::{Map, Value};

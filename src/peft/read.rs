@@ -10,6 +10,7 @@ use super::folder::Folder;
 use super::fused::to_model_names;
 use super::keys::{Format, Layout, Leaf, PREFIX, is_stray, key, leaf};
 use super::legacy::{self, Squares};
+use super::scale;
 use crate::config::{AdapterConfig, Bias, Selection, TargetModules};
 use crate::model::plan::LayerKind;
 use crate::select::is_saved;
@@ -88,7 +89,9 @@ impl Reader {
         names: &KeyMap,
         findings: &mut Findings,
     ) -> Result<Parsed, KeyMapError> {
-        let Folder { tensors, .. } = files;
+        let Folder {
+            tensors, metadata, ..
+        } = files;
         let selection = self.selection().clone();
         let adapted = adapted(tensors.keys());
         let mut sorted = Sorted::default();
@@ -115,6 +118,7 @@ impl Reader {
             warn_of_lost(&selection, &adapted, &tensors, &saved, report);
         }
         check_biases(&layers, &tensors, mismatch);
+        scale::restore(&mut layers, &metadata);
         reconcile(&mut self.config, &layers, report);
         to_model_names(names, &mut layers, &mut tensors, mismatch)?;
         let lost = lost_modules(&selection, &saved);

@@ -8,7 +8,7 @@ use safetensors::SafeTensorError;
 
 use super::config_json::{self, ConfigError};
 use super::folder::{self, Folder, NameError};
-use super::write;
+use super::{scale, write};
 use crate::config::{Selection, TargetModules};
 use crate::value::Adapter;
 use crate::value::keymap::{KeyMap, KeyMapError};
@@ -196,7 +196,8 @@ impl Adapter {
         let tensors = write::tensors(format, self, names, options.dtype)?;
         let mut config = self.config.clone();
         self.name_in_file(config.selection_mut(), names)?;
-        let files = Folder::new(config_json::write(&config, &self.about), tensors);
+        let mut files = Folder::new(config_json::write(&config, &self.about), tensors);
+        files.metadata.extend(scale::note(format, &self.layers));
         files.write(folder)
     }
 

@@ -116,3 +116,21 @@ fn an_adapter_with_a_scale_of_ones_is_not_taken_for_one_without() {
     let (loaded, _) = Adapter::load(folder.path()).unwrap();
     assert!(scale_of(&loaded) && loaded.layers().iter().all(|layer| layer.scale().is_some()));
 }
+
+#[test]
+fn what_peft_stores_is_counted_with_its_scale() {
+    let folder = tempfile::tempdir().unwrap();
+    for scale in [true, false] {
+        saved(scale, folder.path());
+        let files = Folder::read(folder.path()).unwrap();
+        let stored: usize = files.tensors.values().map(|data| data.num_elements()).sum();
+        let (adapter, _) = Adapter::load(folder.path()).unwrap();
+        let measures = adapter.measure(&Device::flex());
+        let counted: usize = measures.iter().map(|layer| layer.stored_by_peft).sum();
+        assert_eq!(counted, stored);
+        let free = |layer: &burn_boft::value::LayerMeasure| layer.effective;
+        let squares = stored - 28;
+        let expected = squares * 3 / 8 + if scale { 28 } else { 0 };
+        assert_eq!(measures.iter().map(free).sum::<usize>(), expected);
+    }
+}

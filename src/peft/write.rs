@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use burn::tensor::{FloatDType, TensorData};
 
+use super::config_json::format;
 use super::keys::{Format, Layout, key, saved_key};
 use super::save::{SaveError, Unrepresentable};
 use crate::config::AdapterConfig;
@@ -61,6 +62,19 @@ pub(super) fn tensors(
         }
     }
     Ok(file.tensors)
+}
+
+/// How many numbers PEFT stores for one layer of `n` blocks (1 where they share one): its BOFT has full squares and a
+/// scale, its OFT has packed blocks.
+pub(crate) fn stored_numbers(
+    config: &AdapterConfig,
+    [m, n, b]: [usize; 3],
+    d_output: usize,
+) -> usize {
+    match format(config) {
+        Format::Boft => m * n * b * b + d_output,
+        Format::Oft => m * n * (b * (b - 1) / 2),
+    }
 }
 
 /// The tensors of a file, and the modules that they are of.

@@ -5,7 +5,7 @@ use burn::tensor::TensorData;
 use super::mismatch::{FitError, Mismatch, SizeError, Wrong};
 use crate::model::plan::{ButterflyPlan, LayerKind, fits};
 use crate::ops::upper_triangle;
-use crate::tensors::{is_float, widened};
+use crate::tensors::{is_float, transposed, widened};
 
 /// One adapted layer of an [`Adapter`](crate::Adapter).
 #[derive(Debug, Clone, PartialEq)]
@@ -20,6 +20,11 @@ pub struct AdapterLayer {
 }
 
 impl AdapterLayer {
+    /// Where a record of the adapted model keeps the skew of a layer, behind the layer's path and a dot.
+    pub const SKEW: &str = "weight.boft.skew";
+    /// Where a record of the adapted model keeps the scale of a layer, behind the layer's path and a dot.
+    pub const SCALE: &str = "weight.boft.scale";
+
     /// A layer of packed numbers: `skew` is `[m, n, b(b−1)/2]`, `scale` is `[o]`.
     ///
     /// # Errors
@@ -212,7 +217,63 @@ pub struct SavedTensor {
     pub(crate) data: TensorData,
 }
 
+/// What owns a tensor, as far as names and orientation differ between PyTorch and Burn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum TensorOwner {
+    /// A linear layer: Burn has the transpose of PyTorch's weight.
+    Linear,
+    /// A normalisation layer: Burn says `gamma` and `beta` where PyTorch says `weight` and `bias`.
+    Norm,
+    /// Any other module: names and orientation are the same.
+    Other,
+}
+
+/// PyTorch's and Burn's names of the parameters of norms.
+const NORM_NAMES: [(&str, &str); 2] = [("weight", "gamma"), ("bias", "beta")];
+
 impl SavedTensor {
+    /// A tensor of a Burn module, which gets PyTorch's name and orientation.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use burn::tensor::TensorData;
+    /// use burn_boft::value::{SavedTensor, TensorOwner};
+    ///
+    /// let weight = TensorData::new(vec![1f32, 2., 3., 4., 5., 6.], [3, 2]);
+    /// let tensor = SavedTensor::from_burn("head", "weight", weight.clone(), TensorOwner::Linear);
+    /// assert_eq!(tensor.data().shape().to_vec(), [2, 3]);
+    /// assert_eq!(tensor.to_burn(TensorOwner::Linear), ("weight", weight));
+    ///
+    /// let gamma = TensorData::new(vec![1f32; 4], [4]);
+    /// let tensor = SavedTensor::from_burn("norm", "gamma", gamma, TensorOwner::Norm);
+    /// assert_eq!(tensor.name(), "weight");
+    /// ```
+    pub fn from_burn(
+        module: impl Into<String>,
+        name: &str,
+        data: TensorData,
+        owner: TensorOwner,
+    ) -> Self {
+        let norm = NORM_NAMES.iter().find(|(_, burn)| *burn == name);
+        let torch = match (owner, norm) {
+            (TensorOwner::Norm, Some((torch, _))) => torch,
+            _ => name,
+        };
+        Self::new(module, torch, turned(data, name, owner))
+    }
+
+    /// Burn's name of the tensor, and its numbers in Burn's orientation.
+    pub fn to_burn(&self, owner: TensorOwner) -> (&str, TensorData) {
+        let norm = NORM_NAMES.iter().find(|(torch, _)| *torch == self.name);
+        let name = match (owner, norm) {
+            (TensorOwner::Norm, Some((_, burn))) => burn,
+            _ => self.name.as_str(),
+        };
+        (name, turned(self.data.clone(), &self.name, owner))
+    }
+
     /// A tensor of a module, named and turned as PyTorch's is.
     pub fn new(module: impl Into<String>, name: impl Into<String>, data: TensorData) -> Self {
         Self {
@@ -272,6 +333,14 @@ pub(crate) fn check_sizes([m, n, b]: [usize; 3]) -> Result<(), SizeError> {
             block_num,
             block_size,
         }),
+    }
+}
+
+/// The weight of a linear layer turned from PyTorch's orientation to Burn's or back, and any other tensor as it is.
+fn turned(data: TensorData, name: &str, owner: TensorOwner) -> TensorData {
+    match owner {
+        TensorOwner::Linear if name == "weight" => transposed(&data).unwrap_or(data),
+        _ => data,
     }
 }
 

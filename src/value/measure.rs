@@ -7,6 +7,7 @@ use super::layer::AdapterLayer;
 use crate::adapter::AdapterSettings;
 use crate::model::plan::LayerKind;
 use crate::model::report;
+use crate::peft::stored_numbers;
 use crate::tensors::values;
 
 /// One rotation of an adapter, made by [`Adapter::measure`].
@@ -15,6 +16,10 @@ use crate::tensors::values;
 pub struct LayerMeasure {
     /// The layer's dotted path.
     pub path: String,
+    /// Numbers that are free to change: the packed skew, and the scale.
+    pub effective: usize,
+    /// Numbers that PEFT stores for the same layer: its BOFT keeps full squares, and a scale in any case.
+    pub stored_by_peft: usize,
     /// `max|RᵀR − I|`.
     pub orthogonality_defect: f64,
     /// `‖Q‖₂`, the largest over all blocks.
@@ -41,8 +46,12 @@ impl Adapter {
         let [orthogonality_defect, skew_norm, largest_angle] =
             self.measure_rotation(layer, device).unwrap_or([0.0; 3]);
         let scale = layer.scale.as_ref().map(values);
+        let [m, n, _] = layer.skew.shape().dims::<3>();
+        let sizes = [m, n, layer.block_size];
         LayerMeasure {
             path: layer.path.clone(),
+            effective: layer.effective(),
+            stored_by_peft: stored_numbers(&self.config, sizes, layer.d_output.unwrap_or(0)),
             orthogonality_defect,
             skew_norm,
             largest_angle,

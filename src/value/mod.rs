@@ -1,4 +1,8 @@
-//! [`Adapter`]: a trained adapter as a value, in and out of PEFT's files.
+//! [`Adapter`]: a trained adapter as a value.
+//!
+//! An adapter is made of [`AdapterLayer`]s and [`SavedTensor`]s on the host. It comes out of a model with
+//! [`Adapter::extract`] or out of a file with [`Adapter::load`], and goes into a model with [`Adapter::attach`]. What does
+//! not fit is a [`Mismatch`]; a [`KeyMap`] says how the names of a file and of a model correspond.
 
 mod attach;
 mod extract;
@@ -13,8 +17,8 @@ use burn::tensor::{DType, Device, Tensor};
 use serde_json::{Map, Value};
 
 pub use attach::AttachError;
-pub use keymap::{KeyMap, KeyMapError, Place, Transformers};
-pub use layer::{AdapterLayer, SavedTensor};
+pub use keymap::{KeyMap, KeyMapError, Place, Transformers, join};
+pub use layer::{AdapterLayer, SavedTensor, TensorOwner};
 pub use measure::LayerMeasure;
 pub use mismatch::{FitError, Mismatch, Missing, PartsError, SizeError, Unexpected, Wrong};
 pub use report::LoadReport;
@@ -25,7 +29,6 @@ use crate::model::plan::LayerKind;
 use crate::ops::Blocks;
 use crate::peft::check_settings;
 use crate::tensors::is_float;
-use keymap::join;
 
 /// A trained adapter as a value: its settings, and the numbers of every layer on the host.
 ///

@@ -58,7 +58,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
 
     let folder = std::env::temp_dir().join("quickstart-adapter");
-    Adapter::extract(&model, &config)?.save(&folder)?;
+    Adapter::extract(&model)?.save(&folder)?;
     println!("adapter saved to {}", folder.display());
 
     let adapted = model.valid();

@@ -1,18 +1,13 @@
 //! [`BoftAdapter`]: the attached module.
 
-use std::fmt::{self, Display, Formatter};
-
 use burn::module::{
     Flag, Module, ModuleMapper, ModuleVisitor, Param, Reparameterization, Reparameterizer,
 };
-use burn::tensor::{DType, Device, Distribution, FloatDType, Tensor, TensorData};
-use rand::{SeedableRng, rngs::StdRng};
-use rand_distr::{Distribution as _, Normal};
-use serde::{Deserialize, Serialize};
+use burn::tensor::{DType, Device, Distribution, FloatDType, Tensor};
 
-use crate::config::{AdapterConfig, Cayley, Init};
-use crate::model::plan::{ButterflyPlan, LayerKind};
+use crate::config::LayerKind;
 use crate::ops::{self, Blocks, Side};
+use crate::rotation::{ButterflyPlan, Rotation, Values};
 
 /// The orthogonal adapter of one weight.
 ///
@@ -23,8 +18,8 @@ use crate::ops::{self, Blocks, Side};
 /// Its parameters have the paths `<layer>.weight.boft.skew` and `<layer>.weight.boft.scale`.
 #[derive(Module, Debug)]
 pub struct BoftAdapter {
-    // First, so that a traversal meets the settings before the numbers.
-    settings: AdapterSettings,
+    // First, so that a traversal meets what is computed before the numbers.
+    rotation: Rotation,
     /// The strict upper triangles of `Q` row by row, a `[m, n, b(b−1)/2]` tensor (`n = 1` where one block
     /// is shared), in f32 or wider.
     skew: Param<Tensor<3>>,
@@ -37,7 +32,7 @@ pub struct BoftAdapter {
 impl BoftAdapter {
     /// An adapter of these numbers, in f32 or wider.
     pub(crate) fn new(
-        settings: AdapterSettings,
+        rotation: Rotation,
         values: Values,
         (device, dtype): (&Device, DType),
     ) -> Self {
@@ -53,7 +48,7 @@ impl BoftAdapter {
                 )
             });
         Self {
-            settings,
+            rotation,
             skew,
             scale,
             training: Param::from_bool(true),
@@ -62,7 +57,7 @@ impl BoftAdapter {
 
     /// The checked sizes of the rotation.
     pub fn butterfly(&self) -> ButterflyPlan {
-        self.settings.butterfly()
+        self.rotation.sizes()
     }
 
     /// The packed skew-symmetric numbers, a `[m, n, b(b−1)/2]` tensor.
@@ -75,16 +70,23 @@ impl BoftAdapter {
         self.scale.as_ref().map(Param::val)
     }
 
-    /// The blocks of the rotation as a forward pass uses them, multiplicative dropout included.
+    /// The blocks of the rotation, without multiplicative dropout.
     pub fn blocks(&self) -> Blocks {
-        let blocks = self.settings.blocks(self.skew.val());
+        self.rotation.blocks(self.skew.val())
+    }
+
+    /// The blocks as one forward pass uses them: in training, multiplicative dropout replaces some by the identity.
+    ///
+    /// Each call draws anew.
+    pub fn training_blocks(&self) -> Blocks {
+        let blocks = self.blocks();
         match self.dropped_blocks() {
             Some(mask) => blocks.replace_by_identity(mask),
             None => blocks,
         }
     }
 
-    /// Rotates activations, `x·R`.
+    /// Rotates activations, `x·R`, with multiplicative dropout in training.
     ///
     /// # Shapes
     ///
@@ -95,16 +97,16 @@ impl BoftAdapter {
     /// If the last axis is not `d_input`.
     pub fn rotate<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
         let shape = input.shape();
-        let d_input = self.butterfly().d_input;
+        let d_input = self.butterfly().d_input();
         assert_eq!(
             shape[D - 1],
             d_input,
             "rotate: the last axis of {shape:?} is not {d_input}"
         );
         let rows = shape.num_elements() / d_input;
-        let rotated = self
-            .blocks()
-            .rotate(input.reshape([rows, d_input]), Side::Right, false);
+        let rotated =
+            self.training_blocks()
+                .rotate(input.reshape([rows, d_input]), Side::Right, false);
         rotated.reshape(shape)
     }
 
@@ -119,7 +121,8 @@ impl BoftAdapter {
         let tokens = input.shape().num_elements() / shape[0];
         let quantized = matches!(base.dtype(), DType::QFloat(_));
         let route = ops::route(tokens, shape, input.device().is_autodiff(), quantized);
-        self.blocks().linear(input, base, self.scale(), bias, route)
+        self.training_blocks()
+            .linear(input, base, self.scale(), bias, route)
     }
 
     /// `[m, n]` ones for the blocks that this step replaces by the identity.
@@ -127,8 +130,8 @@ impl BoftAdapter {
     /// PEFT's rule: one factor drawn uniformly, `floor(p·n)` of its blocks drawn uniformly.
     fn dropped_blocks(&self) -> Option<Tensor<2>> {
         let plan = self.butterfly();
-        let (m, n) = (plan.n_butterfly_factor, plan.block_num());
-        let count = (self.settings.dropout * n as f64).floor() as usize;
+        let (m, n) = (plan.n_butterfly_factor(), plan.block_num());
+        let count = (self.rotation.dropout() * n as f64).floor() as usize;
         let skew = self.skew.val();
         let device = skew.device();
         if count == 0 || !self.training.is_enabled() || !device.is_autodiff() {
@@ -168,178 +171,40 @@ impl Reparameterization for BoftAdapter {
             _ => base,
         };
         let shape = base.shape();
-        let ButterflyPlan {
-            d_input, d_output, ..
-        } = self.butterfly();
-        let (matrix, side) = match self.settings.kind {
+        let sizes = self.butterfly();
+        let (d_input, d_output) = (sizes.d_input(), sizes.d_output());
+        let (matrix, side) = match self.rotation.kind() {
             LayerKind::Linear => ([d_input, d_output], Side::Left),
             LayerKind::Conv2d => ([d_output, d_input], Side::Right),
         };
-        self.blocks()
+        self.training_blocks()
             .weight(base.reshape(matrix), self.scale(), side)
             .reshape(shape)
     }
 }
 
-/// The numbers of an adapter on the host.
-pub(crate) struct Values {
-    /// `[m, n, b(b−1)/2]`.
-    pub(crate) skew: TensorData,
-    /// `[d_output]`.
-    pub(crate) scale: Option<TensorData>,
-}
+/// Burn's container type for the level in which an adapter tells a traversal what it computes.
+const ROTATION_LEVEL: &str = "BoftRotation";
 
-impl Values {
-    /// What the adapter of the layer at `path` starts from.
-    pub(crate) fn initial(init: Init, path: &str, plan: ButterflyPlan, with_scale: bool) -> Self {
-        let shape = plan.skew_shape();
-        let (skew, scale) = (shape.iter().product(), plan.d_output);
-        let (skew, scale) = match init {
-            Init::Identity => (vec![0.0; skew], vec![1.0; scale]),
-            Init::Random { seed } => {
-                // FNV-1a, so that layers differ and no hasher of the platform takes part.
-                let path = path.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
-                    (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-                });
-                let mut random = StdRng::seed_from_u64(seed ^ path);
-                let noise = Normal::new(0.0, 0.1).expect("0.1 is a standard deviation");
-                let skew: Vec<f64> = (0..skew).map(|_| noise.sample(&mut random)).collect();
-                let scale = (0..scale).map(|_| 1.0 + noise.sample(&mut random));
-                (skew, scale.collect())
-            }
-        };
-        Self {
-            skew: TensorData::new(skew, shape),
-            scale: with_scale.then(|| TensorData::new(scale, [plan.d_output])),
-        }
-    }
-}
-
-/// What an adapter is, beside its numbers.
+/// Reads what an adapter computes from a level of a traversal, where it is the level that [`Rotation`] writes.
 ///
-/// It travels with the module as a constant. Burn shows a traversal the parameters only, so this writes
-/// itself into the traversal's path as an empty level of the container type [`AdapterSettings::CONTAINER`]:
-/// [`summary`](crate::summary()), [`diagnose`](crate::diagnose()) and [`project`](crate::project()) read it
-/// there, and every other traversal passes by.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(crate) struct AdapterSettings {
-    kind: LayerKind,
-    butterfly: ButterflyPlan,
-    cayley: Cayley,
-    coft_radius: Option<f64>,
-    dropout: f64,
+/// Burn shows a traversal the tensors of a module and the names around them, but not its constants, and it shows a
+/// weight without the adapter that it carries. So a [`Rotation`] enters and leaves an empty level, named after
+/// itself in JSON, before the adapter's tensors are shown. The traversal in `model` is the only reader;
+/// every other traversal passes by an empty level.
+pub(crate) fn rotation_of_level(name: &str, container: &str) -> Option<Rotation> {
+    (container == ROTATION_LEVEL)
+        .then(|| serde_json::from_str(name).expect("an adapter wrote its own rotation"))
 }
 
-impl AdapterSettings {
-    pub(crate) const CONTAINER: &'static str = "BoftAdapterSettings";
-
-    pub(crate) fn new(kind: LayerKind, butterfly: ButterflyPlan, config: &AdapterConfig) -> Self {
-        let (cayley, coft_radius, dropout) = match config {
-            AdapterConfig::Boft(config) => (Cayley::Exact, None, config.dropout),
-            AdapterConfig::Oft(config) => (config.cayley, config.coft_radius, 0.0),
-        };
-        Self {
-            kind,
-            butterfly,
-            cayley,
-            coft_radius,
-            dropout,
-        }
-    }
-
-    /// Reads the settings from a level of a traversal.
-    pub(crate) fn from_level(name: &str, container: &str) -> Option<Self> {
-        (container == Self::CONTAINER)
-            .then(|| serde_json::from_str(name).ok())
-            .flatten()
-    }
-
-    fn to_level(&self) -> String {
-        serde_json::to_string(self).unwrap_or_default()
-    }
-
-    pub(crate) fn butterfly(&self) -> ButterflyPlan {
-        self.butterfly
-    }
-
-    pub(crate) fn kind(&self) -> LayerKind {
-        self.kind
-    }
-
-    /// How numbers become blocks: the map, and COFT's radius.
-    pub(crate) fn numerics(&self) -> (Cayley, Option<f64>) {
-        (self.cayley, self.coft_radius)
-    }
-
-    /// The blocks that these numbers mean.
-    pub(crate) fn blocks(&self, skew: Tensor<3>) -> Blocks {
-        let skew = match self.coft_radius {
-            // PEFT projects the parameter before each forward pass and lets the gradient through.
-            Some(_) => skew.clone() + (self.project(skew.clone()) - skew).detach(),
-            None => skew,
-        };
-        let block_size = self.butterfly.block_size;
-        let blocks = match self.polynomial() {
-            None => Blocks::cayley(skew, block_size),
-            Some(coefficients) => Blocks::polynomial(skew, block_size, &coefficients),
-        };
-        match self.butterfly.block_share {
-            true => blocks.share(self.butterfly.block_num()),
-            false => blocks,
-        }
-    }
-
-    /// The coefficients of the polynomial that stands for the Cayley map, if one does.
-    fn polynomial(&self) -> Option<Vec<f64>> {
-        match self.cayley {
-            Cayley::Exact => None,
-            Cayley::Neumann { terms } => Some(ops::neumann_coefficients(terms)),
-            Cayley::Neumann016 { terms } => Some(ops::neumann_016_coefficients(terms)),
-        }
-    }
-
-    /// The angle in radians by which a block turns the plane of `‖Q‖₂`.
-    pub(crate) fn angle(&self, norm: f64) -> f64 {
-        let Some(coefficients) = self.polynomial() else {
-            return 2.0 * norm.atan();
-        };
-        // The polynomial at the eigenvalue iλ: powers of i alternate between the parts.
-        let (mut real, mut imaginary) = (0.0, 0.0);
-        for (power, coefficient) in coefficients.into_iter().enumerate() {
-            let value = coefficient * norm.powi(power as i32);
-            match power % 4 {
-                0 => real += value,
-                1 => imaginary += value,
-                2 => real -= value,
-                _ => imaginary -= value,
-            }
-        }
-        f64::atan2(imaginary, real).abs()
-    }
-
-    /// Scales every `Q` with `‖Q‖_F` beyond `radius / √(stored blocks)` back to it; without a radius, nothing.
-    pub(crate) fn project(&self, skew: Tensor<3>) -> Tensor<3> {
-        let Some(radius) = self.coft_radius else {
-            return skew;
-        };
-        let [_, stored, _] = skew.dims();
-        let radius = radius / (stored as f64).sqrt();
-        let norm = (skew.clone().square().sum_dim(2) * 2.0).sqrt();
-        skew * (norm.clamp_min(radius).recip() * radius)
-    }
-}
-
-impl Module for AdapterSettings {
+impl Module for Rotation {
     fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
-        let level = self.to_level();
-        visitor.enter_module(&level, Self::CONTAINER);
-        visitor.exit_module(&level, Self::CONTAINER);
+        let level = serde_json::to_string(self).expect("a rotation is finite numbers and names");
+        visitor.enter_module(&level, ROTATION_LEVEL);
+        visitor.exit_module(&level, ROTATION_LEVEL);
     }
 
-    fn map<M: ModuleMapper>(self, mapper: &mut M) -> Self {
-        let level = self.to_level();
-        mapper.enter_module(&level, Self::CONTAINER);
-        mapper.exit_module(&level, Self::CONTAINER);
+    fn map<M: ModuleMapper>(self, _: &mut M) -> Self {
         self
     }
 
@@ -368,24 +233,13 @@ impl Module for AdapterSettings {
     }
 }
 
-impl Display for AdapterSettings {
-    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let ButterflyPlan {
-            block_size,
-            n_butterfly_factor,
-            ..
-        } = self.butterfly;
-        write!(f, "b={block_size} m={n_butterfly_factor} {:?}", self.cayley)
-    }
-}
-
-impl burn::module::ModuleDisplayDefault for AdapterSettings {
+impl burn::module::ModuleDisplayDefault for Rotation {
     fn content(&self, content: burn::module::Content) -> Option<burn::module::Content> {
         content.add_formatted(&self.to_string()).optional()
     }
 }
 
-impl burn::module::ModuleDisplay for AdapterSettings {}
+impl burn::module::ModuleDisplay for Rotation {}
 
 /// Attaches one adapter to one parameter.
 pub(crate) struct Attach(pub(crate) Option<BoftAdapter>);

@@ -1,5 +1,7 @@
 //! Settings: [`BoftConfig`], [`OftConfig`], [`AdapterConfig`] and their small enums.
 
+use std::fmt::{self, Display, Formatter};
+
 use serde::{Deserialize, Serialize};
 
 /// How the rotated axis is cut into blocks.
@@ -9,6 +11,41 @@ pub enum Block {
     Size(usize),
     /// Blocks per layer, `n`. The block size follows from the layer.
     Count(usize),
+}
+
+/// The kinds of layer that carry an adapter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LayerKind {
+    /// A linear layer, weight `[d_input, d_output]`.
+    Linear,
+    /// A 2-D convolution, weight `[c_out, c_in/groups, kh, kw]`, rotated along `c_in/groups·kh·kw`.
+    Conv2d,
+}
+
+impl LayerKind {
+    /// The number of axes of a weight of this kind.
+    pub(crate) fn rank(self) -> usize {
+        match self {
+            Self::Linear => 2,
+            Self::Conv2d => 4,
+        }
+    }
+
+    /// `d_input` and `d_output` of a weight of this kind.
+    pub(crate) fn axes(self, shape: &[usize]) -> (usize, usize) {
+        match self {
+            Self::Linear => (shape[0], shape[1]),
+            Self::Conv2d => (shape[1..].iter().product(), shape[0]),
+        }
+    }
+
+    /// The kind with its article, for messages.
+    pub(crate) fn in_words(self) -> &'static str {
+        match self {
+            Self::Linear => "a linear layer",
+            Self::Conv2d => "a convolution",
+        }
+    }
 }
 
 /// Which biases are trained beside the adapters.
@@ -56,6 +93,18 @@ pub enum Cayley {
     },
 }
 
+impl Display for Cayley {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exact => write!(f, "the exact Cayley map"),
+            Self::Neumann { terms } => write!(f, "the Neumann polynomial of {terms} terms"),
+            Self::Neumann016 { terms } => {
+                write!(f, "the Neumann polynomial of PEFT 0.16 with {terms} terms")
+            }
+        }
+    }
+}
+
 /// The modules that a setting names.
 ///
 /// A string is read as PEFT reads it: `"all-linear"` (any case) is [`TargetModules::AllLinear`], any
@@ -78,6 +127,20 @@ pub enum TargetModules {
     Regex(String),
     /// Every linear layer outside [`modules_to_save`](Selection::modules_to_save).
     AllLinear,
+}
+
+impl Display for TargetModules {
+    /// The names, the regular expression, or `all-linear`, as a message says them.
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Names(names) => {
+                let quoted: Vec<_> = names.iter().map(|name| format!("`{name}`")).collect();
+                write!(f, "{}", quoted.join(", "))
+            }
+            Self::Regex(pattern) => write!(f, "`{pattern}`"),
+            Self::AllLinear => write!(f, "`all-linear`"),
+        }
+    }
 }
 
 impl From<&str> for TargetModules {
@@ -138,13 +201,29 @@ pub struct Selection {
     pub modules_to_save: Vec<String>,
     /// Biases trained beside the adapters. Default: [`Bias::None`].
     pub bias: Bias,
+    /// Whether names in `target_modules` may select no layer of the model, as in a list that is made for many
+    /// models. Not part of PEFT's file. Default: `false`, such a name is an error.
+    pub allow_absent_targets: bool,
+    /// Layers that are not what their type's name says, by type or full path; see
+    /// [`with_layer_kind`](BoftConfig::with_layer_kind). Not part of PEFT's file. Default: empty.
+    pub layer_kinds: Vec<(String, Option<LayerKind>)>,
 }
 
 impl Selection {
     /// Whether `modules_to_save` lists the module at `path` or one that holds it.
     pub fn saves(&self, path: &str) -> bool {
-        crate::select::is_saved(&self.modules_to_save, path)
+        is_saved(&self.modules_to_save, path)
     }
+}
+
+/// Whether `modules_to_save` lists the module at `path` or one that holds it.
+pub(crate) fn is_saved(modules_to_save: &[String], path: &str) -> bool {
+    // The entries are names, bounded by dots. PEFT leaves adapters out by the same bounds, though it reads an entry
+    // as a regular expression, but it wraps whatever merely ends with an entry: its `head` saves `lm_head` too.
+    let path = format!(".{path}.");
+    modules_to_save
+        .iter()
+        .any(|name| path.contains(&format!(".{name}.")))
 }
 
 /// Settings of BOFT: a butterfly of orthogonal blocks on each layer's input axis.
@@ -162,6 +241,8 @@ impl Selection {
 /// | `layers_pattern` | none | names of the layer lists | needs `layers_to_transform` |
 /// | `modules_to_save` | none | modules trained in full | names present in the model |
 /// | `bias` | `None` | biases trained beside | |
+/// | `allow_absent_targets` | `false` | whether target names may select nothing | |
+/// | `layer_kinds` | none | layers that are not what their type's name says | types or full paths |
 ///
 /// # Examples
 ///
@@ -228,6 +309,8 @@ impl Default for BoftConfig {
 /// | `layers_pattern` | none | names of the layer lists | needs `layers_to_transform` |
 /// | `modules_to_save` | none | modules trained in full | names present in the model |
 /// | `bias` | `None` | biases trained beside | |
+/// | `allow_absent_targets` | `false` | whether target names may select nothing | |
+/// | `layer_kinds` | none | layers that are not what their type's name says | types or full paths |
 ///
 /// PEFT's own default is the Neumann polynomial with 5 terms; ours is exact, which costs no more.
 /// PEFT's `module_dropout` has no effect since 0.16 and is not offered.
@@ -329,6 +412,37 @@ macro_rules! common_setters {
                 modules: impl IntoIterator<Item = impl Into<String>>,
             ) -> Self {
                 self.selection.modules_to_save = modules.into_iter().map(Into::into).collect();
+                self
+            }
+
+            /// Sets whether names in `target_modules` may select no layer of the model.
+            pub fn with_absent_targets_allowed(mut self, allowed: bool) -> Self {
+                self.selection.allow_absent_targets = allowed;
+                self
+            }
+
+            /// Says what the layers of a type, or the one at a full path, are.
+            ///
+            /// Layers are recognised by the name of their type, `Linear` or `Conv2d`, and by their fields. A struct
+            /// of your own that holds its weight as one of these does, in a field called `weight`, is adapted when
+            /// its type or path is named here; `None` takes out a layer that only looks like one of them.
+            ///
+            /// ```
+            /// use burn_boft::{BoftConfig, LayerKind};
+            ///
+            /// let config = BoftConfig::new()
+            ///     .with_target_modules(["query", "value"])
+            ///     .with_layer_kind("MyLinear", LayerKind::Linear)
+            ///     .with_layer_kind("decoder.output", None);
+            /// # drop(config);
+            /// ```
+            pub fn with_layer_kind(
+                mut self,
+                type_or_path: impl Into<String>,
+                kind: impl Into<Option<LayerKind>>,
+            ) -> Self {
+                let entry = (type_or_path.into(), kind.into());
+                self.selection.layer_kinds.push(entry);
                 self
             }
 
@@ -464,14 +578,6 @@ impl AdapterConfig {
         }
     }
 
-    /// Sets what the numbers of an adapter say: its block size, where the layers have one.
-    pub(crate) fn set_block_size(&mut self, block_size: usize) {
-        match self {
-            Self::Boft(config) => config.block = Block::Size(block_size),
-            Self::Oft(config) => config.block = Block::Size(block_size),
-        }
-    }
-
     /// Sets the factors and whether there is a scale. OFT has one factor and no scale.
     pub(crate) fn set_factors_and_scale(&mut self, factors: usize, scale: bool) {
         if let Self::Boft(config) = self {
@@ -483,6 +589,14 @@ impl AdapterConfig {
         match self {
             Self::Boft(config) => config.init,
             Self::Oft(config) => config.init,
+        }
+    }
+
+    /// Sets the block size or count.
+    pub(crate) fn set_block(&mut self, block: Block) {
+        match self {
+            Self::Boft(config) => config.block = block,
+            Self::Oft(config) => config.block = block,
         }
     }
 }
@@ -540,6 +654,14 @@ mod tests {
                 none(selection.modules_to_save.is_empty(), "none"),
             ),
             ("bias", format!("{:?}", selection.bias)),
+            (
+                "allow_absent_targets",
+                selection.allow_absent_targets.to_string(),
+            ),
+            (
+                "layer_kinds",
+                none(selection.layer_kinds.is_empty(), "none"),
+            ),
         ]
     }
 

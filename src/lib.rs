@@ -30,7 +30,7 @@
 //! // ... any Burn training loop or Learner ...
 //! # let folder = tempfile::tempdir()?;
 //! # let folder = folder.path();
-//! Adapter::extract(&model, &config)?.save(folder)?; // PEFT's files, a few kilobytes
+//! Adapter::extract(&model)?.save(folder)?; // PEFT's files, a few kilobytes
 //! let merged = merge(model.valid())?; // plain weights, no adapter
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -66,27 +66,26 @@
 
 mod adapter;
 mod config;
-mod error;
 mod linear;
-mod model;
+pub mod model;
 pub mod ops;
 pub mod peft;
+mod rotation;
 mod select;
 pub mod tensors;
 pub mod value;
 
 pub use adapter::BoftAdapter;
 pub use config::{
-    AdapterConfig, Bias, Block, BoftConfig, Cayley, Init, OftConfig, Selection, TargetModules,
+    AdapterConfig, Bias, Block, BoftConfig, Cayley, Init, LayerKind, OftConfig, Selection,
+    TargetModules,
 };
-pub use error::{ExtractError, InjectError, MergeError, Misfit, PatternError};
 pub use linear::{Linear as BoftLinear, LinearConfig as BoftLinearConfig};
 #[cfg(feature = "train")]
 pub use model::AdapterCheckpointer;
-pub use model::{
-    ButterflyPlan, Diagnosis, InjectPlan, LayerDiagnosis, LayerKind, LayerPlan, LayerSummary,
-    Summary, diagnose, inject, merge, plan, project, summary, unload,
-};
+pub use model::{candidates, diagnose, inject, merge, plan, project, summary, unload};
+pub use rotation::{ButterflyPlan, RotationError};
+pub use select::PatternError;
 pub use value::{Adapter, KeyMap, Transformers};
 
 /// The README's example, compiled.

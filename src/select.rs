@@ -1,8 +1,10 @@
-//! Which layers a configuration means: PEFT's matching rules.
+//! Which layers, biases and modules a configuration means in a model: PEFT's matching rules.
+
+use std::collections::HashSet;
 
 use fancy_regex::{CompileError, Error, Regex};
 
-use crate::config::{Selection, TargetModules};
+use crate::config::{Bias, Selection, TargetModules};
 
 /// The list that holds the layers where `layers_pattern` names none: any component of a path.
 const ANY_LIST: &str = "[^.]*";
@@ -48,15 +50,16 @@ pub enum PatternError {
 
 /// The matching rules of one configuration, compiled.
 #[derive(Debug)]
-pub(crate) struct TargetMatcher {
+pub(crate) struct Selector {
     target: Modules,
     exclude: Modules,
-    saved: Vec<String>,
+    saved: Saved,
+    bias: Bias,
     layers: Vec<usize>,
     lists: Vec<Pattern>,
 }
 
-impl TargetMatcher {
+impl Selector {
     /// Compiles the rules of `selection`.
     ///
     /// # Errors
@@ -68,7 +71,7 @@ impl TargetMatcher {
         let mut compile = |setting, modules: &Option<TargetModules>| {
             Modules::new(setting, modules.as_ref()).unwrap_or_else(|error| {
                 errors.push(error);
-                Modules::Names(Vec::new())
+                Modules::Names(HashSet::new())
             })
         };
         let target = compile("target_modules", &selection.target_modules);
@@ -95,7 +98,8 @@ impl TargetMatcher {
         Ok(Self {
             target,
             exclude,
-            saved: selection.modules_to_save.clone(),
+            saved: Saved::new(&selection.modules_to_save),
+            bias: selection.bias,
             layers: layers.clone(),
             lists,
         })
@@ -107,13 +111,13 @@ impl TargetMatcher {
     ///
     /// A pattern has no answer for this path.
     pub(crate) fn decide(&self, path: &str, is_linear: bool) -> Result<Decision, PatternError> {
-        if self.exclude.contains(path, is_linear)? || self.is_saved(path) {
+        if self.exclude.contains(path, is_linear)? || self.saved.contains(path) {
             return Ok(Decision::Excluded);
         }
         // A full name is taken in any layer, and so is "all-linear", which PEFT expands to full
         // names; a regular expression has its own say about layers.
         let by_ending = match &self.target {
-            Modules::Names(names) => !names.iter().any(|name| name == path),
+            Modules::Names(names) => !names.contains(path),
             Modules::Regex(_) | Modules::AllLinear => false,
         };
         let targeted =
@@ -125,9 +129,29 @@ impl TargetMatcher {
         })
     }
 
+    /// Whether a parameter is trained beside the adapters: a chosen bias, or a part of a module to save.
+    pub(crate) fn trains(&self, owner: &str, is_bias: bool, is_adapted: bool) -> bool {
+        let bias = is_bias
+            && match self.bias {
+                Bias::None => false,
+                Bias::All => true,
+                Bias::AdapterOnly => is_adapted,
+            };
+        bias || self.saved.contains(owner)
+    }
+
     /// Whether `modules_to_save` lists the module at `path` or one that holds it.
-    pub(crate) fn is_saved(&self, path: &str) -> bool {
-        is_saved(&self.saved, path)
+    pub(crate) fn saves(&self, path: &str) -> bool {
+        self.saved.contains(path)
+    }
+
+    /// The names of `target_modules` that select the module at `path`, layer filters aside.
+    pub(crate) fn names_of<'a>(&self, path: &'a str) -> impl Iterator<Item = &'a str> {
+        let names = match &self.target {
+            Modules::Names(names) => Some(names),
+            Modules::Regex(_) | Modules::AllLinear => None,
+        };
+        endings(path).filter(move |ending| names.is_some_and(|names| names.contains(*ending)))
     }
 
     fn is_in_layers(&self, path: &str) -> Result<bool, PatternError> {
@@ -143,21 +167,47 @@ impl TargetMatcher {
     }
 }
 
-/// Whether `modules_to_save` lists the module at `path` or one that holds it.
-pub(crate) fn is_saved(modules_to_save: &[String], path: &str) -> bool {
-    // The entries are names, bounded by dots. PEFT leaves adapters out by the same bounds, though it
-    // reads an entry as a regular expression, but it wraps whatever merely ends with an entry: its
-    // `head` saves `lm_head` too.
-    let path = format!(".{path}.");
-    modules_to_save
-        .iter()
-        .any(|name| path.contains(&format!(".{name}.")))
+/// The endings of a path at its dots, the whole path first.
+pub(crate) fn endings(path: &str) -> impl Iterator<Item = &str> {
+    let starts = path.match_indices('.').map(|(dot, _)| dot + 1);
+    [0].into_iter().chain(starts).map(|start| &path[start..])
+}
+
+/// The entries of `modules_to_save`, for many questions. The rule is that of [`Selection::saves`].
+#[derive(Debug)]
+struct Saved {
+    names: HashSet<String>,
+    /// The most components that an entry has.
+    longest: usize,
+}
+
+impl Saved {
+    fn new(names: &[String]) -> Self {
+        Self {
+            names: names.iter().cloned().collect(),
+            longest: names
+                .iter()
+                .map(|name| name.split('.').count())
+                .max()
+                .unwrap_or(0),
+        }
+    }
+
+    /// Whether the module at `path` or one that holds it is an entry.
+    fn contains(&self, path: &str) -> bool {
+        endings(path).any(|ending| {
+            let dots = ending.match_indices('.').map(|(dot, _)| dot);
+            let ends = dots.chain([ending.len()]).take(self.longest);
+            ends.into_iter()
+                .any(|end| self.names.contains(&ending[..end]))
+        })
+    }
 }
 
 /// A [`TargetModules`], compiled.
 #[derive(Debug)]
 enum Modules {
-    Names(Vec<String>),
+    Names(HashSet<String>),
     Regex(Pattern),
     AllLinear,
 }
@@ -165,8 +215,8 @@ enum Modules {
 impl Modules {
     fn new(setting: &'static str, modules: Option<&TargetModules>) -> Result<Self, PatternError> {
         Ok(match modules {
-            None => Self::Names(Vec::new()),
-            Some(TargetModules::Names(names)) => Self::Names(names.clone()),
+            None => Self::Names(HashSet::new()),
+            Some(TargetModules::Names(names)) => Self::Names(names.iter().cloned().collect()),
             Some(TargetModules::Regex(pattern)) => Self::Regex(Pattern::full(setting, pattern)?),
             Some(TargetModules::AllLinear) => Self::AllLinear,
         })
@@ -174,10 +224,7 @@ impl Modules {
 
     fn contains(&self, path: &str, is_linear: bool) -> Result<bool, PatternError> {
         match self {
-            Self::Names(names) => Ok(names.iter().any(|name| {
-                let head = path.strip_suffix(name.as_str());
-                head.is_some_and(|head| head.is_empty() || head.ends_with('.'))
-            })),
+            Self::Names(names) => Ok(endings(path).any(|ending| names.contains(ending))),
             Self::Regex(pattern) => pattern.is_match(path),
             Self::AllLinear => Ok(is_linear),
         }
@@ -311,7 +358,7 @@ mod tests {
     use super::*;
 
     fn decide(selection: &Selection, path: &str) -> Decision {
-        let matcher = TargetMatcher::new(selection).unwrap();
+        let matcher = Selector::new(selection).unwrap();
         matcher.decide(path, true).unwrap()
     }
 
@@ -331,7 +378,7 @@ mod tests {
     }
 
     fn refusals(selection: &Selection) -> Vec<String> {
-        let errors = TargetMatcher::new(selection).unwrap_err();
+        let errors = Selector::new(selection).unwrap_err();
         errors.iter().map(ToString::to_string).collect()
     }
 
@@ -489,7 +536,7 @@ mod tests {
             ],
             ..targeting("all-linear")
         };
-        let matcher = TargetMatcher::new(&selection).unwrap();
+        let matcher = Selector::new(&selection).unwrap();
         for (path, saved) in [
             ("head", true),
             ("model.head", true),
@@ -505,7 +552,7 @@ mod tests {
             } else {
                 Decision::Target
             };
-            assert_eq!(matcher.is_saved(path), saved, "{path}");
+            assert_eq!(matcher.saves(path), saved, "{path}");
             assert_eq!(matcher.decide(path, true), Ok(decision), "{path}");
         }
     }
@@ -516,7 +563,7 @@ mod tests {
             layers_to_transform: vec![1],
             ..targeting("ALL-linear")
         };
-        let matcher = TargetMatcher::new(&selection).unwrap();
+        let matcher = Selector::new(&selection).unwrap();
         assert_eq!(
             matcher.decide("layer.0.conv", false),
             Ok(Decision::Unmatched)
@@ -643,7 +690,7 @@ mod tests {
                 "layer index",
             ),
         ] {
-            let matcher = TargetMatcher::new(&selection).unwrap();
+            let matcher = Selector::new(&selection).unwrap();
             let error = matcher.decide(path, true).unwrap_err().to_string();
             assert!(error.contains(path) && error.contains(reason), "{error}");
         }

@@ -26,7 +26,7 @@ fn oft(radius: f64) -> OftConfig {
 fn extracted(config: &AdapterConfig) -> Adapter {
     let device = Device::flex().autodiff();
     let model = inject(Net::<BoftLinear>::new(3, &device), config).unwrap();
-    Adapter::extract(&model, config).unwrap()
+    Adapter::extract_as(&model, config).unwrap()
 }
 
 #[test]

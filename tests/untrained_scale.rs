@@ -24,7 +24,7 @@ fn base() -> Net<BoftLinear> {
 
 fn saved(scale: bool, folder: &Path) -> Net<BoftLinear> {
     let model = inject(base(), config(scale)).unwrap();
-    let adapter = Adapter::extract(&model, config(scale)).unwrap();
+    let adapter = Adapter::extract_as(&model, config(scale)).unwrap();
     adapter.save(folder).unwrap();
     model
 }
@@ -110,7 +110,7 @@ fn an_adapter_with_a_scale_of_ones_is_not_taken_for_one_without() {
         values[0] = 0.25;
         values
     });
-    let adapter = Adapter::extract(&model, config(true)).unwrap();
+    let adapter = Adapter::extract_as(&model, config(true)).unwrap();
     let folder = tempfile::tempdir().unwrap();
     adapter.save(folder.path()).unwrap();
     let (loaded, _) = Adapter::load(folder.path()).unwrap();

@@ -5,15 +5,14 @@
 use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
-use std::path::{Path as FilePath, PathBuf};
+use std::path::{Path, PathBuf};
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::Module;
 use burn::store::{ModuleRecord, RecordError};
-use burn::tensor::Tensor;
 use burn::train::checkpoint::{Checkpointer, CheckpointerError};
 use burn_pack::{Reader, Writer};
 
-use crate::model::walk::{Path, is_trainable};
+use super::walk::walk;
 
 /// Where a checkpoint says which base it belongs to.
 const BASE: &str = "base";
@@ -61,15 +60,10 @@ impl AdapterCheckpointer {
     /// # Errors
     ///
     /// [`CheckpointerError`] where the folder cannot be made.
-    pub fn new<M: Module>(
-        folder: impl AsRef<FilePath>,
-        model: &M,
-    ) -> Result<Self, CheckpointerError> {
+    pub fn new<M: Module>(folder: impl AsRef<Path>, model: &M) -> Result<Self, CheckpointerError> {
         let folder = folder.as_ref().to_path_buf();
         fs::create_dir_all(&folder).map_err(CheckpointerError::IOError)?;
-        let mut trained = Trained::default();
-        model.visit(&mut trained);
-        let trained = trained.paths;
+        let trained = kept_paths(model);
         let mut base = HashMap::new();
         for tensor in tensors(model.clone().into_record())? {
             if !trained.contains(&tensor.name) {
@@ -172,24 +166,17 @@ fn mix(hash: u64, word: u64) -> u64 {
 }
 
 /// The paths of the adapters and of all that is trained.
-#[derive(Default)]
-struct Trained {
-    path: Path,
-    paths: HashSet<String>,
-}
-
-impl ModuleVisitor for Trained {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.path.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.exit();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if self.path.in_reparameterization() || is_trainable(param) {
-            self.paths.insert(self.path.full());
+fn kept_paths<M: Module>(model: &M) -> HashSet<String> {
+    let mut paths = HashSet::new();
+    for parameter in walk(model).parameters {
+        if parameter.stored.is_trainable() {
+            paths.insert(parameter.path().to_string());
         }
+        let parts = parameter
+            .attached
+            .into_iter()
+            .flat_map(|attached| attached.parts);
+        paths.extend(parts.map(|(path, _)| path));
     }
+    paths
 }

@@ -1,195 +1,48 @@
-//! Checked sizes of one layer ([`ButterflyPlan`]) and the dry run of an injection ([`InjectPlan`]).
+//! [`plan`]: the dry run of an injection.
 
+use std::collections::{HashMap, HashSet};
 use std::fmt::{self, Display, Formatter};
 
-use serde::{Deserialize, Serialize};
+use burn::module::Module;
 
-use crate::config::{AdapterConfig, Block, BoftConfig, OftConfig};
-use crate::error::Misfit;
+use super::candidates::{Unsupported, verdicts};
+use super::misfit::{InjectError, Misfit, nearest};
+use super::walk::{Parameter, Walk, walk};
+use crate::config::{AdapterConfig, LayerKind, Selection, TargetModules};
+use crate::rotation::{ButterflyPlan, Method, Rotation};
+use crate::select::{Decision, Selector, endings};
 
-/// The kinds of layer that carry an adapter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum LayerKind {
-    /// A linear layer, weight `[d_input, d_output]`.
-    Linear,
-    /// A 2-D convolution, weight `[c_out, c_in/groups, kh, kw]`, rotated along `c_in/groups·kh·kw`.
-    Conv2d,
-}
-
-impl LayerKind {
-    /// `d_input` and `d_output` of a weight of this kind.
-    pub(crate) fn axes(self, shape: &[usize]) -> (usize, usize) {
-        match self {
-            Self::Linear => (shape[0], shape[1]),
-            Self::Conv2d => (shape[1..].iter().product(), shape[0]),
-        }
-    }
-}
-
-/// The sizes of one layer's rotation, checked: a value of this type always fits its layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[non_exhaustive]
-pub struct ButterflyPlan {
-    /// Length of the rotated axis, `d`.
-    pub d_input: usize,
-    /// Output channels, `o`.
-    pub d_output: usize,
-    /// Channels per block, `b`.
-    pub block_size: usize,
-    /// Factors, `m`.
-    pub n_butterfly_factor: usize,
-    /// Whether one stored block serves all.
-    pub block_share: bool,
-}
-
-impl ButterflyPlan {
-    /// The sizes of a layer under a configuration.
-    pub(crate) fn new(
-        config: &AdapterConfig,
-        path: &str,
-        (d_input, d_output): (usize, usize),
-    ) -> Result<Self, Misfit> {
-        match config {
-            AdapterConfig::Boft(config) => Self::boft(config, path, d_input, d_output),
-            AdapterConfig::Oft(config) => Self::oft(config, path, d_input, d_output),
-        }
-    }
-
-    fn boft(config: &BoftConfig, path: &str, d: usize, d_output: usize) -> Result<Self, Misfit> {
-        let m = config.n_butterfly_factor;
-        let fits = |b: usize| fits(d, b, m);
-        let path = || path.to_string();
-        let block_size = match config.block {
-            Block::Size(b) => b,
-            Block::Count(n) if n > 0 && d.is_multiple_of(n) => d / n,
-            Block::Count(block_num) => {
-                let proposals = neighbours(block_num, d, |n| d.is_multiple_of(n) && fits(d / n));
-                return Err(Misfit::BlockCount {
-                    path: path(),
-                    block_num,
-                    d_input: d,
-                    proposals,
-                });
-            }
-        };
-        if block_size == 1 {
-            return Err(Misfit::IdentityBlocks {
-                path: path(),
-                d_input: d,
-            });
-        }
-        if block_size == 0 || !d.is_multiple_of(block_size) {
-            let proposals = neighbours(block_size, d, fits);
-            return Err(Misfit::BlockSize {
-                path: path(),
-                block_size,
-                d_input: d,
-                proposals,
-            });
-        }
-        if m > 1 && !block_size.is_multiple_of(2) {
-            return Err(Misfit::OddBlock {
-                path: path(),
-                block_size,
-                n_butterfly_factor: m,
-            });
-        }
-        if !fits(block_size) {
-            return Err(Misfit::Factors {
-                path: path(),
-                n_butterfly_factor: m,
-                block_size,
-                d_input: d,
-                largest: (1..m)
-                    .rev()
-                    .find(|&m| self::fits(d, block_size, m))
-                    .unwrap_or(1),
-                proposals: neighbours(block_size, d, fits),
-            });
-        }
-        Ok(Self {
-            d_input: d,
-            d_output,
-            block_size,
-            n_butterfly_factor: m,
-            block_share: false,
-        })
-    }
-
-    fn oft(config: &OftConfig, path: &str, d: usize, d_output: usize) -> Result<Self, Misfit> {
-        let block_size = match config.block {
-            Block::Size(b) => adjust(d, b),
-            Block::Count(n) => d / adjust(d, n),
-        };
-        if block_size < 2 {
-            return Err(Misfit::IdentityBlocks {
-                path: path.to_string(),
-                d_input: d,
-            });
-        }
-        Ok(Self {
-            d_input: d,
-            d_output,
-            block_size,
-            n_butterfly_factor: 1,
-            block_share: config.block_share,
-        })
-    }
-
-    /// Blocks per factor, `n = d/b`.
-    pub fn block_num(&self) -> usize {
-        self.d_input / self.block_size
-    }
-
-    /// The neighbours that the rotation mixes, `b·2^(m−1)`.
-    pub fn span(&self) -> usize {
-        self.block_size << (self.n_butterfly_factor - 1)
-    }
-
-    /// The shape of the stored numbers, `[m, n, b(b−1)/2]`, or `[m, 1, b(b−1)/2]` with a shared block.
-    pub fn skew_shape(&self) -> [usize; 3] {
-        let stored = if self.block_share {
-            1
-        } else {
-            self.block_num()
-        };
-        [
-            self.n_butterfly_factor,
-            stored,
-            self.block_size * (self.block_size - 1) / 2,
-        ]
-    }
-}
-
-/// Whether `m` factors of `b × b` blocks rotate an axis of `d`.
-pub(crate) fn fits(d: usize, b: usize, m: usize) -> bool {
-    let span = u32::try_from(m - 1)
-        .ok()
-        .and_then(|shift| b.checked_shl(shift));
-    let even = m == 1 || b.is_multiple_of(2);
-    b >= 2 && even && span.is_some_and(|span| span >> (m - 1) == b && d.is_multiple_of(span))
-}
-
-/// The nearest sizes below and above that fit.
-fn neighbours(size: usize, max: usize, fits: impl Fn(usize) -> bool) -> Vec<usize> {
-    let below = (1..size.min(max + 1)).rev().find(|&size| fits(size));
-    let above = (size + 1..=max).find(|&size| fits(size));
-    below.into_iter().chain(above).collect()
-}
-
-/// PEFT's adjustment of an OFT block size or count: the nearest divisor, the smaller on a tie.
-pub(crate) fn adjust(d: usize, size: usize) -> usize {
-    if size >= d {
-        return d;
-    }
-    let is_divisor = |size: &usize| *size > 0 && d.is_multiple_of(*size);
-    let above = (size..=d).find(is_divisor).unwrap_or(d);
-    let below = (1..=size).rev().find(is_divisor).unwrap_or(above);
-    if size.abs_diff(below) <= above - size {
-        below
-    } else {
-        above
-    }
+/// Shows what [`inject`](crate::inject()) would do, without doing it.
+///
+/// # Errors
+///
+/// As [`inject`](crate::inject()).
+///
+/// # Examples
+///
+/// ```
+/// use burn::nn::{Linear, LinearConfig};
+/// use burn::module::Module;
+/// use burn_boft::{BoftConfig, plan};
+///
+/// #[derive(Module, Debug)]
+/// struct Head { hidden: Linear, output: Linear }
+///
+/// # let device = burn::tensor::Device::flex();
+/// let head = Head {
+///     hidden: LinearConfig::new(64, 32).init(&device),
+///     output: LinearConfig::new(32, 10).init(&device),
+/// };
+/// let plan = plan(&head, BoftConfig::new().with_block_size(8).with_target_modules(["hidden"]))?;
+/// assert_eq!(plan.layers[0].path, "hidden");
+/// assert_eq!(plan.parameters(), 8 * 28 + 32);
+/// # Ok::<(), burn_boft::model::InjectError>(())
+/// ```
+pub fn plan<M: Module>(
+    model: &M,
+    config: impl Into<AdapterConfig>,
+) -> Result<InjectPlan, InjectError> {
+    Preparation::new(&walk(model), &config.into()).map(|preparation| preparation.plan)
 }
 
 /// One layer of an [`InjectPlan`].
@@ -211,18 +64,28 @@ pub struct LayerPlan {
 }
 
 impl LayerPlan {
+    fn new(path: &str, shape: Vec<usize>, rotation: &Rotation) -> Self {
+        Self {
+            path: path.to_string(),
+            kind: rotation.kind(),
+            shape,
+            butterfly: rotation.sizes(),
+            scale: rotation.scale(),
+            adjusted_from: rotation.adjusted_from(),
+        }
+    }
+
     /// Trained numbers of the adapter: packed skew, and scale.
     pub fn parameters(&self) -> usize {
         let skew: usize = self.butterfly.skew_shape().iter().product();
-        skew + if self.scale {
-            self.butterfly.d_output
-        } else {
-            0
+        match self.scale {
+            true => skew + self.butterfly.d_output(),
+            false => skew,
         }
     }
 }
 
-/// What [`inject`](crate::inject()) would do, made by [`plan`](crate::plan()). `Display` is a table.
+/// What [`inject`](crate::inject()) would do, made by [`plan`]. `Display` is a table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct InjectPlan {
@@ -230,6 +93,9 @@ pub struct InjectPlan {
     pub layers: Vec<LayerPlan>,
     /// Paths of the parameters trained beside them: biases and modules to save.
     pub trained: Vec<String>,
+    /// Whether the model lives on a device with autodiff. If not, call [`Module::train`] on the injected model before
+    /// the first backward pass.
+    pub is_autodiff: bool,
 }
 
 impl InjectPlan {
@@ -241,35 +107,31 @@ impl InjectPlan {
 
 impl Display for InjectPlan {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let width = self
-            .layers
-            .iter()
-            .map(|layer| layer.path.len())
-            .max()
-            .unwrap_or(0)
-            .max(5);
+        let name = |layer: &LayerPlan| match layer.path.as_str() {
+            "" => "(the model itself)".to_string(),
+            path => path.to_string(),
+        };
+        let names: Vec<_> = self.layers.iter().map(name).collect();
         let shapes: Vec<_> = self
             .layers
             .iter()
             .map(|layer| format!("{:?}", layer.shape))
             .collect();
-        let shape_width = shapes.iter().map(String::len).max().unwrap_or(0).max(5);
+        let width = |column: &[String]| column.iter().map(String::len).max().unwrap_or(0).max(5);
+        let (name_width, shape_width) = (width(&names), width(&shapes));
         writeln!(
             f,
-            "{:width$}  {:shape_width$}  {:>5}  {:>6}  {:>7}  {:>10}",
+            "{:name_width$}  {:shape_width$}  {:>5}  {:>6}  {:>7}  {:>10}",
             "layer", "shape", "block", "blocks", "factors", "parameters"
         )?;
-        for (layer, shape) in self.layers.iter().zip(&shapes) {
-            let ButterflyPlan {
-                block_size,
-                n_butterfly_factor,
-                ..
-            } = layer.butterfly;
+        for ((layer, name), shape) in self.layers.iter().zip(&names).zip(&shapes) {
+            let sizes = layer.butterfly;
             write!(
                 f,
-                "{:width$}  {shape:shape_width$}  {block_size:>5}  {:>6}  {n_butterfly_factor:>7}  {:>10}",
-                layer.path,
-                layer.butterfly.block_num(),
+                "{name:name_width$}  {shape:shape_width$}  {:>5}  {:>6}  {:>7}  {:>10}",
+                sizes.block_size(),
+                sizes.block_num(),
+                sizes.n_butterfly_factor(),
                 layer.parameters(),
             )?;
             match layer.adjusted_from {
@@ -277,95 +139,295 @@ impl Display for InjectPlan {
                 None => writeln!(f)?,
             }
         }
-        write!(
-            f,
-            "{} layers, {} parameters",
-            self.layers.len(),
-            self.parameters()
-        )?;
-        match self.trained.is_empty() {
-            true => Ok(()),
-            false => write!(f, "; also trained: {}", self.trained.join(", ")),
+        let (layers, parameters) = (self.layers.len(), self.parameters());
+        write!(f, "{layers} layers, {parameters} parameters")?;
+        if !self.trained.is_empty() {
+            write!(f, "; also trained: {}", self.trained.join(", "))?;
         }
+        if !self.is_autodiff {
+            write!(
+                f,
+                "\nThe model is on a device without autodiff: call `train()` on the injected model before the \
+                 first backward pass."
+            )?;
+        }
+        Ok(())
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// A plan that fits, with the rotation of each of its layers.
+pub(crate) struct Preparation {
+    pub(crate) plan: InjectPlan,
+    pub(crate) rotations: Vec<Rotation>,
+}
 
-    fn boft(config: BoftConfig, d: usize) -> Result<ButterflyPlan, Misfit> {
-        ButterflyPlan::new(&config.into(), "layer", (d, 10))
+impl Preparation {
+    pub(crate) fn new(walk: &Walk, config: &AdapterConfig) -> Result<Self, InjectError> {
+        let selection = config.selection();
+        let method = Method::unchecked(config);
+        let mut misfits: Vec<_> = into_misfits(method.errors()).collect();
+        if selection.target_modules.is_none() {
+            misfits.push(Misfit::NoTargetSetting);
+        }
+        misfits.extend(already_adapted(walk));
+        misfits.extend(unknown_modules_to_save(selection, walk));
+        let selector = match Selector::new(selection) {
+            Ok(selector) => selector,
+            Err(errors) => {
+                misfits.extend(into_misfits(errors));
+                return Err(InjectError::new(misfits));
+            }
+        };
+        let mut targets = Targets::new(selection, &selector);
+        let found = targets.find(walk);
+        let layers = match found {
+            Ok(layers) => layers,
+            Err(error) => {
+                misfits.push(error.into());
+                return Err(InjectError::new(misfits));
+            }
+        };
+        misfits.extend(targets.misfits(walk));
+        let mut rotations = Vec::new();
+        for (parameter, kind) in layers.iter().filter(|_| method.has_sizes()) {
+            let axes = kind.axes(&parameter.stored.shape());
+            match method.rotation(parameter.owner(), *kind, axes) {
+                Ok(rotation) => rotations.push(rotation),
+                Err(error) => misfits.push(error.into()),
+            }
+        }
+        if !misfits.is_empty() {
+            return Err(InjectError::new(misfits));
+        }
+        let adapted = layers.iter().map(|(parameter, _)| parameter.owner());
+        let adapted = adapted.collect();
+        let trained = trained(&selector, walk, &adapted);
+        let planned = layers
+            .iter()
+            .zip(&rotations)
+            .map(|((parameter, _), rotation)| {
+                LayerPlan::new(parameter.owner(), parameter.stored.shape(), rotation)
+            });
+        let plan = InjectPlan {
+            layers: planned.collect(),
+            trained: trained
+                .map(|parameter| parameter.path().to_string())
+                .collect(),
+            is_autodiff: walk.parameters.iter().any(|p| p.stored.is_autodiff()),
+        };
+        Ok(Self { plan, rotations })
     }
+}
 
-    #[test]
-    fn oft_adjusts_sizes_as_peft_does() {
-        let cases = [
-            (20, 8, 10),
-            (10, 32, 10),
-            (768, 100, 96),
-            (10, 4, 5),
-            (12, 5, 4),
-            (45, 32, 45),
-            (147, 32, 21),
-            (27, 32, 27),
-            (11008, 100, 86),
-            (7, 3, 1),
-            (13, 6, 1),
-        ];
-        for (d, size, adjusted) in cases {
-            assert_eq!(adjust(d, size), adjusted, "{size} for an axis of {d}");
+fn into_misfits<E: Into<Misfit>>(errors: Vec<E>) -> impl Iterator<Item = Misfit> {
+    errors.into_iter().map(Into::into)
+}
+
+fn already_adapted(walk: &Walk) -> impl Iterator<Item = Misfit> {
+    walk.parameters.iter().filter_map(|parameter| {
+        let attached = parameter.attached.as_ref()?;
+        Some(Misfit::AlreadyAdapted {
+            path: parameter.path().to_string(),
+            name: attached.name.clone(),
+        })
+    })
+}
+
+/// The entries of `modules_to_save` that are the ending of no module with parameters.
+fn unknown_modules_to_save(selection: &Selection, walk: &Walk) -> Vec<Misfit> {
+    if selection.modules_to_save.is_empty() {
+        return Vec::new();
+    }
+    let modules = || {
+        let holders = walk.modules.iter().filter(|module| module.holds_parameters);
+        holders.map(|module| module.path.as_str())
+    };
+    let known: HashSet<_> = modules().flat_map(endings).collect();
+    let names = selection.modules_to_save.iter();
+    let unknown = names.filter(|name| name.is_empty() || !known.contains(name.as_str()));
+    let misfit = |name: &String| Misfit::UnknownModuleToSave {
+        name: name.clone(),
+        nearest: nearest(name, modules()),
+    };
+    unknown.map(misfit).collect()
+}
+
+/// The biases and parts of modules that are trained beside adapters of these layers, in the model's order.
+pub(crate) fn trained<'a>(
+    selector: &Selector,
+    walk: &'a Walk,
+    adapted: &HashSet<&str>,
+) -> impl Iterator<Item = &'a Parameter> {
+    walk.parameters.iter().filter(|parameter| {
+        let owner = parameter.owner();
+        selector.trains(owner, parameter.is_bias(), adapted.contains(owner))
+    })
+}
+
+/// The search for the layers that a configuration means.
+struct Targets<'a> {
+    selection: &'a Selection,
+    selector: &'a Selector,
+    /// What the names in `target_modules` have selected so far.
+    uses: HashMap<&'a str, Uses>,
+    /// Layers that could carry an adapter, and how many of them are targets or excluded.
+    layers: Vec<String>,
+    targets: usize,
+    excluded: usize,
+    misfits: Vec<Misfit>,
+}
+
+/// What one name in `target_modules` selects.
+#[derive(Default)]
+struct Uses {
+    /// Layers that are adapted, or excluded on purpose.
+    selected: usize,
+    /// Layers outside of `layers_to_transform`.
+    outside: usize,
+    /// The first module that no adapter exists for.
+    unsupported: Option<(String, Unsupported)>,
+}
+
+impl<'a> Targets<'a> {
+    fn new(selection: &'a Selection, selector: &'a Selector) -> Self {
+        let names = match &selection.target_modules {
+            Some(TargetModules::Names(names)) => &names[..],
+            _ => &[],
+        };
+        let uses = names.iter().map(|name| (name.as_str(), Uses::default()));
+        Self {
+            selection,
+            selector,
+            uses: uses.collect(),
+            layers: Vec::new(),
+            targets: 0,
+            excluded: 0,
+            misfits: Vec::new(),
         }
     }
 
-    #[test]
-    fn a_size_that_does_not_divide_is_refused_with_sizes_that_would() {
-        let error = boft(BoftConfig::new().with_block_size(12), 100).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "block size 12 does not divide 100 input features of `layer`; 10 or 20 would"
-        );
-    }
-
-    #[test]
-    fn boft_never_adjusts() {
-        let config = BoftConfig::new().with_n_butterfly_factor(2);
-        assert!(boft(config.clone().with_block_size(4), 24).is_ok());
-        let odd = boft(config.clone().with_block_size(3), 24).unwrap_err();
-        assert!(
-            matches!(odd, Misfit::OddBlock { block_size: 3, .. }),
-            "{odd}"
-        );
-        let wide = boft(config.clone().with_block_size(8), 24).unwrap_err();
-        assert!(matches!(wide, Misfit::Factors { largest: 1, .. }), "{wide}");
-        let count = boft(config.clone().with_block_num(5), 24).unwrap_err();
-        assert!(
-            matches!(count, Misfit::BlockCount { block_num: 5, .. }),
-            "{count}"
-        );
-        for block in [0, 1] {
-            assert!(boft(config.clone().with_block_size(block), 24).is_err());
-            assert!(boft(config.clone().with_block_num(block * 24), 24).is_err());
+    /// The layers to adapt, in the model's order.
+    fn find<'w>(
+        &mut self,
+        walk: &'w Walk,
+    ) -> Result<Vec<(&'w Parameter, LayerKind)>, crate::select::PatternError> {
+        let mut found = Vec::new();
+        for (parameter, verdict) in verdicts(walk, &self.selection.layer_kinds) {
+            let path = parameter.owner();
+            let reason = match verdict {
+                Ok(kind) => {
+                    self.layers.push(path.to_string());
+                    let decision = self.selector.decide(path, kind == LayerKind::Linear)?;
+                    self.count(path, decision);
+                    if decision == Decision::Target {
+                        found.push((parameter, kind));
+                    }
+                    continue;
+                }
+                Err(reason) => reason,
+            };
+            match reason {
+                // The layer's weight says what the layer is.
+                Unsupported::NotTheWeight { .. } => {}
+                Unsupported::TakenOut => self.count(path, Decision::Excluded),
+                Unsupported::Type { .. } => self.note(path, reason),
+                Unsupported::Quantized => {
+                    let decision = self
+                        .selector
+                        .decide(path, parameter.owner_type() == "Linear")?;
+                    self.count(path, decision);
+                    if decision == Decision::Target {
+                        let path = path.to_string();
+                        self.misfits.push(Misfit::Quantized { path });
+                    }
+                }
+                _ => {
+                    let decision = self
+                        .selector
+                        .decide(path, parameter.owner_type() == "Linear")?;
+                    self.count(path, decision);
+                    if decision == Decision::Target {
+                        let path = path.to_string();
+                        self.misfits
+                            .push(Misfit::UnsupportedTarget { path, reason });
+                    }
+                }
+            }
         }
-        let deep = BoftConfig::new().with_n_butterfly_factor(200);
-        assert!(
-            boft(deep, 24).is_err(),
-            "a span beyond the integers is refused, not wrapped"
-        );
+        Ok(found)
     }
 
-    #[test]
-    fn a_block_count_is_the_other_way_to_say_a_size() {
-        let plan = boft(
-            BoftConfig::new()
-                .with_block_num(6)
-                .with_n_butterfly_factor(2),
-            24,
-        )
-        .unwrap();
-        assert_eq!((plan.block_size, plan.block_num(), plan.span()), (4, 6, 8));
-        let oft = OftConfig::new().with_block_num(7);
-        let plan = ButterflyPlan::new(&oft.into(), "layer", (20, 10)).unwrap();
-        assert_eq!((plan.block_size, plan.block_num()), (4, 5));
+    fn count(&mut self, path: &str, decision: Decision) {
+        match decision {
+            Decision::Target => self.targets += 1,
+            Decision::Excluded => self.excluded += 1,
+            Decision::Unmatched => {}
+        }
+        for name in self.selector.names_of(path) {
+            if let Some(uses) = self.uses.get_mut(name) {
+                match decision {
+                    Decision::Target | Decision::Excluded => uses.selected += 1,
+                    Decision::Unmatched => uses.outside += 1,
+                }
+            }
+        }
+    }
+
+    /// Notes for the names that select it that a module cannot be adapted.
+    fn note(&mut self, path: &str, reason: Unsupported) {
+        for name in self.selector.names_of(path) {
+            if let Some(uses) = self.uses.get_mut(name) {
+                let first = || (path.to_string(), reason.clone());
+                uses.unsupported.get_or_insert_with(first);
+            }
+        }
+    }
+
+    /// What is wrong with the targets as a whole.
+    fn misfits(mut self, walk: &Walk) -> Vec<Misfit> {
+        for module in walk.modules.iter().filter(|module| module.holds_parameters) {
+            let type_name = module.type_name.clone();
+            self.note(&module.path, Unsupported::Holder { type_name });
+        }
+        let nearest = |name: &str| nearest(name, self.layers.iter().map(String::as_str));
+        let names = match &self.selection.target_modules {
+            Some(TargetModules::Names(names)) => &names[..],
+            _ => &[],
+        };
+        let mut misfits = std::mem::take(&mut self.misfits);
+        let before = misfits.len();
+        for name in names {
+            let Some(uses) = self.uses.remove(name.as_str()) else {
+                continue; // The list repeats a name.
+            };
+            match uses {
+                Uses { selected: 1.., .. } => {}
+                Uses { outside, .. } if outside > 0 => misfits.push(Misfit::NotInLayers {
+                    name: name.clone(),
+                    layers: outside,
+                }),
+                Uses {
+                    unsupported: Some((path, reason)),
+                    ..
+                } => misfits.push(Misfit::UnsupportedTarget { path, reason }),
+                Uses { .. } if self.selection.allow_absent_targets => {}
+                Uses { .. } => misfits.push(Misfit::UnknownTarget {
+                    name: name.clone(),
+                    nearest: nearest(name),
+                }),
+            }
+        }
+        if let (0, Some(modules)) = (self.targets, &self.selection.target_modules)
+            && misfits.len() == before
+        {
+            let targets = modules.to_string();
+            misfits.push(Misfit::NoTarget {
+                nearest: nearest(&targets),
+                targets,
+                layers: self.layers.len(),
+                excluded: self.excluded,
+            });
+        }
+        misfits
     }
 }

@@ -2,13 +2,13 @@
 
 use std::fmt::{self, Display, Formatter};
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::Module;
 use burn::tensor::{DType, FloatDType, Tensor};
 
-use crate::adapter::AdapterSettings;
-use crate::model::plan::{ButterflyPlan, LayerKind};
-use crate::model::walk::{Path, is_trainable};
+use super::walk::walk;
+use crate::config::LayerKind;
 use crate::ops::{Blocks, Side, upper_triangle, widen};
+use crate::rotation::{ButterflyPlan, Rotation};
 
 /// Parameter counts of a model, made by [`summary`]. `Display` is PEFT's line.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,66 +74,31 @@ fn thousands(number: usize) -> String {
 ///
 /// Trainable is what [`Module::train`] would make trainable, so a model and its `valid()` count alike.
 pub fn summary<M: Module>(model: &M) -> Summary {
-    let mut survey = Counter::default();
-    model.visit(&mut survey);
-    Summary {
-        trainable: survey.trainable,
-        total: survey.total,
-        layers: survey.layers,
-    }
-}
-
-#[derive(Default)]
-struct Counter {
-    path: Path,
-    trainable: usize,
-    total: usize,
-    layers: Vec<LayerSummary>,
-}
-
-impl ModuleVisitor for Counter {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        if let Some(settings) = AdapterSettings::from_level(name, container)
-            && let Some(path) = self.path.adapted_layer()
-        {
-            let butterfly = settings.butterfly();
-            self.layers.push(LayerSummary {
-                path,
-                butterfly,
-                effective: 0,
-                stored_by_peft: 0,
-            });
-        }
-        self.path.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.exit();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let count = param.lazy_shape().num_elements();
-        self.total += count;
-        if is_trainable(param) {
-            self.trainable += count;
-        }
-        if !self.path.in_reparameterization() {
-            return;
-        }
-        if let Some(layer) = self.layers.last_mut() {
-            layer.effective += count;
-            // PEFT's OFT, the adapter without a scale, packs as we do; its BOFT, which always has one,
-            // keeps b² numbers where b(b−1)/2 are free.
-            match self.path.last().0 {
-                "scale" => {
-                    let skew = layer.stored_by_peft;
-                    let b = layer.butterfly.block_size;
-                    layer.stored_by_peft = skew * 2 * b / (b - 1) + count;
-                }
-                _ => layer.stored_by_peft += count,
+    let walk = walk(model);
+    let mut summary = Summary {
+        trainable: 0,
+        total: 0,
+        layers: Vec::new(),
+    };
+    for parameter in &walk.parameters {
+        let attached = parameter.attached.iter();
+        let parts = attached.flat_map(|attached| attached.parts.iter().map(|(_, part)| part));
+        for stored in [&parameter.stored].into_iter().chain(parts) {
+            let count = stored.shape().iter().product::<usize>();
+            summary.total += count;
+            if stored.is_trainable() {
+                summary.trainable += count;
             }
         }
     }
+    let layers = walk.adapted().map(|(weight, _, rotation)| LayerSummary {
+        path: weight.owner().to_string(),
+        butterfly: rotation.sizes(),
+        effective: rotation.parameters(),
+        stored_by_peft: rotation.stored_by_peft(),
+    });
+    summary.layers = layers.collect();
+    summary
 }
 
 /// Measurements of every rotation of a model, made by [`diagnose`]. `Display` is a table.
@@ -206,48 +171,17 @@ impl Display for Diagnosis {
 pub fn diagnose<M: Module>(model: &M) -> Diagnosis {
     // The plain device: nothing here is differentiated.
     let model = model.valid();
-    let mut visitor = Diagnoser::default();
-    model.visit(&mut visitor);
+    let walk = walk(&model);
+    let layers = walk.adapted().filter_map(|(weight, attached, rotation)| {
+        let skew = attached.skew()?.tensor();
+        let base = match rotation.kind() {
+            LayerKind::Linear => matrix::<2>(weight.stored.tensor(), rotation.kind()),
+            LayerKind::Conv2d => matrix::<4>(weight.stored.tensor(), rotation.kind()),
+        };
+        Some(diagnose_layer(weight.owner(), rotation, skew, base))
+    });
     Diagnosis {
-        layers: visitor.layers,
-    }
-}
-
-#[derive(Default)]
-struct Diagnoser {
-    path: Path,
-    base: Option<Tensor<2>>,
-    settings: Option<AdapterSettings>,
-    layers: Vec<LayerDiagnosis>,
-}
-
-impl ModuleVisitor for Diagnoser {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        if let Some(settings) = AdapterSettings::from_level(name, container) {
-            self.settings = Some(settings);
-        }
-        self.path.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.exit();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if !self.path.in_reparameterization() {
-            self.base = self
-                .path
-                .layer_kind::<D>()
-                .map(|kind| matrix(param.base(), kind));
-        } else if self.path.last().0 == "skew"
-            && let (Some(settings), Some(base)) = (self.settings.take(), self.base.take())
-            && let Some(path) = self.path.adapted_layer()
-        {
-            let skew = param.base();
-            let dims: [usize; 3] = settings.butterfly().skew_shape();
-            self.layers
-                .push(diagnose_layer(path, &settings, skew.reshape(dims), base));
-        }
+        layers: layers.collect(),
     }
 }
 
@@ -266,19 +200,19 @@ fn matrix<const D: usize>(base: Tensor<D>, kind: LayerKind) -> Tensor<2> {
 }
 
 fn diagnose_layer(
-    path: String,
-    settings: &AdapterSettings,
+    path: &str,
+    rotation: &Rotation,
     skew: Tensor<3>,
     base: Tensor<2>,
 ) -> LayerDiagnosis {
-    let blocks = settings.blocks(skew.clone());
-    let (defect, q) = (defect(&blocks), norm(settings, skew));
+    let blocks = rotation.blocks(skew.clone());
+    let (defect, q) = (defect(&blocks), norm(rotation, skew));
     let rotated = blocks.rotate(base.clone(), Side::Left, false);
     LayerDiagnosis {
-        path,
+        path: path.to_string(),
         orthogonality_defect: defect,
         skew_norm: q,
-        largest_angle: settings.angle(q),
+        largest_angle: rotation.angle(q),
         energy_before: energy(base),
         energy_after: energy(rotated),
     }
@@ -296,15 +230,15 @@ pub(crate) fn defect(blocks: &Blocks) -> f64 {
 }
 
 /// The largest `‖Q‖₂` of the blocks that a layer computes with.
-pub(crate) fn norm(settings: &AdapterSettings, skew: Tensor<3>) -> f64 {
-    skew_norm(&settings.project(skew), settings.butterfly().block_size)
+pub(crate) fn norm(rotation: &Rotation, skew: Tensor<3>) -> f64 {
+    skew_norm(&rotation.project(skew), rotation.sizes().block_size())
 }
 
 /// The largest `‖Q‖₂` of packed blocks, by power iteration on `QᵀQ`.
 fn skew_norm(skew: &Tensor<3>, b: usize) -> f64 {
     const STEPS: usize = 200;
-    let numbers = skew.clone().into_data().convert::<f64>();
-    let numbers: Vec<f64> = numbers.try_to_vec().unwrap_or_default();
+    let numbers = skew.clone().into_data();
+    let numbers: Vec<f64> = numbers.iter::<f64>().collect();
     let norm = |vector: &[f64]| vector.iter().map(|x| x * x).sum::<f64>().sqrt();
     let apply = |packed: &[f64], vector: &[f64]| {
         let mut result = vec![0.0; b];

@@ -325,6 +325,7 @@ impl Fields<'_> {
                     other => other.ends_with("_only").then_some(Bias::AdapterOnly),
                 },
             )?,
+            ..Selection::default()
         })
     }
 

@@ -23,7 +23,6 @@ pub use load::{LoadError, LoadOptions};
 pub use save::{SaveError, SaveOptions, Unrepresentable};
 
 pub(crate) use config_json::check as check_settings;
-pub(crate) use write::stored_numbers;
 
 use crate::value::Adapter;
 

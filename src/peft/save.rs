@@ -10,9 +10,9 @@ use super::config_json::{self, ConfigError};
 use super::folder::{self, Folder, NameError};
 use super::{scale, write};
 use crate::config::{Selection, TargetModules};
+use crate::rotation::factors;
 use crate::value::Adapter;
 use crate::value::keymap::{KeyMap, KeyMapError};
-use crate::value::layer::factors;
 
 /// Why [`Adapter::save`](crate::Adapter::save) refuses.
 #[derive(Debug, thiserror::Error)]

@@ -4,11 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use burn::tensor::{FloatDType, TensorData};
 
-use super::config_json::format;
 use super::keys::{Format, Layout, key, saved_key};
 use super::save::{SaveError, Unrepresentable};
-use crate::config::AdapterConfig;
-use crate::model::plan::LayerKind;
+use crate::config::{AdapterConfig, LayerKind};
+use crate::rotation::Method;
 use crate::tensors::{from_values, split, values};
 use crate::value::Adapter;
 use crate::value::keymap::{KeyMap, KeyMapError, join};
@@ -62,19 +61,6 @@ pub(super) fn tensors(
         }
     }
     Ok(file.tensors)
-}
-
-/// How many numbers PEFT stores for one layer of `n` blocks (1 where they share one): its BOFT has full squares and a
-/// scale, its OFT has packed blocks.
-pub(crate) fn stored_numbers(
-    config: &AdapterConfig,
-    [m, n, b]: [usize; 3],
-    d_output: usize,
-) -> usize {
-    match format(config) {
-        Format::Boft => m * n * b * b + d_output,
-        Format::Oft => m * n * (b * (b - 1) / 2),
-    }
 }
 
 /// The tensors of a file, and the modules that they are of.
@@ -183,15 +169,13 @@ pub(super) fn check_sizes(
 }
 
 fn check_layer(config: &AdapterConfig, layer: &AdapterLayer) -> Result<(), Unrepresentable> {
-    if let AdapterConfig::Boft(config) = config
-        && config.n_butterfly_factor != layer.n_butterfly_factor()
-    {
-        return Err(Unrepresentable::Factors {
-            layer: layer.n_butterfly_factor(),
-            settings: config.n_butterfly_factor,
-        });
+    let method = Method::unchecked(config);
+    let (m, settings) = (layer.n_butterfly_factor(), method.n_butterfly_factor());
+    // Of OFT, several factors have no place in the file at all.
+    if method.allows(m, true) && m != settings {
+        return Err(Unrepresentable::Factors { layer: m, settings });
     }
-    let expected = expected_block_size(config, layer.d_input());
+    let expected = expected_block_size(&method, layer.d_input());
     match expected.filter(|expected| *expected != layer.block_size) {
         Some(settings) => Err(Unrepresentable::BlockSize {
             layer: layer.block_size,

@@ -2,21 +2,21 @@
 
 use std::collections::{HashMap, HashSet};
 
-use burn::module::{Module, ModuleVisitor, Param, Reparameterization};
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::module::{Module, Reparameterization};
+use burn::tensor::{DType, TensorData};
 
 use super::Adapter;
 use super::keymap::{KeyMap, KeyMapError, join};
 use super::layer::AdapterLayer;
 use super::mismatch::{Mismatch, Missing, Unexpected, Wrong};
 use super::report::LoadReport;
-use crate::adapter::{AdapterSettings, BoftAdapter, Values};
-use crate::config::{Bias, Selection};
-use crate::error::{InjectError, Misfit};
-use crate::model::inject::{check_settings, nearest, place, trained_parameters, unload};
-use crate::model::plan::LayerKind;
-use crate::model::walk::{Layer, Parameter, Path, Survey};
-use crate::select::{Decision, TargetMatcher, is_saved};
+use crate::adapter::BoftAdapter;
+use crate::config::{Bias, LayerKind, Selection};
+use crate::model::{
+    InjectError, Misfit, Placement, Unsupported, Walk, nearest, trained, unload, verdicts, walk,
+};
+use crate::rotation::{Method, Rotation, Values};
+use crate::select::{Decision, Selector};
 use crate::tensors::transposed;
 
 /// Why [`Adapter::attach`](crate::Adapter::attach) refuses. The model passed in is unchanged.
@@ -53,11 +53,12 @@ impl Adapter {
     /// has no place for, or whose shape does not fit. The model passed in is consumed, so keep a clone where it
     /// is needed after an error.
     pub fn attach<M: Module>(&self, model: M) -> Result<M, AttachError> {
-        let (survey, fit) = self.fit(&model)?;
+        let walk = walk(&model);
+        let fit = self.fit(&walk)?;
         if !fit.mismatch.is_empty() {
             return Err(fit.mismatch.into());
         }
-        Ok(fit.attach(&survey, model))
+        Ok(fit.attach(walk, model))
     }
 
     /// Attaches what fits: [`Adapter::attach`] where missing and unexpected parts are reported and left.
@@ -66,134 +67,99 @@ impl Adapter {
     ///
     /// As [`Adapter::attach`] for what is there and does not fit.
     pub fn attach_partial<M: Module>(&self, model: M) -> Result<(M, LoadReport), AttachError> {
-        let (survey, fit) = self.fit(&model)?;
+        let walk = walk(&model);
+        let fit = self.fit(&walk)?;
         if !fit.mismatch.wrong.is_empty() {
             return Err(fit.mismatch.into());
         }
         let mut report = fit.report();
         report.missing = fit.mismatch.missing.clone();
         report.unexpected = fit.mismatch.unexpected.clone();
-        Ok((fit.attach(&survey, model), report))
+        Ok((fit.attach(walk, model), report))
     }
 
     /// What goes where, and what does not.
-    fn fit<M: Module>(&self, model: &M) -> Result<(Survey, Fit), AttachError> {
-        let mut survey = Survey::default();
-        model.visit(&mut survey);
-        let mut misfits = check_settings(&self.config);
-        // The file says which layers there are.
-        misfits.retain(|misfit| *misfit != Misfit::NoTargetSetting);
-        let others = survey
-            .adapted
-            .iter()
-            .filter(|(_, name)| name != BoftAdapter::NAME);
-        misfits.extend(others.map(|(path, name)| Misfit::AlreadyAdapted {
-            path: path.clone(),
-            name: name.clone(),
-        }));
+    fn fit(&self, walk: &Walk) -> Result<Fit, AttachError> {
+        // The file says which layers there are, so it need not say how they are targeted.
+        let method = Method::new(&self.config).map_err(refused)?;
+        let others = walk.parameters.iter().filter_map(|parameter| {
+            let attached = parameter.attached.as_ref()?;
+            (attached.name != BoftAdapter::NAME).then(|| Misfit::AlreadyAdapted {
+                path: parameter.path().to_string(),
+                name: attached.name.clone(),
+            })
+        });
+        let mut misfits: Vec<_> = others.collect();
+        let selection = self.config.selection();
+        let layers = verdicts(walk, &selection.layer_kinds).filter(|(p, _)| p.name() == "weight");
+        let layers: HashMap<_, _> = layers
+            .map(|(parameter, verdict)| (parameter.owner(), (parameter, verdict)))
+            .collect();
         let mut fit = Fit::default();
         for layer in self.layers.iter().filter(|layer| !layer.is_identity()) {
-            self.fit_layer(layer, &survey, &mut fit, &mut misfits);
+            match layers.get(layer.path.as_str()) {
+                Some((_, Err(Unsupported::Quantized))) => misfits.push(Misfit::Quantized {
+                    path: layer.path.clone(),
+                }),
+                Some((parameter, Ok(kind))) => {
+                    fit.layer(layer, &method, *kind, &parameter.stored.shape());
+                }
+                Some((_, Err(reason))) => {
+                    fit.no_layer(&layer.path, Some(reason.clone()), Vec::new());
+                }
+                None => {
+                    let paths = layers.iter().filter(|(_, (_, verdict))| verdict.is_ok());
+                    let nearest = match fit.mismatch.unexpected.len() < SUGGESTIONS {
+                        true => nearest(&layer.path, paths.map(|(path, _)| *path)),
+                        false => Vec::new(),
+                    };
+                    fit.no_layer(&layer.path, None, nearest);
+                }
+            }
         }
         if !misfits.is_empty() {
             return Err(InjectError::new(misfits).into());
         }
-        self.fit_tensors(model, &survey, &mut fit);
-        self.find_missing(&survey, &mut fit)?;
+        self.fit_tensors(walk, &mut fit);
+        self.find_missing(walk, &mut fit)?;
+        let selector = Selector::new(selection).map_err(refused)?;
         let adapted = fit.layers.keys().map(String::as_str).collect();
-        fit.trained = trained_parameters(self.config.selection(), &survey, &adapted)
-            .map(|parameter| parameter.path.clone())
+        fit.trained = trained(&selector, walk, &adapted)
+            .map(|parameter| parameter.path().to_string())
             .collect();
         fit.trained.extend(fit.tensors.keys().cloned());
-        Ok((survey, fit))
-    }
-
-    fn fit_layer(
-        &self,
-        layer: &AdapterLayer,
-        survey: &Survey,
-        fit: &mut Fit,
-        misfits: &mut Vec<Misfit>,
-    ) {
-        let path = &layer.path;
-        let Some(target) = survey.layers.iter().find(|target| target.path == *path) else {
-            let paths = survey.layers.iter().map(|layer| layer.path.as_str());
-            let nearest = nearest(path, paths);
-            fit.mismatch.unexpected.push(Unexpected::Layer {
-                path: path.clone(),
-                nearest,
-            });
-            return;
-        };
-        let Layer {
-            kind, shape, dtype, ..
-        } = target;
-        if matches!(dtype, DType::QFloat(_)) {
-            misfits.push(Misfit::Quantized {
-                path: path.clone(),
-                dtype: *dtype,
-            });
-            return;
-        }
-        let (d_input, d_output) = kind.axes(shape);
-        let butterfly = layer.check_kind(*kind);
-        match butterfly.and_then(|()| layer.butterfly(d_input, d_output)) {
-            Ok(butterfly) => {
-                let settings = AdapterSettings::new(*kind, butterfly, &self.config);
-                let values = Values {
-                    skew: layer.skew.clone(),
-                    scale: layer.scale.clone(),
-                };
-                fit.layers.insert(path.clone(), (settings, values));
-            }
-            Err(reason) => fit.mismatch.wrong.push(Wrong::Fit {
-                path: path.clone(),
-                reason,
-            }),
-        }
+        Ok(fit)
     }
 
     /// Finds the place of every bias and saved tensor.
-    fn fit_tensors<M: Module>(&self, model: &M, survey: &Survey, fit: &mut Fit) {
-        let places: HashMap<_, _> = survey
+    fn fit_tensors(&self, walk: &Walk, fit: &mut Fit) {
+        let places: HashMap<_, _> = walk
             .parameters
             .iter()
-            .map(|parameter| {
-                (
-                    (parameter.owner.as_str(), parameter.torch_name()),
-                    parameter,
-                )
-            })
+            .map(|parameter| ((parameter.owner(), parameter.torch_name()), parameter))
             .collect();
-        let mut wanted = HashMap::new();
         for tensor in &self.tensors {
-            match places.get(&(tensor.module.as_str(), tensor.name.as_str())) {
-                Some(parameter) => _ = wanted.insert(parameter.path.as_str(), (tensor, *parameter)),
+            let Some(parameter) = places.get(&(tensor.module.as_str(), tensor.name.as_str()))
+            else {
                 // Burn's norms do not count batches.
-                None if tensor.name == "num_batches_tracked" => {}
-                None => fit.mismatch.unexpected.push(Unexpected::Parameter {
-                    path: join(&tensor.module, &tensor.name),
-                }),
-            }
-        }
-        let mut shapes = Shapes {
-            path: Path::default(),
-            wanted: wanted.keys().copied().collect(),
-            found: HashMap::new(),
-        };
-        model.visit(&mut shapes);
-        for (path, (tensor, parameter)) in wanted {
-            let Some((shape, dtype)) = shapes.found.remove(path) else {
+                if tensor.name != "num_batches_tracked" {
+                    fit.mismatch.unexpected.push(Unexpected::Parameter {
+                        path: join(&tensor.module, &tensor.name),
+                    });
+                }
                 continue;
             };
+            let path = parameter.path();
+            let (shape, dtype) = (parameter.stored.shape(), parameter.stored.dtype());
             let data = match parameter.is_transposed() {
                 true => transposed(&tensor.data),
                 false => Some(tensor.data.clone()),
             };
             match data {
-                _ if matches!(dtype, DType::QFloat(_)) => fit.refuse(Wrong::Quantized {
-                    path: path.to_string(),
-                }),
+                _ if matches!(dtype, DType::QFloat(_)) => {
+                    let path = path.to_string();
+                    fit.unusable(Wrong::Quantized { path: path.clone() }, path);
+                }
                 Some(data) if **data.shape() == shape => {
                     if data.dtype().size() > dtype.size() {
                         fit.warnings.push(format!(
@@ -204,69 +170,81 @@ impl Adapter {
                     }
                     fit.tensors.insert(path.to_string(), data);
                 }
-                _ => fit.refuse(Wrong::Parameter {
-                    path: path.to_string(),
-                    model: shape,
-                    file: tensor.data.shape().to_vec(),
-                }),
+                _ => {
+                    let wrong = Wrong::Parameter {
+                        path: path.to_string(),
+                        model: shape,
+                        file: tensor.data.shape().to_vec(),
+                    };
+                    fit.unusable(wrong, path.to_string());
+                }
             }
         }
         fit.mismatch.sort_wrong();
     }
 
     /// Finds what the configuration promises and the file has not.
-    fn find_missing(&self, survey: &Survey, fit: &mut Fit) -> Result<(), AttachError> {
+    fn find_missing(&self, walk: &Walk, fit: &mut Fit) -> Result<(), AttachError> {
         let own = KeyMap::new();
         let (selection, names) = match &self.promised {
             Some(promise) => (&promise.selection, &promise.names),
             None => (self.config.selection(), &own),
         };
-        let present: HashSet<_> = self
-            .layers
-            .iter()
-            .map(|layer| layer.path.as_str())
-            .collect();
-        for path in missing_layers(selection, names, survey, &present)? {
+        let selector = Selector::new(selection).map_err(refused)?;
+        let layers = self.layers.iter().map(|layer| layer.path.as_str());
+        let present: HashSet<_> = layers.collect();
+        for path in missing_layers(&selector, names, walk, selection, &present)? {
             fit.mismatch.missing.push(Missing::Layer { path });
         }
-        for parameter in &survey.parameters {
-            if fit.tensors.contains_key(&parameter.path)
-                || fit.refused.contains(&parameter.path)
-                || !fit.expects(parameter, &present, selection, names)?
-            {
+        for parameter in &walk.parameters {
+            let path = parameter.path();
+            // What cannot be used was reported.
+            if fit.tensors.contains_key(path) || fit.unusable.contains(path) {
                 continue;
             }
-            let path = parameter.path.clone();
-            fit.mismatch
-                .missing
-                .push(match parameter.is_bias && selection.bias != Bias::None {
-                    true => Missing::Bias { path },
-                    false => Missing::Saved { path },
-                });
+            let owner = parameter.owner();
+            let is_bias = parameter.is_bias() && selection.bias != Bias::None;
+            if is_bias && selector.trains(owner, true, present.contains(owner)) {
+                let path = path.to_string();
+                fit.mismatch.missing.push(Missing::Bias { path });
+                continue;
+            }
+            let owners = names.file_names(owner)?;
+            if owners.iter().any(|owner| selector.saves(owner)) {
+                let path = path.to_string();
+                fit.mismatch.missing.push(Missing::Saved { path });
+            }
         }
         Ok(())
     }
 }
 
+/// Missing layers of which as many are told with similar names.
+const SUGGESTIONS: usize = 20;
+
+fn refused<E: Into<Misfit>>(errors: Vec<E>) -> InjectError {
+    InjectError::new(errors.into_iter().map(Into::into).collect())
+}
+
 /// The layers that the settings of a file name and the file has not.
 fn missing_layers(
-    selection: &Selection,
+    selector: &Selector,
     names: &KeyMap,
-    survey: &Survey,
+    walk: &Walk,
+    selection: &Selection,
     present: &HashSet<&str>,
 ) -> Result<Vec<String>, AttachError> {
-    let refused =
-        |errors: Vec<_>| InjectError::new(errors.into_iter().map(Misfit::Pattern).collect());
-    let matcher = TargetMatcher::new(selection).map_err(refused)?;
     let mut missing = Vec::new();
-    for layer in &survey.layers {
-        if present.contains(layer.path.as_str()) {
+    for (parameter, verdict) in verdicts(walk, &selection.layer_kinds) {
+        let path = parameter.owner();
+        let Ok(kind) = verdict else { continue };
+        if present.contains(path) {
             continue;
         }
-        for name in names.file_names(&layer.path)? {
-            let decision = matcher.decide(&name, layer.kind == LayerKind::Linear);
+        for name in names.file_names(path)? {
+            let decision = selector.decide(&name, kind == LayerKind::Linear);
             if decision.map_err(|error| refused(vec![error]))? == Decision::Target {
-                missing.push(layer.path.clone());
+                missing.push(path.to_string());
                 break;
             }
         }
@@ -277,45 +255,48 @@ fn missing_layers(
 /// What goes where.
 #[derive(Default)]
 struct Fit {
-    layers: HashMap<String, (AdapterSettings, Values)>,
+    layers: HashMap<String, (Rotation, Values)>,
     tensors: HashMap<String, TensorData>,
     trained: HashSet<String>,
+    /// Parameters whose tensors are there and cannot be used.
+    unusable: HashSet<String>,
     warnings: Vec<String>,
     mismatch: Mismatch,
-    /// Parameters for which the adapter has a tensor that does not fit.
-    refused: HashSet<String>,
 }
 
 impl Fit {
-    /// Notes a tensor that does not fit its parameter.
-    fn refuse(&mut self, wrong: Wrong) {
-        if let Wrong::Parameter { path, .. } | Wrong::Quantized { path } = &wrong {
-            self.refused.insert(path.clone());
+    fn layer(&mut self, layer: &AdapterLayer, method: &Method, kind: LayerKind, shape: &[usize]) {
+        let path = &layer.path;
+        let (d_input, d_output) = kind.axes(shape);
+        let butterfly = layer.check_kind(kind);
+        match butterfly.and_then(|()| layer.butterfly(d_input, d_output)) {
+            Ok(butterfly) => {
+                let rotation = method.with_sizes(kind, butterfly, layer.scale.is_some());
+                let values = Values {
+                    skew: layer.skew.clone(),
+                    scale: layer.scale.clone(),
+                };
+                self.layers.insert(path.clone(), (rotation, values));
+            }
+            Err(reason) => {
+                let path = path.clone();
+                self.mismatch.wrong.push(Wrong::Fit { path, reason });
+            }
         }
-        self.mismatch.wrong.push(wrong);
     }
 
-    /// Whether a tensor for this parameter belongs to the adapter.
-    fn expects(
-        &self,
-        parameter: &Parameter,
-        present: &HashSet<&str>,
-        selection: &Selection,
-        names: &KeyMap,
-    ) -> Result<bool, KeyMapError> {
-        let bias = parameter.is_bias
-            && match selection.bias {
-                Bias::None => false,
-                Bias::All => true,
-                Bias::AdapterOnly => present.contains(parameter.owner.as_str()),
-            };
-        if bias {
-            return Ok(true);
-        }
-        let owners = names.file_names(&parameter.owner)?;
-        Ok(owners
-            .iter()
-            .any(|owner| is_saved(&selection.modules_to_save, owner)))
+    fn no_layer(&mut self, path: &str, reason: Option<Unsupported>, nearest: Vec<String>) {
+        self.mismatch.unexpected.push(Unexpected::Layer {
+            path: path.to_string(),
+            reason,
+            nearest,
+        });
+    }
+
+    /// Notes a tensor that does not fit the parameter at this path.
+    fn unusable(&mut self, wrong: Wrong, path: String) {
+        self.unusable.insert(path);
+        self.mismatch.wrong.push(wrong);
     }
 
     fn report(&self) -> LoadReport {
@@ -333,47 +314,28 @@ impl Fit {
         }
     }
 
-    fn attach<M: Module>(self, survey: &Survey, model: M) -> M {
-        let model = match survey.adapted.is_empty() {
-            true => model,
-            false => unload(model),
+    fn attach<M: Module>(self, walk: Walk, model: M) -> M {
+        let is_adapted = walk.adapted().next().is_some();
+        let mut parameters = walk.parameters.iter();
+        let statistics =
+            parameters.any(|p| p.is_statistic() && self.tensors.contains_key(p.path()));
+        drop(walk);
+        let model = match is_adapted {
+            true => unload(model),
+            false => model,
         };
-        let statistics = survey.parameters.iter().any(|parameter| {
-            parameter.is_statistic() && self.tensors.contains_key(&parameter.path)
-        });
         let plain = model.devices().iter().all(|device| !device.is_autodiff());
-        // Clones share running statistics. A model for validation has its own, and on a plain device it is
-        // no other model.
+        // Clones share running statistics. A model for validation has its own, and on a plain device it is the same
+        // model otherwise.
         let model = match statistics && plain {
             true => model.valid(),
             false => model,
         };
-        place(model, self.layers, self.trained, self.tensors)
-    }
-}
-
-/// Reads shapes and precisions of chosen parameters.
-struct Shapes<'a> {
-    path: Path,
-    wanted: HashSet<&'a str>,
-    found: HashMap<String, (Vec<usize>, DType)>,
-}
-
-impl ModuleVisitor for Shapes<'_> {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.path.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.exit();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let path = self.path.full();
-        if self.wanted.contains(path.as_str()) {
-            let base = param.base();
-            self.found
-                .insert(path, (base.dims().to_vec(), base.dtype()));
-        }
+        let placement = Placement {
+            layers: self.layers,
+            trained: self.trained,
+            tensors: self.tensors,
+        };
+        placement.place(model)
     }
 }

@@ -2,53 +2,229 @@
 
 use std::collections::{HashMap, HashSet};
 
-use burn::module::{Module, ModuleVisitor, Param};
-use burn::tensor::{Tensor, TensorData};
+use burn::module::Module;
+use burn::tensor::TensorData;
 use serde_json::Map;
 
 use super::Adapter;
 use super::layer::{AdapterLayer, SavedTensor};
-use crate::adapter::AdapterSettings;
-use crate::config::AdapterConfig;
-use crate::error::ExtractError;
-use crate::model::inject::trained_parameters;
-use crate::model::walk::{Parameter, Path, Survey};
-use crate::tensors::{from_values, is_float, values, widened};
+use crate::config::{AdapterConfig, Bias, LayerKind, Selection, TargetModules};
+use crate::model::{InjectError, Misfit, Parameter, Walk, trained, verdicts, walk};
+use crate::rotation::{Method, Rotation, named};
+use crate::select::{Decision, PatternError, Selector, endings};
+use crate::tensors::{from_values, is_float, transposed, values, widened};
+
+/// Why [`Adapter::extract`] refuses.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ExtractError {
+    /// There is nothing to extract.
+    #[error("the model carries no adapter; inject one first")]
+    NotAdapted,
+    /// Layers were adapted with different settings.
+    #[error(
+        "{} was adapted with {found}, and other layers with {expected}; one adapter has one configuration, so extract \
+         each part of the model by itself",
+        named(path)
+    )]
+    Mixed {
+        /// The layer.
+        path: String,
+        /// How it was adapted.
+        found: String,
+        /// How the layers before it were.
+        expected: String,
+    },
+    /// The configuration is not the one that the model was adapted with.
+    #[error(
+        "the model was adapted with {found}, but the configuration says {expected}; extract without a configuration, or \
+         give the one that the model was adapted with"
+    )]
+    Settings {
+        /// What the model has.
+        found: String,
+        /// What the configuration says.
+        expected: String,
+    },
+    /// The configuration selects other layers than those that are adapted.
+    #[error(
+        "the configuration and the adapted layers differ:{}{}",
+        differ("adapted and not selected", not_selected),
+        differ("selected and not adapted", not_adapted)
+    )]
+    Targets {
+        /// Adapted layers that the configuration does not select.
+        not_selected: Vec<String>,
+        /// Layers that the configuration selects and the model has without an adapter.
+        not_adapted: Vec<String>,
+    },
+    /// Parameters that are trained and that the adapter would leave behind.
+    #[error(
+        "{} would be left behind: {} trained, and no adapter can say so unless whole modules are trained, the biases \
+         of all adapted layers, or all biases; name modules in modules_to_save, or freeze what is not meant",
+        listed(paths),
+        if paths.len() == 1 { "it is" } else { "they are" }
+    )]
+    LeftBehind {
+        /// The parameters.
+        paths: Vec<String>,
+    },
+    /// Parameters that the configuration trains and the model has frozen.
+    #[error(
+        "the configuration trains {}, which the model has frozen",
+        listed(paths)
+    )]
+    Frozen {
+        /// The parameters.
+        paths: Vec<String>,
+    },
+    /// The configuration works in no model, or one of its patterns has no answer.
+    #[error(transparent)]
+    Config(#[from] InjectError),
+    /// A tensor that cannot be kept.
+    #[error(
+        "`{path}` is quantized, and an adapter keeps float numbers only; exclude it from training"
+    )]
+    Quantized {
+        /// The parameter.
+        path: String,
+    },
+}
+
+fn listed(paths: &[String]) -> String {
+    let named: Vec<_> = paths.iter().map(|path| named(path)).collect();
+    named.join(", ")
+}
+
+fn differ(what: &str, paths: &[String]) -> String {
+    match paths {
+        [] => String::new(),
+        paths => format!(" {what}: {}.", listed(paths)),
+    }
+}
+
+impl From<PatternError> for ExtractError {
+    fn from(error: PatternError) -> Self {
+        InjectError::new(vec![error.into()]).into()
+    }
+}
 
 impl Adapter {
     /// Reads the adapter out of a model that [`inject`](crate::inject()) or [`Adapter::attach`] adapted.
     ///
-    /// `config` is the configuration that it was adapted with. The numbers are copied to the host; the base
-    /// weights are neither needed nor read.
+    /// The model knows its configuration: the settings are those of its adapters, the targets are the adapted layers
+    /// by their full paths, and the biases and modules to save are what is trainable beside them. The numbers are
+    /// copied to the host; the base weights are neither needed nor read.
     ///
     /// # Errors
     ///
-    /// [`ExtractError`]: a model without adapters, one that was adapted with other settings, and parameters
-    /// that are trained and would be left behind.
-    pub fn extract<M: Module>(
+    /// [`ExtractError`]: a model without adapters, one whose parts were adapted differently, and parameters that are
+    /// trained and would be left behind.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use burn::nn::LinearConfig;
+    /// use burn_boft::{Adapter, OftConfig, inject};
+    ///
+    /// # let device = burn::tensor::Device::flex();
+    /// # #[derive(burn::module::Module, Debug)]
+    /// # struct Model { query: burn::nn::Linear }
+    /// let model = Model { query: LinearConfig::new(64, 32).init(&device) };
+    /// let model = inject(model, OftConfig::new().with_target_modules(["query"]))?;
+    /// let adapter = Adapter::extract(&model)?;
+    /// assert_eq!(adapter.layers()[0].path(), "query");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn extract<M: Module>(model: &M) -> Result<Self, ExtractError> {
+        let found = Found::new(walk(model))?;
+        let selection = found.selection()?;
+        let config = found.method.config(selection);
+        found.adapter(config)
+    }
+
+    /// Reads the adapter out of a model as [`Adapter::extract`] does, and keeps the names that a configuration has.
+    ///
+    /// PEFT's file then says `target_modules: ["query"]` where the model was injected with that, and not the full
+    /// paths of all queries.
+    ///
+    /// # Errors
+    ///
+    /// As [`Adapter::extract`], and where the configuration has other settings than the model, or selects other
+    /// layers, biases or modules than those that are adapted or trained.
+    pub fn extract_as<M: Module>(
         model: &M,
         config: impl Into<AdapterConfig>,
     ) -> Result<Self, ExtractError> {
         let config = config.into();
-        let mut survey = Survey::default();
-        model.visit(&mut survey);
-        let mut extractor = Extractor::default();
-        model.visit(&mut extractor);
-        if extractor.layers.is_empty() {
-            return Err(ExtractError::NotAdapted);
+        let found = Found::new(walk(model))?;
+        let method = Method::new(&config).map_err(|errors| {
+            let misfits = errors.into_iter().map(Misfit::from);
+            InjectError::new(misfits.collect())
+        })?;
+        if let Some((found, expected)) = found.method.difference(&method) {
+            return Err(ExtractError::Settings { found, expected });
         }
-        let layers = extractor
-            .layers
-            .into_iter()
-            .map(|found| found.layer(&config))
-            .collect::<Result<Vec<_>, _>>()?;
-        let adapted: HashSet<_> = layers.iter().map(|layer| layer.path.as_str()).collect();
-        let trained: Vec<_> = trained_parameters(config.selection(), &survey, &adapted).collect();
-        check_left_behind(&survey, &trained)?;
-        let tensors = read_tensors(model, &trained)?;
-        let mut adapter = Self {
+        found.check_targets(config.selection())?;
+        found.adapter(config)
+    }
+}
+
+/// The adapters of a model.
+struct Found {
+    walk: Walk,
+    method: Method,
+    /// Paths of the adapted layers.
+    adapted: HashSet<String>,
+}
+
+impl Found {
+    fn new(walk: Walk) -> Result<Self, ExtractError> {
+        let mut method: Option<Method> = None;
+        let mut adapted = HashSet::new();
+        for (weight, _, rotation) in walk.adapted() {
+            let path = weight.owner().to_string();
+            let first = method.get_or_insert_with(|| rotation.method().clone());
+            if let Some((found, expected)) = rotation.method().difference(first) {
+                return Err(ExtractError::Mixed {
+                    path,
+                    found,
+                    expected,
+                });
+            }
+            adapted.insert(path);
+        }
+        Ok(Self {
+            method: method.ok_or(ExtractError::NotAdapted)?,
+            adapted,
+            walk,
+        })
+    }
+
+    fn is_adapted(&self, parameter: &Parameter) -> bool {
+        self.adapted.contains(parameter.owner())
+    }
+
+    /// What is trained beside the adapters.
+    fn trained(&self) -> impl Iterator<Item = &Parameter> {
+        let parameters = self.walk.parameters.iter();
+        parameters.filter(|parameter| parameter.stored.is_trainable())
+    }
+
+    /// The adapter, with everything that the configuration trains.
+    fn adapter(self, config: AdapterConfig) -> Result<Adapter, ExtractError> {
+        let tensors = self.tensors(config.selection())?;
+        let layers = self
+            .walk
+            .adapted()
+            .filter_map(|(weight, attached, rotation)| {
+                let skew = attached.skew()?.data();
+                let scale = attached.scale().map(|scale| scale.data());
+                Some(layer(weight.owner(), rotation, skew, scale))
+            });
+        let mut adapter = Adapter {
             config,
-            layers,
+            layers: layers.collect(),
             tensors,
             about: Map::new(),
             promised: None,
@@ -56,192 +232,229 @@ impl Adapter {
         adapter.sort();
         Ok(adapter)
     }
-}
 
-/// What is trained travels with the adapter, or is asked about.
-fn check_left_behind(survey: &Survey, trained: &[&Parameter]) -> Result<(), ExtractError> {
-    let kept: HashSet<_> = trained.iter().map(|parameter| &parameter.path).collect();
-    let paths: Vec<_> = survey
-        .parameters
-        .iter()
-        .filter(|parameter| parameter.is_trainable && !kept.contains(&parameter.path))
-        .map(|parameter| parameter.path.clone())
-        .collect();
-    match paths.is_empty() {
-        true => Ok(()),
-        false => Err(ExtractError::LeftBehind { paths }),
-    }
-}
-
-/// The numbers of these parameters, with PyTorch's names and orientation.
-fn read_tensors<M: Module>(
-    model: &M,
-    trained: &[&Parameter],
-) -> Result<Vec<SavedTensor>, ExtractError> {
-    let mut reader = Reader {
-        path: Path::default(),
-        wanted: trained.iter().map(|p| (p.path.as_str(), *p)).collect(),
-        tensors: Vec::new(),
-        refused: None,
-    };
-    model.visit(&mut reader);
-    match reader.refused {
-        Some(error) => Err(error),
-        None => Ok(reader.tensors),
-    }
-}
-
-/// An adapted layer of a model.
-struct Found {
-    path: String,
-    settings: AdapterSettings,
-    skew: Option<TensorData>,
-    scale: Option<TensorData>,
-}
-
-impl Found {
-    fn layer(self, config: &AdapterConfig) -> Result<AdapterLayer, ExtractError> {
-        let plan = self.settings.butterfly();
-        let expected = AdapterSettings::new(self.settings.kind(), plan, config).numerics();
-        let refuse = |found: String, expected: String| ExtractError::Settings {
-            path: self.path.clone(),
-            found,
-            expected,
-        };
-        let (found, oft) = (
-            self.settings.numerics(),
-            matches!(config, AdapterConfig::Oft(_)),
-        );
-        if found.0 != expected.0 {
-            return Err(refuse(
-                format!("{:?}", found.0),
-                format!("{:?}", expected.0),
-            ));
+    /// The biases and saved modules, which are all that is trained.
+    fn tensors(&self, selection: &Selection) -> Result<Vec<SavedTensor>, ExtractError> {
+        let selector = compiled(selection)?;
+        let adapted = self.adapted.iter().map(String::as_str).collect();
+        let kept: Vec<_> = trained(&selector, &self.walk, &adapted).collect();
+        let kept_paths: HashSet<_> = kept.iter().map(|parameter| parameter.path()).collect();
+        let left = self.trained().filter(|p| !kept_paths.contains(p.path()));
+        let left: Vec<_> = left.map(|parameter| parameter.path().to_string()).collect();
+        if !left.is_empty() {
+            return Err(ExtractError::LeftBehind { paths: left });
         }
-        if found.1 != expected.1 {
-            let radius = |radius: Option<f64>| match radius {
-                Some(radius) => format!("COFT radius {radius}"),
-                None => "no COFT radius".to_string(),
+        let frozen = kept
+            .iter()
+            .filter(|p| !p.is_statistic() && !p.stored.is_trainable());
+        let frozen: Vec<_> = frozen
+            .map(|parameter| parameter.path().to_string())
+            .collect();
+        if !frozen.is_empty() {
+            return Err(ExtractError::Frozen { paths: frozen });
+        }
+        let mut tensors = Vec::with_capacity(kept.len());
+        for parameter in kept {
+            tensors.push(saved(parameter)?);
+            if parameter.counts_batches() {
+                // PyTorch's buffer beside the mean; its norms do not load without it.
+                tensors.push(SavedTensor {
+                    module: parameter.owner().to_string(),
+                    name: "num_batches_tracked".to_string(),
+                    data: TensorData::new(vec![0i64], Vec::<usize>::new()),
+                });
+            }
+        }
+        Ok(tensors)
+    }
+
+    /// Compares the layers that a configuration selects with those that are adapted.
+    fn check_targets(&self, selection: &Selection) -> Result<(), ExtractError> {
+        if selection.target_modules.is_none() {
+            return Err(InjectError::new(vec![Misfit::NoTargetSetting]).into());
+        }
+        let selector = compiled(selection)?;
+        let (mut not_selected, mut not_adapted) = (Vec::new(), Vec::new());
+        for (parameter, verdict) in verdicts(&self.walk, &selection.layer_kinds) {
+            let path = parameter.owner();
+            let is_adapted = parameter.name() == "weight" && self.is_adapted(parameter);
+            let Ok(kind) = verdict else {
+                if is_adapted {
+                    not_selected.push(path.to_string());
+                }
+                continue;
             };
-            return Err(refuse(radius(found.1), radius(expected.1)));
-        }
-        if oft && (plan.n_butterfly_factor > 1 || self.scale.is_some()) {
-            return Err(refuse("BOFT".into(), "OFT".into()));
-        }
-        let missing = || ExtractError::NotAdapted;
-        let skew = self.skew.ok_or_else(missing)?;
-        let dtype = widened(skew.dtype());
-        let [m, stored, packed] = plan.skew_shape();
-        let mut numbers = values(&skew);
-        // PEFT's BOFT has no shared blocks.
-        let share = plan.block_share && oft;
-        let stored = if plan.block_share && !oft {
-            numbers = numbers.repeat(plan.block_num());
-            plan.block_num()
-        } else {
-            stored
-        };
-        Ok(AdapterLayer {
-            path: self.path,
-            kind: Some(self.settings.kind()),
-            block_size: plan.block_size,
-            block_share: share,
-            d_output: Some(plan.d_output),
-            skew: from_values(numbers, vec![m, stored, packed], dtype),
-            scale: self
-                .scale
-                .map(|scale| from_values(values(&scale), vec![plan.d_output], dtype)),
-        })
-    }
-}
-
-/// Collects the adapters of a model.
-#[derive(Default)]
-struct Extractor {
-    path: Path,
-    layers: Vec<Found>,
-}
-
-impl ModuleVisitor for Extractor {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        if let Some(settings) = AdapterSettings::from_level(name, container)
-            && let Some(path) = self.path.adapted_layer()
-        {
-            self.layers.push(Found {
-                path,
-                settings,
-                skew: None,
-                scale: None,
-            });
-        }
-        self.path.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.exit();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if let Some(layer) = self.layers.last_mut()
-            && self.path.adapted_layer().as_ref() == Some(&layer.path)
-        {
-            match self.path.last().0 {
-                "skew" => layer.skew = Some(param.base().into_data()),
-                "scale" => layer.scale = Some(param.base().into_data()),
+            let decision = selector.decide(path, kind == LayerKind::Linear)?;
+            match (decision == Decision::Target, is_adapted) {
+                (true, false) => not_adapted.push(path.to_string()),
+                (false, true) => not_selected.push(path.to_string()),
                 _ => {}
             }
         }
+        match not_selected.is_empty() && not_adapted.is_empty() {
+            true => Ok(()),
+            false => Err(ExtractError::Targets {
+                not_selected,
+                not_adapted,
+            }),
+        }
+    }
+
+    /// What a configuration must select for this model.
+    fn selection(&self) -> Result<Selection, ExtractError> {
+        let modules_to_save = self.trained_modules();
+        let saved = |path: &str| {
+            let mut modules = modules_to_save.iter();
+            modules.any(|module| crate::config::is_saved(std::slice::from_ref(module), path))
+        };
+        let beside = self.trained().filter(|parameter| !saved(parameter.owner()));
+        let beside: Vec<_> = beside.collect();
+        let bias = match beside.iter().all(|parameter| self.is_adapted(parameter)) {
+            true if beside.is_empty() => Bias::None,
+            true => Bias::AdapterOnly,
+            false => Bias::All,
+        };
+        let means = |parameter: &&Parameter| match bias {
+            Bias::None => false,
+            Bias::AdapterOnly => parameter.is_bias() && self.is_adapted(parameter),
+            Bias::All => parameter.is_bias(),
+        };
+        let mut meant = self.walk.parameters.iter().filter(means);
+        if !meant.all(|parameter| parameter.stored.is_trainable()) {
+            let paths = beside.iter().map(|parameter| parameter.path().to_string());
+            return Err(ExtractError::LeftBehind {
+                paths: paths.collect(),
+            });
+        }
+        Ok(Selection {
+            target_modules: Some(self.targets(&modules_to_save)),
+            modules_to_save,
+            bias,
+            layer_kinds: self.layer_kinds(),
+            ..Selection::default()
+        })
+    }
+
+    /// The adapted layers by their full paths.
+    fn targets(&self, modules_to_save: &[String]) -> TargetModules {
+        let adapted = self
+            .walk
+            .adapted()
+            .map(|(weight, ..)| weight.owner().to_string());
+        let names: Vec<_> = adapted.collect();
+        // A name selects every path that ends with it, a regular expression the paths that it spells.
+        let selects_others = self.walk.modules.iter().any(|module| {
+            let path = module.path.as_str();
+            !self.adapted.contains(path)
+                && !crate::config::is_saved(modules_to_save, path)
+                && endings(path).any(|ending| self.adapted.contains(ending))
+        });
+        match selects_others {
+            false => TargetModules::Names(names),
+            true => {
+                let escaped = names.iter().map(|name| name.replace('.', r"\."));
+                TargetModules::Regex(escaped.collect::<Vec<_>>().join("|"))
+            }
+        }
+    }
+
+    /// The adapted layers whose type does not say what they are.
+    fn layer_kinds(&self) -> Vec<(String, Option<LayerKind>)> {
+        let verdicts = verdicts(&self.walk, &[]);
+        let adapted = verdicts.filter(|(parameter, verdict)| {
+            parameter.attached.is_some() && verdict.is_err() && parameter.name() == "weight"
+        });
+        let kind = |parameter: &Parameter| {
+            let rotation = parameter.attached.as_ref()?.rotation.as_ref()?;
+            Some((parameter.owner().to_string(), Some(rotation.kind())))
+        };
+        adapted
+            .filter_map(|(parameter, _)| kind(parameter))
+            .collect()
+    }
+
+    /// The largest modules of which every parameter is trained.
+    fn trained_modules(&self) -> Vec<String> {
+        let mut counts: HashMap<&str, (usize, usize)> = HashMap::new();
+        for parameter in self.walk.parameters.iter().filter(|p| !p.is_statistic()) {
+            let trained = usize::from(parameter.stored.is_trainable());
+            let owner = parameter.owner();
+            let dots = owner.match_indices('.').map(|(dot, _)| dot);
+            for end in dots.chain([owner.len()]) {
+                let (total, of_which) = counts.entry(&owner[..end]).or_default();
+                *total += 1;
+                *of_which += trained;
+            }
+        }
+        let mut chosen: Vec<String> = Vec::new();
+        for module in &self.walk.modules {
+            let path = module.path.as_str();
+            let whole = counts
+                .get(path)
+                .is_some_and(|(total, trained)| total == trained);
+            // PEFT wraps modules, and no lists of them.
+            let is_list = matches!(module.type_name.as_str(), "Vec" | "Array" | "Tuple");
+            let is_inside = chosen.last().is_some_and(|holder| {
+                path.strip_prefix(holder.as_str())
+                    .is_some_and(|rest| rest.starts_with('.'))
+            });
+            if whole && !path.is_empty() && !is_list && !is_inside {
+                chosen.push(path.to_string());
+            }
+        }
+        chosen
     }
 }
 
-/// Collects chosen parameters of a model.
-struct Reader<'a> {
-    path: Path,
-    wanted: HashMap<&'a str, &'a Parameter>,
-    tensors: Vec<SavedTensor>,
-    refused: Option<ExtractError>,
+fn compiled(selection: &Selection) -> Result<Selector, ExtractError> {
+    Selector::new(selection).map_err(|errors| {
+        let misfits = errors.into_iter().map(Misfit::from);
+        InjectError::new(misfits.collect()).into()
+    })
 }
 
-impl ModuleVisitor for Reader<'_> {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.path.enter(name, container);
+/// The numbers of a parameter, with PyTorch's name and orientation.
+fn saved(parameter: &Parameter) -> Result<SavedTensor, ExtractError> {
+    if !is_float(parameter.stored.dtype()) {
+        return Err(ExtractError::Quantized {
+            path: parameter.path().to_string(),
+        });
     }
+    let data = parameter.stored.data();
+    let turned = parameter
+        .is_transposed()
+        .then(|| transposed(&data))
+        .flatten();
+    Ok(SavedTensor {
+        module: parameter.owner().to_string(),
+        name: parameter.torch_name().to_string(),
+        data: turned.unwrap_or(data),
+    })
+}
 
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.exit();
+fn layer(
+    path: &str,
+    rotation: &Rotation,
+    skew: TensorData,
+    scale: Option<TensorData>,
+) -> AdapterLayer {
+    let sizes = rotation.sizes();
+    let dtype = widened(skew.dtype());
+    let [m, mut stored, packed] = sizes.skew_shape();
+    let mut numbers = values(&skew);
+    let share = rotation.method().block_share();
+    if sizes.block_share() && !share {
+        // BOFT has no shared blocks, and a file of an old OFT, which is read as BOFT, may have.
+        numbers = numbers.repeat(sizes.block_num());
+        stored = sizes.block_num();
     }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let Some(parameter) = self.wanted.get(self.path.full().as_str()) else {
-            return;
-        };
-        let tensor = param.base();
-        let dtype = tensor.dtype();
-        if !is_float(dtype) {
-            self.refused.get_or_insert(ExtractError::DType {
-                path: parameter.path.clone(),
-                dtype,
-            });
-            return;
-        }
-        let tensor = match parameter.is_transposed() && D == 2 {
-            true => tensor.swap_dims(0, 1),
-            false => tensor,
-        };
-        let mut keep = |name: &str, data| {
-            self.tensors.push(SavedTensor {
-                module: parameter.owner.clone(),
-                name: name.to_string(),
-                data,
-            });
-        };
-        keep(parameter.torch_name(), tensor.into_data());
-        if parameter.counts_batches() {
-            // PyTorch's buffer beside the mean; its norms do not load without it.
-            keep(
-                "num_batches_tracked",
-                TensorData::new(vec![0i64], Vec::<usize>::new()),
-            );
-        }
+    AdapterLayer {
+        path: path.to_string(),
+        kind: Some(rotation.kind()),
+        block_size: sizes.block_size(),
+        block_share: sizes.block_share() && share,
+        d_output: Some(sizes.d_output()),
+        skew: from_values(numbers, vec![m, stored, packed], dtype),
+        scale: scale.map(|scale| from_values(values(&scale), vec![sizes.d_output()], dtype)),
     }
 }

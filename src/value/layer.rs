@@ -3,8 +3,9 @@
 use burn::tensor::TensorData;
 
 use super::mismatch::{FitError, Mismatch, SizeError, Wrong};
-use crate::model::plan::{ButterflyPlan, LayerKind, fits};
+use crate::config::LayerKind;
 use crate::ops::upper_triangle;
+use crate::rotation::{ButterflyPlan, fits};
 use crate::tensors::{is_float, transposed, widened};
 
 /// One adapted layer of an [`Adapter`](crate::Adapter).
@@ -196,13 +197,14 @@ impl AdapterLayer {
             return Err(FitError::ScaleAlone);
         }
         self.check_widths(d_input, d_output)?;
-        Ok(ButterflyPlan {
+        let (b, m) = (self.block_size, self.n_butterfly_factor());
+        let sizes = ButterflyPlan::new((d_input, d_output), b, m);
+        let sizes = sizes.ok_or(FitError::Blocks {
+            n_butterfly_factor: m,
+            block_size: b,
             d_input,
-            d_output,
-            block_size: self.block_size,
-            n_butterfly_factor: self.n_butterfly_factor(),
-            block_share: self.block_share,
-        })
+        })?;
+        Ok(sizes.with_block_share(self.block_share))
     }
 }
 
@@ -349,14 +351,6 @@ pub(crate) fn block_size(packed: usize) -> Option<usize> {
     let root = packed.checked_mul(8)?.checked_add(1)?.isqrt();
     let b = root.div_ceil(2);
     (b > 0 && b.checked_mul(b - 1)? / 2 == packed).then_some(b)
-}
-
-/// A number of factors in words.
-pub(crate) fn factors(m: usize) -> String {
-    match m {
-        1 => "1 factor".to_string(),
-        m => format!("{m} factors"),
-    }
 }
 
 /// The packed numbers of square matrices, `½(A − Aᵀ)` above the diagonal.

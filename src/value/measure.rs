@@ -4,10 +4,9 @@ use burn::tensor::{Device, Tensor};
 
 use super::Adapter;
 use super::layer::AdapterLayer;
-use crate::adapter::AdapterSettings;
-use crate::model::plan::LayerKind;
-use crate::model::report;
-use crate::peft::stored_numbers;
+use crate::config::LayerKind;
+use crate::model;
+use crate::rotation::Method;
 use crate::tensors::values;
 
 /// One rotation of an adapter, made by [`Adapter::measure`].
@@ -51,7 +50,8 @@ impl Adapter {
         LayerMeasure {
             path: layer.path.clone(),
             effective: layer.effective(),
-            stored_by_peft: stored_numbers(&self.config, sizes, layer.d_output.unwrap_or(0)),
+            stored_by_peft: Method::unchecked(&self.config)
+                .stored_by_peft(sizes, layer.d_output.unwrap_or(0)),
             orthogonality_defect,
             skew_norm,
             largest_angle,
@@ -67,11 +67,12 @@ impl Adapter {
         if !values(&layer.skew).iter().all(|value| value.is_finite()) {
             return Some([f64::NAN; 3]);
         }
-        let settings = AdapterSettings::new(LayerKind::Linear, butterfly, &self.config);
+        let method = Method::unchecked(&self.config);
+        let rotation = method.with_sizes(LayerKind::Linear, butterfly, layer.scale.is_some());
         let skew = Tensor::<3>::from_data(layer.skew.clone(), (device, layer.skew.dtype()));
-        let defect = report::defect(&settings.blocks(skew.clone()));
-        let norm = report::norm(&settings, skew);
-        Some([defect, norm, settings.angle(norm)])
+        let defect = model::defect(&rotation.blocks(skew.clone()));
+        let norm = model::norm(&rotation, skew);
+        Some([defect, norm, rotation.angle(norm)])
     }
 }
 

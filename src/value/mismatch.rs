@@ -2,8 +2,9 @@
 
 use std::fmt::{self, Display, Formatter};
 
-use super::layer::factors;
-use crate::model::plan::LayerKind;
+use crate::config::LayerKind;
+use crate::model::{Unsupported, it_has};
+use crate::rotation::{RotationError, factors};
 
 /// Everything that keeps the tensors of a file from an adapter, or an adapter from a model.
 ///
@@ -161,12 +162,15 @@ pub enum Unexpected {
     },
     /// The adapter of a layer that the model does not have.
     #[error(
-        "an adapter of `{path}`, where the model has no linear layer or convolution{}",
+        "an adapter of `{path}`, where the model has no linear layer or convolution{}{}",
+        reason.as_ref().map_or(String::new(), |reason| format!(", {reason}")),
         it_has(nearest)
     )]
     Layer {
         /// The layer's path.
         path: String,
+        /// Why what the model has there cannot be adapted.
+        reason: Option<Unsupported>,
         /// Layers of the model with similar names, each in backticks.
         nearest: Vec<String>,
     },
@@ -176,13 +180,6 @@ pub enum Unexpected {
         /// Its path, with PyTorch's name of the tensor.
         path: String,
     },
-}
-
-fn it_has(nearest: &[String]) -> String {
-    match nearest {
-        [] => String::new(),
-        names => format!("; it has {}", names.join(", ")),
-    }
 }
 
 /// Something that is there and cannot be used.
@@ -246,6 +243,9 @@ pub enum Wrong {
     /// Settings that no file could hold.
     #[error("the settings: {0}")]
     Settings(#[from] crate::peft::ConfigError),
+    /// Settings that give no layer a rotation.
+    #[error("the settings: {0}")]
+    Rotation(#[from] RotationError),
     /// A tensor of a precision that no file keeps.
     #[error("`{path}` is {dtype}, which no file keeps")]
     Kept {
@@ -403,7 +403,7 @@ pub enum PartsError {
 #[non_exhaustive]
 pub enum FitError {
     /// A layer of the other kind.
-    #[error(" is for {}, the model has {}", kind_name(*adapter), kind_name(*layer))]
+    #[error(" is for {}, the model has {}", adapter.in_words(), layer.in_words())]
     Kind {
         /// The kind that the adapter is for.
         adapter: LayerKind,
@@ -451,11 +451,4 @@ pub enum FitError {
          `burn-boft`, or in PEFT"
     )]
     ScaleAlone,
-}
-
-fn kind_name(kind: LayerKind) -> &'static str {
-    match kind {
-        LayerKind::Linear => "a linear layer",
-        LayerKind::Conv2d => "a convolution",
-    }
 }

@@ -17,17 +17,17 @@ use burn::tensor::{DType, Device, Tensor};
 use serde_json::{Map, Value};
 
 pub use attach::AttachError;
+pub use extract::ExtractError;
 pub use keymap::{KeyMap, KeyMapError, Place, Transformers, join};
 pub use layer::{AdapterLayer, SavedTensor, TensorOwner};
 pub use measure::LayerMeasure;
 pub use mismatch::{FitError, Mismatch, Missing, PartsError, SizeError, Unexpected, Wrong};
 pub use report::LoadReport;
 
-use crate::adapter::AdapterSettings;
-use crate::config::{AdapterConfig, Selection};
-use crate::model::plan::LayerKind;
+use crate::config::{AdapterConfig, LayerKind, Selection};
 use crate::ops::Blocks;
 use crate::peft::check_settings;
+use crate::rotation::Method;
 use crate::tensors::is_float;
 
 /// A trained adapter as a value: its settings, and the numbers of every layer on the host.
@@ -68,15 +68,15 @@ impl Adapter {
     ) -> Result<Self, Mismatch> {
         let mut config = config.into();
         let mut mismatch = Mismatch::default();
-        if let AdapterConfig::Oft(oft) = &config {
-            for layer in &mut layers {
-                let [m, rows, _] = layer.skew.shape().dims::<3>();
-                if m != 1 || layer.scale.is_some() || (oft.block_share && rows != 1) {
-                    let path = layer.path.clone();
-                    mismatch.wrong.push(Wrong::NotOft { path });
-                }
-                layer.block_share = oft.block_share;
+        let method = Method::unchecked(&config);
+        for layer in &mut layers {
+            let [m, rows, _] = layer.skew.shape().dims::<3>();
+            let is_shared = method.block_share() && rows != 1;
+            if is_shared || !method.allows(m, layer.scale.is_some()) {
+                let path = layer.path.clone();
+                mismatch.wrong.push(Wrong::NotOft { path });
             }
+            layer.block_share = method.shares(layer.block_share);
         }
         for tensor in &tensors {
             let dtype = tensor.data.dtype();
@@ -164,8 +164,12 @@ impl Adapter {
             reason,
         })?;
         let kind = layer.kind.unwrap_or(LayerKind::Linear);
-        let settings = AdapterSettings::new(kind, butterfly, &self.config);
+        let method = Method::new(&self.config).map_err(|errors| Mismatch {
+            wrong: errors.into_iter().map(Wrong::from).collect(),
+            ..Mismatch::default()
+        })?;
+        let rotation = method.with_sizes(kind, butterfly, layer.scale.is_some());
         let skew = Tensor::<3>::from_data(layer.skew.clone(), (device, layer.skew.dtype()));
-        Ok(Some(settings.blocks(skew)))
+        Ok(Some(rotation.blocks(skew)))
     }
 }

@@ -51,7 +51,7 @@ fn config() -> BoftConfig {
         .with_n_butterfly_factor(2)
         .with_target_modules(["hidden"])
         .with_bias(Bias::AdapterOnly)
-        .with_modules_to_save(["head"])
+        .with_modules_to_save(["head", "norm"])
 }
 
 fn tower() -> Tower {
@@ -163,6 +163,8 @@ fn a_run_resumes_bit_for_bit_from_what_it_changed() {
             "hidden.bias",
             "hidden.weight.boft.scale",
             "hidden.weight.boft.skew",
+            "norm.beta",
+            "norm.gamma",
             "norm.running_mean",
             "norm.running_var",
         ]

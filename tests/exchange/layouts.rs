@@ -23,7 +23,7 @@ fn the_number_of_factors_comes_from_the_tensor() {
         ]
     );
     let model = adapter.attach(base::<BoftLinear>()).unwrap();
-    let adapter = Adapter::extract(&model, adapter.config()).unwrap();
+    let adapter = Adapter::extract_as(&model, adapter.config()).unwrap();
     let folder = saved(&adapter);
     assert_eq!(settings(folder.path())["boft_n_butterfly_factor"], 1);
 }
@@ -151,7 +151,7 @@ fn an_old_square_is_written_when_its_model_has_told_its_kind() {
         conv1: Conv2dConfig::new([4, 6], [3, 3]).init(&device()),
     };
     let model = adapter.attach(model).unwrap();
-    let adapter = Adapter::extract(&model, adapter.config()).unwrap();
+    let adapter = Adapter::extract_as(&model, adapter.config()).unwrap();
     let folder = saved(&adapter);
     assert_eq!(
         shapes(folder.path())[1],
@@ -185,7 +185,7 @@ fn a_shared_square_of_old_becomes_blocks_when_it_meets_its_model() {
          adapter to its model and extract it there"
     );
     let model = adapter.attach(base::<BoftLinear>()).unwrap();
-    let whole = Adapter::extract(&model, adapter.config()).unwrap();
+    let whole = Adapter::extract_as(&model, adapter.config()).unwrap();
     let folder = saved(&whole);
     let again = Adapter::load(folder.path()).unwrap().0;
     assert_eq!(again.layers()[0].skew().shape().to_vec(), [1, 6, 6]);

@@ -274,7 +274,7 @@ fn numbers_that_are_not_finite_are_told() {
             values
         },
     );
-    let folder = saved(&Adapter::extract(&model, boft()).unwrap());
+    let folder = saved(&Adapter::extract_as(&model, boft()).unwrap());
     let (_, report) = Adapter::load(folder.path()).unwrap();
     assert_eq!(
         report.warnings,

@@ -102,7 +102,7 @@ fn dino() -> BoftConfig {
 #[test]
 fn dinov2_is_written_for_either_transformers_and_read_from_both() {
     let model = inject(Dino::new(), dino()).unwrap();
-    let adapter = Adapter::extract(&model, dino()).unwrap();
+    let adapter = Adapter::extract_as(&model, dino()).unwrap();
     let mut written = Vec::new();
     for version in [Transformers::V4, Transformers::V5] {
         let folder = tempfile::tempdir().unwrap();
@@ -129,7 +129,7 @@ fn dinov2_is_written_for_either_transformers_and_read_from_both() {
                 numbers(&model),
                 "{version:?} by {reader:?}"
             );
-            let again = Adapter::extract(&attached, loaded.config()).unwrap();
+            let again = Adapter::extract_as(&attached, loaded.config()).unwrap();
             assert_eq!(again.layers(), adapter.layers());
         }
     }
@@ -153,7 +153,7 @@ fn dinov2_is_written_for_either_transformers_and_read_from_both() {
 
 #[test]
 fn a_fused_layer_splits_into_the_same_rotation_twice_and_halves_of_the_rest() {
-    let adapter = Adapter::extract(&inject(Dino::new(), dino()).unwrap(), dino()).unwrap();
+    let adapter = Adapter::extract_as(&inject(Dino::new(), dino()).unwrap(), dino()).unwrap();
     let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     adapter.save(whole.path()).unwrap();
     let names = SaveOptions::new().with_key_map(KeyMap::dinov2(Transformers::V5));

@@ -10,7 +10,7 @@ use crate::common::models::distance;
 #[test]
 fn an_adapter_of_parts_is_the_one_that_they_were_taken_from() {
     for config in [AdapterConfig::from(boft()), oft().into()] {
-        let adapter = Adapter::extract(&adapted::<BoftLinear>(config.clone()), config).unwrap();
+        let adapter = Adapter::extract_as(&adapted::<BoftLinear>(config.clone()), config).unwrap();
         let adapter = adapter.with_base_model("some/model");
         let layers = adapter.layers().iter().rev().map(|layer| {
             let (skew, scale) = (layer.skew().clone(), layer.scale().cloned());

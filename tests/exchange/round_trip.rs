@@ -19,7 +19,7 @@ use crate::common::noise;
 fn goes_there_and_back<L: Layer>(config: impl Into<AdapterConfig>) {
     let config = config.into();
     let model = adapted::<L>(&config);
-    let adapter = Adapter::extract(&model, &config).unwrap();
+    let adapter = Adapter::extract_as(&model, &config).unwrap();
     let folder = saved(&adapter);
     let (loaded, report) = Adapter::load(folder.path()).unwrap();
     assert!(report.converted.is_empty(), "{report}");
@@ -53,7 +53,7 @@ fn goes_there_and_back<L: Layer>(config: impl Into<AdapterConfig>) {
     }
     // Files of the same adapter are the same, byte for byte.
     let again =
-        saved(&Adapter::extract(&loaded.attach(base::<L>()).unwrap(), loaded.config()).unwrap());
+        saved(&Adapter::extract_as(&loaded.attach(base::<L>()).unwrap(), loaded.config()).unwrap());
     for file in [CONFIG, TENSORS] {
         let bytes = |folder: &tempfile::TempDir| fs::read(folder.path().join(file)).unwrap();
         if file == TENSORS || config.selection().bias != Bias::All {
@@ -134,7 +134,7 @@ fn convolutions_and_running_statistics_travel() {
             noise.iter().map(|x| 1.0 + x).collect()
         });
     }
-    let folder = saved(&Adapter::extract(&model, &config).unwrap());
+    let folder = saved(&Adapter::extract_as(&model, &config).unwrap());
     let expected = [
         ("conv.boft_R", vec![2, 6, 4, 4]),
         ("conv.boft_s", vec![1, 6]),
@@ -167,7 +167,7 @@ fn adapters_served_from_one_base_have_running_statistics_of_their_own() {
         let model = set(model, "norm.running_mean", |values| {
             noise(values.len(), seed, 0.5)
         });
-        Adapter::extract(&model, &config).unwrap()
+        Adapter::extract_as(&model, &config).unwrap()
     };
     let base = ConvNet::new(&Device::flex());
     let before = numbers(&base);
@@ -185,7 +185,7 @@ fn adapters_served_from_one_base_have_running_statistics_of_their_own() {
 #[test]
 fn attaching_shares_the_base() {
     let model = base::<BoftLinear>();
-    let adapter = Adapter::extract(&adapted::<BoftLinear>(boft()), boft()).unwrap();
+    let adapter = Adapter::extract_as(&adapted::<BoftLinear>(boft()), boft()).unwrap();
     let before = numbers(&model);
     let first = adapter.attach(model.clone()).unwrap();
     assert_eq!(numbers(&model), before, "a clone was changed");

@@ -15,7 +15,7 @@ use crate::common::models::{distance, linear, numbers};
 
 #[test]
 fn the_file_has_the_keys_and_shapes_of_peft() {
-    let folder = saved(&Adapter::extract(&adapted::<BoftLinear>(boft()), boft()).unwrap());
+    let folder = saved(&Adapter::extract_as(&adapted::<BoftLinear>(boft()), boft()).unwrap());
     let expected = [
         ("head.bias", vec![5]),
         ("head.weight", vec![5, 12]),
@@ -53,7 +53,7 @@ fn the_file_has_the_keys_and_shapes_of_peft() {
 #[test]
 fn all_linear_is_written_as_the_names_it_stood_for() {
     let config = boft().with_target_modules("all-linear");
-    let folder = saved(&Adapter::extract(&adapted::<BoftLinear>(&config), &config).unwrap());
+    let folder = saved(&Adapter::extract_as(&adapted::<BoftLinear>(&config), &config).unwrap());
     assert_eq!(
         settings(folder.path())["target_modules"],
         json!(["hidden", "output"])
@@ -64,7 +64,7 @@ fn all_linear_is_written_as_the_names_it_stood_for() {
 fn a_scale_that_is_not_trained_is_written_as_ones() {
     let config = boft().with_scale(false);
     let model = adapted::<BoftLinear>(&config);
-    let folder = saved(&Adapter::extract(&model, &config).unwrap());
+    let folder = saved(&Adapter::extract_as(&model, &config).unwrap());
     let file = stored(folder.path());
     assert_eq!(single(&file["base_model.model.hidden.boft_s"]), [1.0; 16]);
     let attached = Adapter::load(folder.path())
@@ -78,7 +78,7 @@ fn a_scale_that_is_not_trained_is_written_as_ones() {
 #[test]
 fn half_precision_is_written_on_request_and_read() {
     let model = adapted::<BoftLinear>(boft());
-    let adapter = Adapter::extract(&model, boft()).unwrap();
+    let adapter = Adapter::extract_as(&model, boft()).unwrap();
     for (dtype, stored_as, tolerance) in [
         (FloatDType::F16, Dtype::F16, 2e-3),
         (FloatDType::BF16, Dtype::BF16, 2e-2),
@@ -111,7 +111,7 @@ fn double_precision_stays_double() {
         .with_init(INIT)
         .with_target_modules(["hidden"]);
     let model = inject(one(&device()), &config).unwrap();
-    let folder = saved(&Adapter::extract(&model, &config).unwrap());
+    let folder = saved(&Adapter::extract_as(&model, &config).unwrap());
     let file = stored(folder.path());
     assert_eq!(file["base_model.model.hidden.boft_R"].0, Dtype::F64);
     let (loaded, _) = Adapter::load(folder.path()).unwrap();
@@ -124,9 +124,9 @@ fn double_precision_stays_double() {
 #[test]
 fn named_adapters_have_folders_of_their_own() {
     let folder = tempfile::tempdir().unwrap();
-    let first = Adapter::extract(&adapted::<BoftLinear>(boft()), boft()).unwrap();
+    let first = Adapter::extract_as(&adapted::<BoftLinear>(boft()), boft()).unwrap();
     let config = boft().with_block_size(2);
-    let second = Adapter::extract(&adapted::<BoftLinear>(&config), &config).unwrap();
+    let second = Adapter::extract_as(&adapted::<BoftLinear>(&config), &config).unwrap();
     first.save(folder.path()).unwrap();
     let named = SaveOptions::new().with_name("digits");
     second.save_with(folder.path(), &named).unwrap();

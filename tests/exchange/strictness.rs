@@ -58,7 +58,7 @@ fn anything_missing_or_unexpected_is_an_error_that_lists_all_of_it() {
 #[test]
 fn a_model_that_does_not_fit_is_an_error_that_lists_all_of_it() {
     let config = boft().with_bias(Bias::All);
-    let adapter = Adapter::extract(&adapted::<BoftLinear>(&config), &config).unwrap();
+    let adapter = Adapter::extract_as(&adapted::<BoftLinear>(&config), &config).unwrap();
 
     #[derive(Module, Debug)]
     struct Other {
@@ -183,7 +183,7 @@ fn the_adapter_of_a_convolution_is_for_no_linear_layer() {
 fn a_foreign_reparameterization_is_refused() {
     use burn::module::Lora;
     let model = base::<BoftLinear>().apply_lora(Lora::new(2, 4.0));
-    let adapter = Adapter::extract(&adapted::<BoftLinear>(boft()), boft()).unwrap();
+    let adapter = Adapter::extract_as(&adapted::<BoftLinear>(boft()), boft()).unwrap();
     let error = adapter.attach(model).unwrap_err().to_string();
     assert!(
         error.contains("`hidden.weight` already carries the reparameterization `lora`"),

@@ -11,10 +11,10 @@ use crate::common::{devices, host};
 fn draws(model: &BoftLinear, count: usize) -> Vec<Vec<usize>> {
     let adapter = model.adapter().unwrap();
     let plan = adapter.butterfly();
-    let (n, b) = (plan.block_num(), plan.block_size);
+    let (n, b) = (plan.block_num(), plan.block_size());
     (0..count)
         .map(|_| {
-            let blocks = host(adapter.blocks().values());
+            let blocks = host(adapter.training_blocks().values());
             let is_identity = |block: &[f64]| {
                 let mut cells = block.iter().enumerate();
                 cells.all(|(i, &value)| value == f64::from(i / b == i % b))
@@ -84,7 +84,7 @@ fn multiplicative_dropout_takes_every_block_alike() {
     let adapter = Layer::adapter(&model).unwrap();
     let mut hits = [0; 8];
     for _ in 0..400 {
-        let blocks = host(adapter.blocks().values());
+        let blocks = host(adapter.training_blocks().values());
         for (hit, block) in hits.iter_mut().zip(blocks.chunks(16)) {
             *hit += usize::from(block[0] == 1.0 && block[1] == 0.0);
         }

@@ -4,9 +4,10 @@ use burn::module::{Lora, Module, ParamGroup, Quantizer};
 use burn::nn;
 use burn::tensor::quantization::{Calibration, QuantValue};
 use burn::tensor::{DType, Device};
+use burn_boft::model::{InjectError, MergeError, Misfit};
 use burn_boft::{
-    AdapterConfig, BoftConfig, Cayley, Init, InjectError, MergeError, Misfit, OftConfig,
-    PatternError, inject, merge, plan, unload,
+    AdapterConfig, BoftConfig, Cayley, Init, OftConfig, PatternError, RotationError, inject, merge,
+    plan, unload,
 };
 
 use crate::common::models::{Net, linear, numbers, set, trainable};
@@ -57,27 +58,37 @@ fn sizes_that_do_not_fit_are_refused_with_sizes_that_do() {
         boft().with_block_size(5),
         "block size 5 does not divide 24 input features of `hidden`; 4 or 6 would",
     );
-    assert!(matches!(misfit, Misfit::BlockSize { proposals, .. } if proposals == [4, 6]));
+    assert!(
+        matches!(misfit, Misfit::Rotation(RotationError::BlockSize { proposals, .. }) if proposals == [4, 6])
+    );
     let misfit = assert_refused(
         &model(),
         boft().with_block_num(5),
         "block count 5 does not divide 24 input features of `hidden`; 4 or 6 would",
     );
-    assert!(matches!(misfit, Misfit::BlockCount { proposals, .. } if proposals == [4, 6]));
+    assert!(
+        matches!(misfit, Misfit::Rotation(RotationError::BlockCount { proposals, .. }) if proposals == [4, 6])
+    );
     let misfit = assert_refused(
         &model(),
         boft().with_block_size(3).with_n_butterfly_factor(2),
         "block size 3 of `hidden` is odd, and 2 factors pair half-blocks; use an even block size or \
          one factor",
     );
-    assert!(matches!(misfit, Misfit::OddBlock { .. }));
+    assert!(matches!(
+        misfit,
+        Misfit::Rotation(RotationError::OddBlock { .. })
+    ));
     let misfit = assert_refused(
         &model(),
         boft().with_block_size(4).with_n_butterfly_factor(3),
         "3 factors of block size 4 need a multiple of 4·2^2 input features, but `hidden` has 24; use at \
          most 2 factors, or block size 2 or 6",
     );
-    assert!(matches!(misfit, Misfit::Factors { largest: 2, .. }));
+    assert!(matches!(
+        misfit,
+        Misfit::Rotation(RotationError::Factors { largest: 2, .. })
+    ));
 }
 
 #[test]
@@ -90,7 +101,7 @@ fn what_was_proposed_is_accepted() {
     ] {
         let plan = plan(&model(), &config).unwrap();
         assert_eq!(
-            plan.layers[0].butterfly.block_num() * plan.layers[0].butterfly.block_size,
+            plan.layers[0].butterfly.block_num() * plan.layers[0].butterfly.block_size(),
             24
         );
     }
@@ -107,7 +118,10 @@ fn blocks_of_one_channel_are_refused() {
         oft().with_block_num(24).into(),
     ] {
         let misfit = assert_refused(&model(), config, message);
-        assert!(matches!(misfit, Misfit::IdentityBlocks { .. }));
+        assert!(matches!(
+            misfit,
+            Misfit::Rotation(RotationError::IdentityBlocks { .. })
+        ));
     }
 }
 
@@ -141,7 +155,7 @@ fn a_setting_that_no_layer_can_mend_is_refused_once() {
             .with_target_modules("all-linear"),
         "n_butterfly_factor is 0; 1 is block-diagonal OFT, 2 and more are butterflies",
     );
-    assert_eq!(misfit, Misfit::NoFactors);
+    assert_eq!(misfit, Misfit::Rotation(RotationError::NoFactors));
 }
 
 #[test]
@@ -154,13 +168,13 @@ fn targets_that_mean_nothing_are_refused() {
     assert_refused(
         &model(),
         BoftConfig::new().with_target_modules(["hiden"]),
-        "target_modules Names([\"hiden\"]) match none of the 3 linear and convolution layers; it has \
-         `hidden`",
+        "target_modules names `hiden`, which selects nothing in the model; it has `hidden`; correct or remove the name, \
+         or set allow_absent_targets",
     );
     let misfit = assert_refused(
         &model(),
         boft().with_exclude_modules("h.*"),
-        "target_modules Names([\"hidden\"]) match none of the 3 linear and convolution layers (2 of them \
+        "target_modules `hidden` match none of the 3 linear and convolution layers (2 of them \
          are excluded by exclude_modules or modules_to_save); it has `hidden`",
     );
     assert!(matches!(misfit, Misfit::NoTarget { excluded: 2, .. }));
@@ -280,7 +294,7 @@ fn a_quantized_weight_is_refused() {
     );
     let message = error.to_string();
     assert!(
-        message.starts_with("the weight of `hidden` is quantized (QFloat("),
+        message.starts_with("the weight of `hidden` is quantized, and"),
         "{message}"
     );
     let remedy =
@@ -301,9 +315,9 @@ fn every_misfit_is_reported_at_once() {
     assert_eq!(error.misfits().len(), 4);
     let lines = [
         "dropout 1.5 is outside [0, 1)",
-        "modules_to_save names `tail`, which the model does not have",
+        "modules_to_save names `tail`, which the model does not have; it has `head`, `hidden`, `output`",
         "2 factors of block size 8 need a multiple of 8·2^1 input features, but `hidden` has 24; use at \
-         most 1 factors, or block size 6 or 12",
+         most 1 factor, or block size 6 or 12",
         "block size 8 does not divide 12 input features of `head`; 6 would",
     ];
     assert_eq!(error.to_string(), lines.join("\n"));

@@ -49,8 +49,8 @@ fn a_convolution_merges_as_the_oracle_says() {
             let (adapted, merged, plan) = assert_merges_as_the_oracle(base.clone(), config);
             assert_eq!(
                 (
-                    plan.layers[0].butterfly.d_input,
-                    plan.layers[0].butterfly.d_output
+                    plan.layers[0].butterfly.d_input(),
+                    plan.layers[0].butterfly.d_output()
                 ),
                 (24, 10)
             );
@@ -82,7 +82,7 @@ fn oft_blocks_are_adjusted_shared_and_approximated_as_asked() {
             let base = linear([24, 10], 3, DType::F32, &device);
             let (adapted, merged, plan) = assert_merges_as_the_oracle(base, config);
             let layer = &plan.layers[0];
-            assert_eq!(layer.butterfly.block_size, *block_size, "{config:?}");
+            assert_eq!(layer.butterfly.block_size(), *block_size, "{config:?}");
             assert_eq!(layer.adjusted_from, *adjusted_from, "{config:?}");
             let stored = if config.block_share {
                 1

@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use burn::module::Module;
+use burn_boft::model::{InjectPlan, LayerPlan};
 use burn_boft::{
-    AdapterConfig, BoftConfig, Cayley, Init, InjectPlan, LayerKind, LayerPlan, OftConfig, inject,
-    merge, plan,
+    AdapterConfig, BoftConfig, Cayley, Init, LayerKind, OftConfig, inject, merge, plan,
 };
 
 use crate::common::models::numbers;
@@ -67,11 +67,11 @@ fn number_of(layer: &LayerPlan, name: &str) -> String {
 fn rotation(layer: &LayerPlan, config: &AdapterConfig, skew: &[f64]) -> Matrix {
     let butterfly = layer.butterfly;
     let sizes = Sizes {
-        d: butterfly.d_input,
-        b: butterfly.block_size,
-        m: butterfly.n_butterfly_factor,
+        d: butterfly.d_input(),
+        b: butterfly.block_size(),
+        m: butterfly.n_butterfly_factor(),
     };
-    let copies = if butterfly.block_share {
+    let copies = if butterfly.block_share() {
         butterfly.block_num()
     } else {
         1
@@ -105,7 +105,7 @@ fn oracle(
     before: &BTreeMap<String, Vec<f64>>,
 ) -> Vec<f64> {
     let number = |name: &str| before.get(&number_of(layer, name)).cloned();
-    let (d, o) = (layer.butterfly.d_input, layer.butterfly.d_output);
+    let (d, o) = (layer.butterfly.d_input(), layer.butterfly.d_output());
     let rotation = rotation(layer, config, &number("weight.boft.skew").unwrap());
     let scale = number("weight.boft.scale").unwrap_or(vec![1.0; o]);
     assert_eq!(layer.scale, matches!(config, AdapterConfig::Boft(_)));

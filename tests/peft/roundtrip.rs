@@ -51,7 +51,7 @@ impl UseModel for RoundTrip<'_> {
         let data = TensorData::new(input.clone(), [input.len()]).convert::<f32>();
         let output = host(model.forward(Tensor::from_data(data, &device), shape));
 
-        Adapter::extract(&model, adapter.config())?.save(self.output)?;
+        Adapter::extract_as(&model, adapter.config())?.save(self.output)?;
         let bytes: Vec<u8> = output
             .iter()
             .flat_map(|&number| (number as f32).to_le_bytes())

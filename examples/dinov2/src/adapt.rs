@@ -169,7 +169,7 @@ fn save(
     match method.adapter() {
         Some(config) => {
             let names = SaveOptions::new().with_key_map(KeyMap::dinov2(Transformers::V5));
-            Adapter::extract(model, &config)
+            Adapter::extract_as(model, &config)
                 .map_err(|error| failed(error.to_string()))?
                 .save_with(folder, &names)
                 .map_err(|error| failed(error.to_string()))?;

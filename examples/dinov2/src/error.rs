@@ -1,6 +1,6 @@
 use std::path::PathBuf;
 
-use burn_boft::{InjectError, MergeError};
+use burn_boft::model::{InjectError, MergeError};
 use thiserror::Error;
 
 use crate::model::LoadError;

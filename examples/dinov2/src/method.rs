@@ -5,7 +5,8 @@ use std::fmt;
 
 use burn::module::{Lora, Module, ModuleVisitor, Param, ParamGroup, ParamId};
 use burn::prelude::*;
-use burn_boft::{AdapterConfig, Bias, BoftConfig, OftConfig, Summary, inject, merge};
+use burn_boft::model::Summary;
+use burn_boft::{AdapterConfig, Bias, BoftConfig, OftConfig, inject, merge};
 
 use crate::error::Error;
 use crate::model::Dinov2ForImageClassification;
@@ -139,7 +140,10 @@ impl Method {
         let Self::Oft { block_size } = self else {
             return None;
         };
-        let layers = sizes.layers.iter().map(|layer| layer.butterfly.block_size);
+        let layers = sizes
+            .layers
+            .iter()
+            .map(|layer| layer.butterfly.block_size());
         let taken: BTreeSet<usize> = layers.filter(|size| size != block_size).collect();
         let taken: Vec<String> = taken.iter().map(usize::to_string).collect();
         (!taken.is_empty()).then(|| {

@@ -1,0 +1,300 @@
+//! [`candidates`]: which layers of a model can carry an adapter, and why the others cannot.
+
+use std::fmt::{self, Display, Formatter};
+
+use burn::module::Module;
+use burn::tensor::DType;
+
+use super::walk::{ModuleInfo, Parameter, Walk, walk};
+use crate::config::LayerKind;
+use crate::rotation::named;
+
+/// Lists every layer that could be adapted, and every other parameter with the reason why it cannot.
+///
+/// Use it to find the names for `target_modules` in a model that somebody else, or a generator, has written.
+///
+/// # Examples
+///
+/// ```
+/// use burn::module::Module;
+/// use burn::nn::{LayerNorm, LayerNormConfig, Linear, LinearConfig};
+/// use burn_boft::candidates;
+///
+/// #[derive(Module, Debug)]
+/// struct Generated { linear1: Linear, norm1: LayerNorm }
+///
+/// # let device = burn::tensor::Device::flex();
+/// let model = Generated {
+///     linear1: LinearConfig::new(64, 32).with_bias(false).init(&device),
+///     norm1: LayerNormConfig::new(32).init(&device),
+/// };
+/// let found = candidates(&model);
+/// assert_eq!(found.layers[0].path, "linear1");
+/// assert_eq!(found.others[0].path, "norm1.gamma");
+/// println!("{found}");
+/// ```
+pub fn candidates<M: Module>(model: &M) -> Candidates {
+    let walk = walk(model);
+    let mut candidates = Candidates::default();
+    for (parameter, verdict) in verdicts(&walk, &[]) {
+        let shape = parameter.stored.shape();
+        let verdict = verdict.and_then(|kind| match &parameter.attached {
+            Some(attached) => Err(Unsupported::Adapted {
+                name: attached.name.clone(),
+            }),
+            None => Ok(kind),
+        });
+        match verdict {
+            Ok(kind) => candidates.layers.push(Candidate {
+                path: parameter.owner().to_string(),
+                kind,
+                shape,
+            }),
+            Err(reason) => candidates.others.push(OtherParameter {
+                path: parameter.path().to_string(),
+                shape,
+                reason,
+            }),
+        }
+    }
+    candidates
+}
+
+/// What a model has for adapters, made by [`candidates`]. `Display` is a table.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Candidates {
+    /// The layers that can carry an adapter, in the model's order.
+    pub layers: Vec<Candidate>,
+    /// Every other parameter, in the model's order.
+    pub others: Vec<OtherParameter>,
+}
+
+/// A layer that can carry an adapter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Candidate {
+    /// The layer's dotted path.
+    pub path: String,
+    /// Linear or convolution.
+    pub kind: LayerKind,
+    /// Shape of the weight as Burn holds it.
+    pub shape: Vec<usize>,
+}
+
+/// A parameter that cannot carry an adapter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct OtherParameter {
+    /// The parameter's dotted path.
+    pub path: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Why it cannot be adapted.
+    pub reason: Unsupported,
+}
+
+/// Why a module cannot be adapted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Unsupported {
+    /// It is a layer of another type.
+    Type {
+        /// The type's name.
+        type_name: String,
+    },
+    /// It is a module that holds layers.
+    Holder {
+        /// The type's name.
+        type_name: String,
+    },
+    /// It is a parameter of a layer beside its weight.
+    NotTheWeight {
+        /// The layer's type.
+        type_name: String,
+    },
+    /// Its name says that it is one of Burn's layers, and its weight has other axes.
+    Rank {
+        /// The type's name.
+        type_name: String,
+        /// Axes that such a weight has.
+        expected: usize,
+        /// Axes that it has.
+        found: usize,
+    },
+    /// Its name says that it is one of Burn's layers, and it has a field that those do not have.
+    Field {
+        /// The type's name.
+        type_name: String,
+        /// The field.
+        field: String,
+    },
+    /// Its bias does not fit the output axis of its weight, so the weight is laid out otherwise.
+    Layout {
+        /// The type's name.
+        type_name: String,
+        /// Shape of the weight.
+        weight: Vec<usize>,
+        /// Shape of the bias.
+        bias: Vec<usize>,
+    },
+    /// The configuration says that it is no layer to adapt.
+    TakenOut,
+    /// Its weight is quantized, and rotating would rewrite it.
+    Quantized,
+    /// It carries a reparameterization already.
+    Adapted {
+        /// The name of what it carries.
+        name: String,
+    },
+}
+
+impl Display for Unsupported {
+    /// A clause that goes on from the name of the module.
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Type { type_name } => {
+                write!(
+                    f,
+                    "which is a {type_name}; only Linear and Conv2d layers can be adapted"
+                )
+            }
+            Self::Holder { type_name } => {
+                write!(
+                    f,
+                    "which is a {type_name} that holds layers; name the layers in it"
+                )
+            }
+            Self::NotTheWeight { type_name } => {
+                write!(
+                    f,
+                    "which a {type_name} has beside its weight; only weights are rotated"
+                )
+            }
+            Self::Rank {
+                type_name,
+                expected,
+                found,
+            } => write!(
+                f,
+                "a {type_name} whose weight has {found} axes where Burn's has {expected}, so it is a layer of \
+                 another kind"
+            ),
+            Self::Field { type_name, field } => write!(
+                f,
+                "a {type_name} with a field `{field}`, which Burn's does not have, so how it computes is not \
+                 known; with_layer_kind can say that its weight is laid out as Burn's"
+            ),
+            Self::Layout {
+                type_name,
+                weight,
+                bias,
+            } => write!(
+                f,
+                "a {type_name} whose bias {bias:?} does not fit the output axis of its weight {weight:?}, so the \
+                 weight is laid out in another way than Burn's"
+            ),
+            Self::TakenOut => write!(f, "which layer_kinds takes out"),
+            Self::Quantized => write!(f, "whose weight is quantized"),
+            Self::Adapted { name } => {
+                write!(f, "which already carries the reparameterization `{name}`")
+            }
+        }
+    }
+}
+
+impl Display for Candidates {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{} layers can be adapted:", self.layers.len())?;
+        for Candidate { path, kind, shape } in &self.layers {
+            writeln!(f, "  {}, {} {shape:?}", named(path), kind.in_words())?;
+        }
+        write!(f, "{} other parameters:", self.others.len())?;
+        for OtherParameter {
+            path,
+            shape,
+            reason,
+        } in &self.others
+        {
+            write!(f, "\n  {} {shape:?}, {reason}", named(path))?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether each parameter is the weight of a layer that can carry an adapter, in the model's order.
+///
+/// The name of a layer's type is a hint and no proof, so its fields, the axes of its weight and the length of its
+/// bias are checked too. `layer_kinds` has the last word about what a layer is. Whether it carries an adapter already
+/// is another question.
+pub(crate) fn verdicts<'a>(
+    walk: &'a Walk,
+    layer_kinds: &[(String, Option<LayerKind>)],
+) -> impl Iterator<Item = (&'a Parameter, Result<LayerKind, Unsupported>)> {
+    let (modules, parameters) = (walk.modules_by_path(), walk.by_path());
+    walk.parameters.iter().map(move |parameter| {
+        let module = modules.get(parameter.owner()).copied();
+        let bias = match parameter.owner() {
+            "" => parameters.get("bias"),
+            owner => parameters.get(format!("{owner}.bias").as_str()),
+        };
+        let verdict = verdict(parameter, module, bias.copied(), layer_kinds);
+        (parameter, verdict)
+    })
+}
+
+fn verdict(
+    parameter: &Parameter,
+    module: Option<&ModuleInfo>,
+    bias: Option<&Parameter>,
+    layer_kinds: &[(String, Option<LayerKind>)],
+) -> Result<LayerKind, Unsupported> {
+    let type_name = || parameter.owner_type().to_string();
+    let is_meant = |name: &str| name == parameter.owner() || name == parameter.owner_type();
+    let declared = layer_kinds.iter().rev().find(|(name, _)| is_meant(name));
+    let kind = match (declared, parameter.owner_type()) {
+        (Some((_, Some(kind))), _) => *kind,
+        (Some((_, None)), _) => return Err(Unsupported::TakenOut),
+        (None, "Linear") => LayerKind::Linear,
+        (None, "Conv2d") => LayerKind::Conv2d,
+        (None, _) => {
+            let type_name = type_name();
+            return Err(Unsupported::Type { type_name });
+        }
+    };
+    if parameter.name() != "weight" {
+        let type_name = type_name();
+        return Err(Unsupported::NotTheWeight { type_name });
+    }
+    let shape = parameter.stored.shape();
+    if shape.len() != kind.rank() {
+        return Err(Unsupported::Rank {
+            type_name: type_name(),
+            expected: kind.rank(),
+            found: shape.len(),
+        });
+    }
+    let is_foreign = |field: &&String| !matches!(field.as_str(), "weight" | "bias");
+    let fields = module.map_or(&[][..], |module| &module.fields);
+    if let (None, Some(field)) = (declared, fields.iter().find(is_foreign)) {
+        return Err(Unsupported::Field {
+            type_name: type_name(),
+            field: field.clone(),
+        });
+    }
+    let (_, d_output) = kind.axes(&shape);
+    if let Some(bias) = bias
+        .map(|bias| bias.stored.shape())
+        .filter(|bias| bias != &[d_output])
+    {
+        return Err(Unsupported::Layout {
+            type_name: type_name(),
+            weight: shape,
+            bias,
+        });
+    }
+    match parameter.stored.dtype() {
+        DType::QFloat(_) => Err(Unsupported::Quantized),
+        _ => Ok(kind),
+    }
+}

@@ -6,7 +6,7 @@ use burn::module::{
 use burn::tensor::{DType, Device, Distribution, FloatDType, Tensor};
 
 use crate::config::LayerKind;
-use crate::ops::{self, Blocks, Side};
+use crate::ops::{self, Base, Blocks, Direction, Pass, Side};
 use crate::rotation::{ButterflyPlan, Rotation, Values};
 
 /// The orthogonal adapter of one weight.
@@ -104,9 +104,11 @@ impl BoftAdapter {
             "rotate: the last axis of {shape:?} is not {d_input}"
         );
         let rows = shape.num_elements() / d_input;
-        let rotated =
-            self.training_blocks()
-                .rotate(input.reshape([rows, d_input]), Side::Right, false);
+        let rotated = self.training_blocks().rotate(
+            input.reshape([rows, d_input]),
+            Side::Right,
+            Direction::Forward,
+        );
         rotated.reshape(shape)
     }
 
@@ -119,8 +121,8 @@ impl BoftAdapter {
     ) -> Tensor<D> {
         let shape = base.dims();
         let tokens = input.shape().num_elements() / shape[0];
-        let quantized = matches!(base.dtype(), DType::QFloat(_));
-        let route = ops::route(tokens, shape, input.device().is_autodiff(), quantized);
+        let (pass, storage) = (Pass::on(&input.device()), Base::of(base.dtype()));
+        let route = ops::route(tokens, shape, pass, storage);
         self.training_blocks()
             .linear(input, base, self.scale(), bias, route)
     }

@@ -5,7 +5,7 @@
 mod common;
 
 use burn::tensor::{DType, Device, Tensor};
-use burn_boft::ops::{Blocks, Route, Side};
+use burn_boft::ops::{Blocks, Direction, Route, Side};
 use common::{Matrix, Sizes, assert_close, drift, host, kernel_devices, noise, rotation, tensor};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -129,8 +129,8 @@ fn run(case: &Case, route: Way, dtype: DType, device: &Device) -> [Quantities; 2
             let weight = weight.clone().transpose();
             blocks.weight(weight, Some(scale.clone()), Side::Right)
         }
-        Way::Rotate(Side::Left, transpose) => blocks.rotate(weight.clone(), Side::Left, transpose),
-        Way::Rotate(Side::Right, transpose) => blocks.rotate(input.clone(), Side::Right, transpose),
+        Way::Rotate(side @ Side::Left, direction) => blocks.rotate(weight.clone(), side, direction),
+        Way::Rotate(side @ Side::Right, direction) => blocks.rotate(input.clone(), side, direction),
     };
     let probe = operand(output.dims(), 2).detach();
     let values = vec![("output", host(output.clone()))];
@@ -155,7 +155,7 @@ fn run(case: &Case, route: Way, dtype: DType, device: &Device) -> [Quantities; 2
 enum Way {
     Linear(Route),
     Weight(Side),
-    Rotate(Side, bool),
+    Rotate(Side, Direction),
 }
 
 const WAYS: [Way; 8] = [
@@ -163,10 +163,10 @@ const WAYS: [Way; 8] = [
     Way::Linear(Route::Weight),
     Way::Weight(Side::Left),
     Way::Weight(Side::Right),
-    Way::Rotate(Side::Left, false),
-    Way::Rotate(Side::Left, true),
-    Way::Rotate(Side::Right, false),
-    Way::Rotate(Side::Right, true),
+    Way::Rotate(Side::Left, Direction::Forward),
+    Way::Rotate(Side::Left, Direction::Back),
+    Way::Rotate(Side::Right, Direction::Forward),
+    Way::Rotate(Side::Right, Direction::Back),
 ];
 
 /// What the dense oracle says of the output.
@@ -176,9 +176,9 @@ fn oracle(case: &Case, way: Way) -> Vec<f64> {
     let rotation = rotation(case.sizes, &case.skew());
     let weight = Matrix::new(d, o, case.numbers(d * o, 1));
     let input = Matrix::new(t, d, case.numbers(t * d, 0));
-    let op = |transpose| match transpose {
-        true => rotation.transpose(),
-        false => rotation.clone(),
+    let op = |direction| match direction {
+        Direction::Forward => rotation.clone(),
+        Direction::Back => rotation.transpose(),
     };
     let scaled = |mut matrix: Matrix| {
         let columns = matrix.columns;
@@ -191,8 +191,8 @@ fn oracle(case: &Case, way: Way) -> Vec<f64> {
         Way::Linear(_) => scaled(input.matmul(&rotation).matmul(&weight)).values,
         Way::Weight(Side::Left) => scaled(rotation.matmul(&weight)).values,
         Way::Weight(Side::Right) => scaled(rotation.matmul(&weight)).transpose().values,
-        Way::Rotate(Side::Left, transpose) => op(transpose).matmul(&weight).values,
-        Way::Rotate(Side::Right, transpose) => input.matmul(&op(transpose)).values,
+        Way::Rotate(Side::Left, direction) => op(direction).matmul(&weight).values,
+        Way::Rotate(Side::Right, direction) => input.matmul(&op(direction)).values,
     }
 }
 
@@ -309,8 +309,67 @@ fn sizes_without_a_kernel_take_the_portable_version() {
             seed: 3,
         };
         for device in kernel_devices() {
-            let ways = [Way::Linear(Route::Weight), Way::Rotate(Side::Right, false)];
+            let ways = [
+                Way::Linear(Route::Weight),
+                Way::Rotate(Side::Right, Direction::Forward),
+            ];
             compare(&case, &ways, DType::F32, &device).unwrap();
+        }
+    }
+}
+
+/// A scale below 1e-30 counts as zero, and 1e-20 is added to it, since its gradient divides by it.
+#[test]
+fn every_backend_keeps_tiny_scales_away_from_zero_by_the_same_rule() {
+    let scale = [
+        0.0, 1e-36, 1e-31, -1e-31, 5e-31, -9.9e-31, 1.1e-30, -2e-30, 1e-25, -1e-20, 3.0,
+    ];
+    let case = Case {
+        sizes: Sizes { d: 16, b: 4, m: 2 },
+        d_output: scale.len(),
+        tokens: 5,
+        strided: false,
+        seed: 4,
+    };
+    let expected: Vec<f64> = scale
+        .iter()
+        .map(|&s: &f64| if s.abs() < 1e-30 { s + 1e-20 } else { s })
+        .collect();
+    let (d, o) = (case.sizes.d, scale.len());
+    let weight = Matrix::new(d, o, case.numbers(d * o, 1));
+    let rotated = rotation(case.sizes, &case.skew()).matmul(&weight);
+    let sums: Vec<f64> = (0..o)
+        .map(|column| (0..d).map(|row| rotated.get(row, column)).sum())
+        .collect();
+    for (name, device) in kernel_devices() {
+        for dtype in [DType::F32, DType::F64] {
+            if !device.supports_dtype(dtype) {
+                continue;
+            }
+            let to = (dtype, &device.clone().autodiff());
+            let skew = tensor(&case.skew(), case.sizes.skew_shape(), to.0, to.1);
+            let blocks = Blocks::cayley(skew, case.sizes.b);
+            for side in [Side::Left, Side::Right] {
+                let scale = tensor(&scale, [o], to.0, to.1).require_grad();
+                let weight = weight.to_tensor(to.0, to.1);
+                let scaled = match side {
+                    Side::Left => blocks.weight(weight, Some(scale.clone()), side),
+                    Side::Right => blocks
+                        .weight(weight.transpose(), Some(scale.clone()), side)
+                        .transpose(),
+                };
+                let values = host(scaled.clone());
+                let gradient = host(scale.grad(&scaled.sum().backward()).unwrap());
+                for (column, (&expected, &sum)) in expected.iter().zip(&sums).enumerate() {
+                    let what = format!("{side:?} scale {column}, {dtype:?} on {name}");
+                    let unscaled: Vec<f64> = (0..d)
+                        .map(|row| values[row * o + column] / expected)
+                        .collect();
+                    let rotated: Vec<f64> = (0..d).map(|row| rotated.get(row, column)).collect();
+                    assert_close(&what, &unscaled, &rotated, 1e-5);
+                    assert_close(&what, &[gradient[column]], &[sum], 1e-4);
+                }
+            }
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use burn::tensor::{Device, Distribution, Tensor};
-use burn_boft::ops::{Blocks, Route, route};
+use burn_boft::ops::{Base, Blocks, Pass, Route, route};
 use clap::Parser;
 use dinov2::device::DeviceName;
 
@@ -30,17 +30,20 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "weight", "pass", "tokens", "activation ms", "weight ms", "ratio"
     );
     for shape @ [d_input, d_output] in SHAPES {
-        for training in [false, true] {
+        for pass in [Pass::Inference, Pass::Training] {
             for share in SHARES {
                 let tokens = ((d_output as f64 * share) as usize).max(1);
-                let layer = Layer::new(shape, tokens, training, &device);
+                let layer = Layer::new(shape, tokens, pass, &device);
                 let [activation, weight] = layer.medians(cli.rounds, &device);
                 println!(
                     "{:<12} {:<9} {tokens:>7} {activation:>14.3} {weight:>11.3} {:>8.2}  {:?}",
                     format!("{d_input}x{d_output}"),
-                    if training { "training" } else { "inference" },
+                    match pass {
+                        Pass::Inference => "inference",
+                        Pass::Training => "training",
+                    },
                     activation / weight,
-                    route(tokens, shape, training, false),
+                    route(tokens, shape, pass, Base::Float),
                 );
             }
         }
@@ -54,16 +57,12 @@ struct Layer {
     weight: Tensor<2>,
     skew: Tensor<3>,
     scale: Tensor<1>,
-    training: bool,
+    pass: Pass,
 }
 
 impl Layer {
-    fn new(
-        [d_input, d_output]: [usize; 2],
-        tokens: usize,
-        training: bool,
-        device: &Device,
-    ) -> Self {
+    fn new([d_input, d_output]: [usize; 2], tokens: usize, pass: Pass, device: &Device) -> Self {
+        let training = pass == Pass::Training;
         let device = match training {
             true => device.clone().autodiff(),
             false => device.clone(),
@@ -76,7 +75,7 @@ impl Layer {
             scale: (Tensor::random([d_output], noise, &device) + 1.0)
                 .detach()
                 .set_require_grad(training),
-            training,
+            pass,
         }
     }
 
@@ -90,7 +89,7 @@ impl Layer {
             None,
             route,
         );
-        if self.training {
+        if self.pass == Pass::Training {
             std::hint::black_box(output.backward());
         }
         device.sync().expect("the device finishes its work");

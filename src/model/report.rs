@@ -7,7 +7,7 @@ use burn::tensor::{DType, FloatDType, Tensor};
 
 use super::walk::walk;
 use crate::config::LayerKind;
-use crate::ops::{Blocks, Side, upper_triangle, widen};
+use crate::ops::{Blocks, Direction, Side, upper_triangle, widen};
 use crate::rotation::{ButterflyPlan, Rotation};
 
 /// Parameter counts of a model, made by [`summary`]. `Display` is PEFT's line.
@@ -207,7 +207,7 @@ fn diagnose_layer(
 ) -> LayerDiagnosis {
     let blocks = rotation.blocks(skew.clone());
     let (defect, q) = (defect(&blocks), norm(rotation, skew));
-    let rotated = blocks.rotate(base.clone(), Side::Left, false);
+    let rotated = blocks.rotate(base.clone(), Side::Left, Direction::Forward);
     LayerDiagnosis {
         path: path.to_string(),
         orthogonality_defect: defect,

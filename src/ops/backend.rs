@@ -10,13 +10,49 @@
 
 #[cfg(feature = "cubecl")]
 use burn::backend::fusion::custom::TensorSpec;
-use burn::backend::{Backend, DispatchDevice, backend_extension, tensor::FloatTensor};
+use burn::backend::{
+    Backend, DispatchDevice, ExtensionType, backend_extension, tensor::FloatTensor,
+};
 #[cfg(feature = "cubecl")]
 use burn::tensor::Shape;
 
+use super::butterfly::{Direction, Side};
+use super::linear::Channels;
 #[cfg(feature = "cubecl")]
-use super::widened;
-use super::{Side, butterfly, cayley, linear};
+use super::precision::widened;
+use super::{butterfly, cayley, linear};
+
+/// A tensor that an operation may be given.
+///
+/// `#[backend_extension]` finds the backend's own tensor in an argument that is a tensor, or whose type derives
+/// [`ExtensionType`]. An `Option<FloatTensor<Self>>` is neither: the macro would hand it on as it is, as a tensor
+/// of the dispatcher.
+#[derive(Debug, Clone, ExtensionType)]
+pub enum OptionalTensor<B: Backend> {
+    /// The operation does without.
+    Absent,
+    /// The operation uses this one.
+    Present(FloatTensor<B>),
+}
+
+impl<B: Backend> From<Option<FloatTensor<B>>> for OptionalTensor<B> {
+    fn from(tensor: Option<FloatTensor<B>>) -> Self {
+        match tensor {
+            Some(tensor) => Self::Present(tensor),
+            None => Self::Absent,
+        }
+    }
+}
+
+impl<B: Backend> OptionalTensor<B> {
+    /// The tensor, where there is one.
+    pub fn into_option(self) -> Option<FloatTensor<B>> {
+        match self {
+            Self::Present(tensor) => Some(tensor),
+            Self::Absent => None,
+        }
+    }
+}
 
 /// The operations of orthogonal fine-tuning, as a backend runs them.
 ///
@@ -58,9 +94,9 @@ pub trait BoftBackend: Backend {
         matrix: FloatTensor<Self>,
         blocks: FloatTensor<Self>,
         side: Side,
-        transpose: bool,
+        direction: Direction,
     ) -> FloatTensor<Self> {
-        butterfly::apply::<Self>(matrix, blocks, side, transpose)
+        butterfly::apply::<Self>(matrix, blocks, side, direction)
     }
 
     /// Rotates and scales a weight: `R·W·diag(s)` on the left, `diag(s)·W·Rᵀ` on the right.
@@ -89,13 +125,13 @@ pub trait BoftBackend: Backend {
     /// the right.
     ///
     /// From `[rows, columns]` tensors to two vectors in f32 or wider.
-    #[fusion(meta = |gradient, output, side| {
+    #[fusion(meta = |gradient, output, channels| {
         let [rows, columns] = output.shape.dims::<2>();
         let sums = TensorSpec {
             dtype: widened(gradient.dtype),
-            shape: Shape::from([match side {
-                Side::Left => columns,
-                Side::Right => rows,
+            shape: Shape::from([match channels {
+                Channels::Columns => columns,
+                Channels::Rows => rows,
             }]),
         };
         (sums.clone(), sums)
@@ -103,35 +139,32 @@ pub trait BoftBackend: Backend {
     fn boft_channel_sums(
         gradient: FloatTensor<Self>,
         output: FloatTensor<Self>,
-        side: Side,
+        channels: Channels,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        linear::channel_sums::<Self>(gradient, output, side)
+        linear::channel_sums::<Self>(gradient, output, channels)
     }
 
-    /// Multiplies rows by a rotated and scaled weight and adds a bias, `x·(R·W·diag(s)) + bias`; without
-    /// `has_bias`, the bias is not read.
+    /// Multiplies rows by a rotated and scaled weight and adds a bias, `x·(R·W·diag(s)) + bias`.
     #[fusion(default)]
     fn boft_linear(
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         blocks: FloatTensor<Self>,
         scale: FloatTensor<Self>,
-        bias: FloatTensor<Self>,
-        has_bias: bool,
+        #[extension_type] bias: OptionalTensor<Self>,
     ) -> FloatTensor<Self> {
         let weight = Self::boft_weight(weight, blocks, scale, Side::Left);
-        Self::boft_product(input, weight, bias, has_bias)
+        Self::boft_product(input, weight, bias)
     }
 
-    /// Multiplies two matrices and adds a bias, `x·W + bias`; without `has_bias`, the bias is not read.
+    /// Multiplies two matrices and adds a bias, `x·W + bias`.
     #[fusion(default)]
     fn boft_product(
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,
-        bias: FloatTensor<Self>,
-        has_bias: bool,
+        #[extension_type] bias: OptionalTensor<Self>,
     ) -> FloatTensor<Self> {
-        linear::product::<Self>(input, weight, has_bias.then_some(bias))
+        linear::product::<Self>(input, weight, bias.into_option())
     }
 }
 

@@ -2,7 +2,8 @@
 
 use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
 
-use super::{cast, cayley, reshape, widen_primitive};
+use super::cayley;
+use super::precision::{cast, reshape, widen_primitive};
 
 /// Which side of a matrix the rotation multiplies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,6 +22,32 @@ impl Side {
             Self::Right => columns,
         }
     }
+
+    /// How a weight is rotated from this side: `R·W` where it is `[d, o]`, `W·Rᵀ` where it is `[o, d]`.
+    pub(super) fn weight_direction(self) -> Direction {
+        match self {
+            Self::Left => Direction::Forward,
+            Self::Right => Direction::Back,
+        }
+    }
+}
+
+/// Whether a product takes the rotation or its transpose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// `R`.
+    Forward,
+    /// `Rᵀ`, which undoes `R` where the blocks are orthogonal.
+    Back,
+}
+
+impl Direction {
+    pub(super) fn reversed(self) -> Self {
+        match self {
+            Self::Forward => Self::Back,
+            Self::Back => Self::Forward,
+        }
+    }
 }
 
 /// Spans up to this size are composed into one matrix each before they meet the operand.
@@ -34,14 +61,17 @@ pub(super) fn apply<B: Backend>(
     matrix: FloatTensor<B>,
     blocks: FloatTensor<B>,
     side: Side,
-    transpose: bool,
+    direction: Direction,
 ) -> FloatTensor<B> {
     let dtype = matrix.dtype();
     let matrix = cast::<B>(matrix, blocks.dtype());
     let spans = into_spans::<B>(matrix, side, span(&blocks.shape().dims::<4>()));
     // t·op(R) is the transpose of op(R)ᵀ·tᵀ.
-    let transpose = transpose != (side == Side::Right);
-    let spans = rotate_spans::<B>(spans, blocks, transpose);
+    let direction = match side {
+        Side::Left => direction,
+        Side::Right => direction.reversed(),
+    };
+    let spans = rotate_spans::<B>(spans, blocks, direction);
     cast::<B>(from_spans::<B>(spans, side), dtype)
 }
 
@@ -82,9 +112,13 @@ fn backward<B: Backend>(gram: FloatTensor<B>, blocks: FloatTensor<B>) -> FloatTe
         let gradient = B::float_matmul(coupled, factor.clone());
         gradients.push(reshape::<B, 4>(gradient, [1, n, b, b]));
         if stage > 0 {
-            let half = rotate_stage::<B>(gram, factor.clone(), stage, true);
+            let half = rotate_stage::<B>(gram, factor.clone(), stage, Direction::Back);
             let half = B::float_swap_dims(half, 1, 2);
-            gram = B::float_swap_dims(rotate_stage::<B>(half, factor, stage, true), 1, 2);
+            gram = B::float_swap_dims(
+                rotate_stage::<B>(half, factor, stage, Direction::Back),
+                1,
+                2,
+            );
         }
     }
     gradients.reverse();
@@ -121,17 +155,17 @@ fn from_spans<B: Backend>(spans: FloatTensor<B>, side: Side) -> FloatTensor<B> {
 fn rotate_spans<B: Backend>(
     spans: FloatTensor<B>,
     blocks: FloatTensor<B>,
-    transpose: bool,
+    direction: Direction,
 ) -> FloatTensor<B> {
     let dims = blocks.shape().dims::<4>();
     if dims[0] == 1 {
-        return rotate_stage::<B>(spans, factor::<B>(&blocks, 0), 0, transpose);
+        return rotate_stage::<B>(spans, factor::<B>(&blocks, 0), 0, direction);
     }
     if span(&dims) > COMPOSED_SPAN {
-        return rotate_factors::<B>(spans, &blocks, transpose);
+        return rotate_factors::<B>(spans, &blocks, direction);
     }
     let rotation = compose::<B>(&blocks);
-    B::float_matmul(transposed::<B>(rotation, transpose), spans)
+    B::float_matmul(transposed::<B>(rotation, direction), spans)
 }
 
 /// The rotation of each span as one matrix, a `[d/span, span, span]` tensor.
@@ -141,19 +175,22 @@ pub(super) fn compose<B: Backend>(blocks: &FloatTensor<B>) -> FloatTensor<B> {
     let count = dims[1] * dims[2] / span;
     let identity = cayley::identity::<B>(blocks, span);
     let identity = B::float_expand(identity, [count, span, span].into());
-    rotate_factors::<B>(identity, blocks, false)
+    rotate_factors::<B>(identity, blocks, Direction::Forward)
 }
 
 /// `F_{m−1} ··· F_0 · t`, or `F_0ᵀ ··· F_{m−1}ᵀ · t`, one factor after the other.
 fn rotate_factors<B: Backend>(
     spans: FloatTensor<B>,
     blocks: &FloatTensor<B>,
-    transpose: bool,
+    direction: Direction,
 ) -> FloatTensor<B> {
     let m = blocks.shape().dims::<4>()[0];
     (0..m).fold(spans, |spans, step| {
-        let stage = if transpose { m - 1 - step } else { step };
-        rotate_stage::<B>(spans, factor::<B>(blocks, stage), stage, transpose)
+        let stage = match direction {
+            Direction::Forward => step,
+            Direction::Back => m - 1 - step,
+        };
+        rotate_stage::<B>(spans, factor::<B>(blocks, stage), stage, direction)
     })
 }
 
@@ -162,38 +199,42 @@ fn rotate_stage<B: Backend>(
     spans: FloatTensor<B>,
     factor: FloatTensor<B>,
     stage: usize,
-    transpose: bool,
+    direction: Direction,
 ) -> FloatTensor<B> {
     let [count, span, k] = spans.shape().dims::<3>();
     let [n, b, _] = factor.shape().dims::<3>();
-    let paired = pair::<B>(spans, stage, b, false);
+    let paired = pair::<B>(spans, stage, b);
     let paired = reshape::<B, 3>(paired, [n, b, k]);
-    let rotated = B::float_matmul(transposed::<B>(factor, transpose), paired);
-    pair::<B>(reshape::<B, 3>(rotated, [count, span, k]), stage, b, true)
+    let rotated = B::float_matmul(transposed::<B>(factor, direction), paired);
+    unpair::<B>(reshape::<B, 3>(rotated, [count, span, k]), stage, b)
 }
 
 /// The stage permutation of the span axis: half-blocks at distance `2^stage` side by side.
 ///
 /// The axis is `[c, 2, 2^stage, b/2]`, and its middle axes trade places. There is no permutation tensor:
 /// a view and one copy do it.
-fn pair<B: Backend>(
+fn pair<B: Backend>(spans: FloatTensor<B>, stage: usize, b: usize) -> FloatTensor<B> {
+    swap_halves::<B>(spans, stage, b, [2, 1 << stage])
+}
+
+/// The inverse of [`pair`].
+fn unpair<B: Backend>(spans: FloatTensor<B>, stage: usize, b: usize) -> FloatTensor<B> {
+    swap_halves::<B>(spans, stage, b, [1 << stage, 2])
+}
+
+/// Swaps two axes, of these lengths, of the span axis seen as `[c, outer, inner, b/2]`.
+fn swap_halves<B: Backend>(
     spans: FloatTensor<B>,
     stage: usize,
     b: usize,
-    inverse: bool,
+    [outer, inner]: [usize; 2],
 ) -> FloatTensor<B> {
     if stage == 0 {
         return spans;
     }
     let [count, span, k] = spans.shape().dims::<3>();
-    let distance = 1 << stage;
-    let (from, to) = if inverse {
-        (distance, 2)
-    } else {
-        (2, distance)
-    };
-    let chunks = span / (b * distance);
-    let spans = reshape::<B, 6>(spans, [count, chunks, from, to, b / 2, k]);
+    let chunks = span / (b << stage);
+    let spans = reshape::<B, 6>(spans, [count, chunks, outer, inner, b / 2, k]);
     let spans = B::float_permute(spans, &[0, 1, 3, 2, 4, 5]);
     reshape::<B, 3>(spans, [count, span, k])
 }
@@ -201,8 +242,8 @@ fn pair<B: Backend>(
 /// `G[L,L]` for every block of a stage, a `[n, b, b]` tensor.
 fn coupled_blocks<B: Backend>(gram: FloatTensor<B>, stage: usize, b: usize) -> FloatTensor<B> {
     let [count, span, _] = gram.shape().dims::<3>();
-    let gram = B::float_swap_dims(pair::<B>(gram, stage, b, false), 1, 2);
-    let gram = B::float_swap_dims(pair::<B>(gram, stage, b, false), 1, 2);
+    let gram = B::float_swap_dims(pair::<B>(gram, stage, b), 1, 2);
+    let gram = B::float_swap_dims(pair::<B>(gram, stage, b), 1, 2);
     let per_span = span / b;
     let tiles = reshape::<B, 5>(gram, [count, per_span, b, per_span, b]);
     let tiles = B::float_permute(tiles, &[0, 1, 3, 2, 4]);
@@ -225,9 +266,10 @@ fn factor<B: Backend>(blocks: &FloatTensor<B>, stage: usize) -> FloatTensor<B> {
     reshape::<B, 3>(factor, [n, b, b])
 }
 
-fn transposed<B: Backend>(matrices: FloatTensor<B>, transpose: bool) -> FloatTensor<B> {
-    match transpose {
-        true => B::float_swap_dims(matrices, 1, 2),
-        false => matrices,
+/// `op(C)` of a stack of matrices.
+fn transposed<B: Backend>(matrices: FloatTensor<B>, direction: Direction) -> FloatTensor<B> {
+    match direction {
+        Direction::Forward => matrices,
+        Direction::Back => B::float_swap_dims(matrices, 1, 2),
     }
 }

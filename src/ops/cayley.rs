@@ -3,7 +3,7 @@
 use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor, tensor::IntTensor};
 use burn::tensor::{Slice, TensorData};
 
-use super::{cast, reshape};
+use super::precision::{cast, reshape};
 
 /// Panics unless the last axis holds the strict upper triangles of `block_size` square matrices.
 pub(super) fn assert_packed(dims: [usize; 3], block_size: usize) {
@@ -88,6 +88,27 @@ pub(super) fn polynomial<B: Backend>(
         sum = B::float_add(sum, times(power.clone(), *coefficient));
     }
     reshape::<B, 4>(sum, [m, n, b, b])
+}
+
+/// The coefficients of PEFT's polynomial: `1` for fewer than two terms, `1, 2` for two, else
+/// `1, 2, …, 2, 1` of degree `max(terms − 1, 3)`.
+pub(crate) fn neumann_coefficients(terms: usize) -> Vec<f64> {
+    match terms {
+        0 | 1 => vec![1.0],
+        2 => vec![1.0, 2.0],
+        _ => {
+            let mut coefficients = neumann_016_coefficients(terms.max(4));
+            coefficients[terms.max(4) - 1] = 1.0;
+            coefficients
+        }
+    }
+}
+
+/// The coefficients of the polynomial of PEFT 0.16 and 0.17: `1, 2, …, 2`, as many as terms.
+pub(crate) fn neumann_016_coefficients(terms: usize) -> Vec<f64> {
+    let mut coefficients = vec![2.0; terms.max(1)];
+    coefficients[0] = 1.0;
+    coefficients
 }
 
 /// `[m, n, b(b−1)/2]` packed numbers as `[m·n, b, b]` skew-symmetric matrices.

@@ -1,5 +1,7 @@
 //! The route choice.
 
+use burn::tensor::{DType, Device};
+
 /// How a linear layer with a rotation is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Route {
@@ -8,6 +10,44 @@ pub enum Route {
     /// Rotate the weight once, then multiply, `x·(R·W)`: the cost of the rotation does not depend on
     /// the number of tokens.
     Weight,
+}
+
+/// What follows the forward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pass {
+    /// Nothing.
+    Inference,
+    /// A backward pass.
+    Training,
+}
+
+impl Pass {
+    /// Training on a device that records operations for a backward pass, inference on any other.
+    pub fn on(device: &Device) -> Self {
+        match device.is_autodiff() {
+            true => Self::Training,
+            false => Self::Inference,
+        }
+    }
+}
+
+/// How the base weight is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Base {
+    /// As floating-point numbers.
+    Float,
+    /// Quantized, so that a rotated weight could not be stored in its place.
+    Quantized,
+}
+
+impl Base {
+    /// How a weight of this precision is stored.
+    pub fn of(dtype: DType) -> Self {
+        match dtype {
+            DType::QFloat(_) => Self::Quantized,
+            _ => Self::Float,
+        }
+    }
 }
 
 /// Chooses the route of a linear layer by the numbers that each moves through memory.
@@ -20,18 +60,13 @@ pub enum Route {
 /// | training | the same | `4·T·d + 5·T·o`: both again in the backward pass, and the scale's gradient |
 ///
 /// The fewer win. A quantized weight cannot be rewritten: there the input is rotated always.
-pub fn route(
-    tokens: usize,
-    [d_input, d_output]: [usize; 2],
-    training: bool,
-    quantized: bool,
-) -> Route {
+pub fn route(tokens: usize, [d_input, d_output]: [usize; 2], pass: Pass, base: Base) -> Route {
     let weight = 2 * d_input * d_output;
-    let activation = match training {
-        true => tokens * (4 * d_input + 5 * d_output),
-        false => tokens * (2 * d_input + 2 * d_output),
+    let activation = match pass {
+        Pass::Training => tokens * (4 * d_input + 5 * d_output),
+        Pass::Inference => tokens * (2 * d_input + 2 * d_output),
     };
-    match quantized || activation < weight {
+    match base == Base::Quantized || activation < weight {
         true => Route::Activation,
         false => Route::Weight,
     }
@@ -59,15 +94,33 @@ mod tests {
     #[test]
     fn the_route_switches_where_the_numbers_moved_are_equal() {
         let shape = [4096, 4096];
-        assert_eq!(route(1, shape, false, false), Route::Activation);
-        assert_eq!(route(2047, shape, false, false), Route::Activation);
-        assert_eq!(route(2048, shape, false, false), Route::Weight);
-        assert_eq!(route(910, shape, true, false), Route::Activation);
-        assert_eq!(route(911, shape, true, false), Route::Weight);
+        assert_eq!(
+            route(1, shape, Pass::Inference, Base::Float),
+            Route::Activation
+        );
+        assert_eq!(
+            route(2047, shape, Pass::Inference, Base::Float),
+            Route::Activation
+        );
+        assert_eq!(
+            route(2048, shape, Pass::Inference, Base::Float),
+            Route::Weight
+        );
+        assert_eq!(
+            route(910, shape, Pass::Training, Base::Float),
+            Route::Activation
+        );
+        assert_eq!(
+            route(911, shape, Pass::Training, Base::Float),
+            Route::Weight
+        );
     }
 
     #[test]
     fn a_quantized_weight_is_never_rewritten() {
-        assert_eq!(route(1 << 20, [16, 16], true, true), Route::Activation);
+        assert_eq!(
+            route(1 << 20, [16, 16], Pass::Training, Base::Quantized),
+            Route::Activation
+        );
     }
 }

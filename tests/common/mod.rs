@@ -3,6 +3,7 @@
 
 pub mod models;
 pub mod peft;
+pub mod training;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 

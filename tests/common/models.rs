@@ -2,8 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use burn::module::{Module, ModuleDisplay, ModuleMapper, ModuleVisitor, Param};
+use burn::module::{
+    Module, ModuleDisplay, ModuleMapper, ModuleVisitor, Param, ParamGroup, Quantizer,
+};
 use burn::nn;
+use burn::tensor::quantization::{Calibration, QuantValue};
 use burn::tensor::{DType, Device, Gradients, Tensor};
 use burn_boft::{BoftAdapter, BoftLinear};
 
@@ -104,7 +107,7 @@ pub fn trainable<M: Module>(model: &M) -> BTreeSet<String> {
         .collect()
 }
 
-/// The gradients that there are, by path.
+/// The gradient of every parameter that has one, by path.
 pub fn gradients<M: Module>(model: &M, gradients: &Gradients) -> BTreeMap<String, Vec<f64>> {
     read(model, &|param| param.gradient(gradients))
 }
@@ -225,4 +228,12 @@ pub fn distance<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> f64 {
     a.iter()
         .zip(&b)
         .fold(0.0, |max, (a, b)| f64::max(max, (a - b).abs()))
+}
+
+/// The model with the parameter at one path in eight bits.
+pub fn quantized<M: Module>(model: M, path: &str, device: &Device) -> M {
+    let scheme = device.settings().quantization.scheme;
+    let scheme = scheme.with_value(QuantValue::Q8S);
+    let mut quantizer = Quantizer::new(Calibration::MinMax, scheme);
+    model.quantize_weights_group(&mut quantizer, ParamGroup::from_path(path))
 }

@@ -109,14 +109,14 @@ impl Norm for LayerNorm {
 
 /// A model of the fixtures.
 pub trait Model: Module {
-    /// With the sizes of the fixture; the numbers follow.
+    /// A model with the sizes of the fixture. [`SetBase`] gives it the numbers.
     fn new(base: &Tensors, device: &Device) -> Self;
 
-    /// On the flat numbers of an input of any rank: rows of features, or images.
+    /// Computes on an input of any rank, given flat with its shape: rows of features, or images.
     fn forward(&self, input: Tensor<1>, shape: &[usize]) -> Tensor<1>;
 }
 
-/// A linear layer of the sizes that a weight of PyTorch has.
+/// A linear layer with the sizes of a weight from PyTorch.
 pub fn linear<L: Layer>(base: &Tensors, name: &str, device: &Device) -> L {
     let shape = &base[&format!("{name}.weight")].0;
     let config =
@@ -210,7 +210,7 @@ impl<L: Layer> Model for Stack<L> {
     }
 }
 
-/// PyTorch's name of a parameter, and whether its tensor there is the transpose.
+/// PyTorch's name of a parameter, and whether PyTorch stores it transposed.
 fn in_pytorch(path: &[(String, String)]) -> (String, bool) {
     let mut names: Vec<_> = path.iter().map(|(name, _)| name.as_str()).collect();
     let (name, container) = path.last().unwrap();
@@ -263,14 +263,14 @@ impl ModuleMapper for Eval {
     }
 }
 
-/// Something to do with a model of any type.
+/// A function of a model of any type.
 pub trait UseModel {
     type Output;
 
     fn with<M: Model>(self) -> Self::Output;
 }
 
-/// Does something with the model that the reference in a folder names.
+/// Calls a function with the model type that the reference of a folder names.
 pub fn with_model<L: Layer, U: UseModel>(folder: &Path, using: U) -> U::Output {
     let (_, metadata) = read(&folder.join("reference.safetensors"));
     let norm = metadata.get("norm").map(String::as_str);

@@ -8,7 +8,7 @@ use super::support::*;
 use crate::common::host;
 
 #[test]
-fn extraction_wants_the_settings_of_the_injection() {
+fn extraction_refuses_settings_that_differ_from_the_injection() {
     let error = Adapter::extract_as(&base::<BoftLinear>(), boft()).unwrap_err();
     assert_eq!(
         error.to_string(),
@@ -72,7 +72,7 @@ fn extraction_refuses_a_configuration_of_other_layers() {
 }
 
 #[test]
-fn a_model_knows_its_configuration() {
+fn extraction_without_settings_finds_those_of_the_injection() {
     for config in [
         AdapterConfig::from(boft()),
         boft()
@@ -120,7 +120,7 @@ fn a_model_knows_its_configuration() {
 }
 
 #[test]
-fn a_bias_that_is_trained_alone_is_named() {
+fn extraction_refuses_a_single_trained_bias() {
     let model = adapted::<BoftLinear>(boft().with_bias(Bias::None));
     let group = ParamGroup::from_path("hidden.bias");
     let model = model.set_require_grad_group(group, true);
@@ -132,7 +132,7 @@ fn a_bias_that_is_trained_alone_is_named() {
 }
 
 #[test]
-fn nothing_that_was_trained_is_left_behind() {
+fn extraction_refuses_to_leave_trained_parameters_behind() {
     let model = adapted::<BoftLinear>(boft());
     let error = Adapter::extract_as(&model, boft().with_bias(Bias::None)).unwrap_err();
     assert_eq!(
@@ -141,7 +141,7 @@ fn nothing_that_was_trained_is_left_behind() {
          modules are trained, the biases of all adapted layers, or all biases; name modules in modules_to_save, or \
          freeze what is not meant"
     );
-    // A model in validation is the same model.
+    // `valid()` does not change what was trained.
     let adapter = Adapter::extract_as(&model.valid(), boft()).unwrap();
     assert_eq!(adapter.tensors().len(), 4);
     assert!(Adapter::extract_as(&model.valid(), boft().with_bias(Bias::None)).is_err());

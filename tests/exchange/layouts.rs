@@ -1,4 +1,4 @@
-//! Sizes that the tensors state and the configuration does not, and the layouts of older PEFT versions.
+//! Where a file's tensors decide and its configuration does not: sizes, and the layouts of older PEFT versions.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use super::support::*;
 use crate::common::models::{Layer, distance};
 
 #[test]
-fn the_number_of_factors_comes_from_the_tensor() {
+fn loading_takes_the_number_of_factors_from_the_tensor() {
     let folder = write(&boft_json(json!({"boft_n_butterfly_factor": 2})), &hidden());
     let (adapter, report) = Adapter::load(folder.path()).unwrap();
     assert_eq!(adapter.layers()[0].n_butterfly_factor(), 1);
@@ -29,7 +29,7 @@ fn the_number_of_factors_comes_from_the_tensor() {
 }
 
 #[test]
-fn the_block_size_comes_from_the_tensor() {
+fn loading_takes_the_block_size_from_the_tensor() {
     let folder = write(
         &boft_json(json!({"boft_block_size": 8, "target_modules": ["hidden"]})),
         &hidden(),
@@ -43,7 +43,7 @@ fn the_block_size_comes_from_the_tensor() {
 }
 
 #[test]
-fn layers_with_factors_of_their_own_load_and_are_not_written() {
+fn layers_with_different_numbers_of_factors_load_but_cannot_be_saved() {
     let folder = write(
         &boft_json(json!({"boft_n_butterfly_factor": 2, "target_modules": ["hidden", "output"]})),
         &[
@@ -66,7 +66,7 @@ fn layers_with_factors_of_their_own_load_and_are_not_written() {
 }
 
 #[test]
-fn blocks_of_one_channel_are_kept_and_not_attached() {
+fn blocks_of_one_channel_load_but_are_not_attached() {
     let json = json!({"peft_type": "OFT", "oft_block_size": 3, "target_modules": ["hidden", "output"],
         "peft_version": "0.21.2"});
     let folder = write(
@@ -86,7 +86,7 @@ fn blocks_of_one_channel_are_kept_and_not_attached() {
 }
 
 #[test]
-fn a_scale_beside_blocks_of_one_channel_is_not_lost() {
+fn a_scale_beside_blocks_of_one_channel_is_reported_but_not_attached() {
     let folder = write(
         &boft_json(json!({"boft_block_size": 1})),
         &[
@@ -111,7 +111,7 @@ fn a_scale_beside_blocks_of_one_channel_is_not_lost() {
 }
 
 #[test]
-fn the_old_series_is_told_where_it_is_computed_and_not_of_exact_squares() {
+fn loading_warns_of_the_old_neumann_series_only_where_it_is_computed() {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft/old");
     let warnings = |name: &str| Adapter::load(fixtures.join(name)).unwrap().1.warnings;
     assert_eq!(
@@ -132,7 +132,7 @@ fn the_old_series_is_told_where_it_is_computed_and_not_of_exact_squares() {
 }
 
 #[test]
-fn an_old_square_is_written_when_its_model_has_told_its_kind() {
+fn an_adapter_of_peft_0_14_can_be_saved_once_it_was_attached_to_its_model() {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft/old");
     let (adapter, _) = Adapter::load(fixtures.join("oft-square-conv")).unwrap();
     let folder = tempfile::tempdir().unwrap();
@@ -160,7 +160,7 @@ fn an_old_square_is_written_when_its_model_has_told_its_kind() {
 }
 
 #[test]
-fn a_shared_square_of_old_becomes_blocks_when_it_meets_its_model() {
+fn a_shared_block_of_peft_0_14_is_repeated_when_it_is_attached() {
     let folder = write(
         &json!({"peft_type": "OFT", "r": 0, "oft_block_size": 4, "block_share": true, "module_dropout": 0.1,
             "target_modules": ["hidden"]}),

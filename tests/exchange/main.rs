@@ -1,10 +1,11 @@
-//! Adapters as values and as files: out of a model, into PEFT's folder, and back.
+//! Adapters as values and as PEFT's files: extracted from a model, saved, loaded and attached again.
 
 #[path = "../common/mod.rs"]
 mod common;
 
 mod checkpoints;
 mod crashes;
+mod dinov2;
 mod extraction;
 mod layouts;
 mod malformed;

@@ -1,4 +1,4 @@
-//! Folders that hold no adapter, or a broken one.
+//! Loading folders with missing, broken or odd content.
 
 use std::fs;
 
@@ -9,7 +9,7 @@ use super::support::*;
 use crate::common::models::set;
 
 #[test]
-fn files_that_are_not_there_are_named() {
+fn loading_names_the_file_that_is_missing() {
     let folder = tempfile::tempdir().unwrap();
     let not_found = "No such file or directory (os error 2)";
     assert_eq!(
@@ -30,7 +30,7 @@ fn files_that_are_not_there_are_named() {
 }
 
 #[test]
-fn settings_that_are_no_settings_are_refused() {
+fn loading_refuses_a_broken_adapter_config() {
     let folder = write(&boft_json(json!({})), &hidden());
     let refused = |text: &str| {
         fs::write(folder.path().join(CONFIG), text).unwrap();
@@ -63,7 +63,7 @@ fn safetensors_file(header: &str, data: usize) -> Vec<u8> {
 }
 
 #[test]
-fn hostile_tensor_files_are_errors() {
+fn loading_refuses_broken_safetensors_files() {
     let folder = write(&boft_json(json!({})), &hidden());
     let good = fs::read(folder.path().join(TENSORS)).unwrap();
     let refused = |bytes: &[u8]| {
@@ -124,7 +124,7 @@ fn hostile_tensor_files_are_errors() {
             "{what}: {error}"
         );
     }
-    // Every prefix of a file, and every byte of its header changed, is an error or a file.
+    // Any prefix of a file is an error; a changed byte of its header may be one, but never panics.
     for end in 0..good.len().min(400) {
         assert!(refused(&good[..end]).contains("is not a safetensors file"));
     }
@@ -137,7 +137,7 @@ fn hostile_tensor_files_are_errors() {
 }
 
 #[test]
-fn tensors_that_cannot_be_are_all_told() {
+fn loading_refuses_tensors_of_impossible_shapes() {
     let boft = |tensors: &[(&str, Vec<usize>)]| amiss(write(&boft_json(json!({})), tensors).path());
     for (shape, why) in [
         (
@@ -241,8 +241,8 @@ fn tensors_that_cannot_be_are_all_told() {
 }
 
 #[test]
-fn keys_are_read_by_components() {
-    // `soft_gate` holds `oft_`, and a layer may be called like a tensor's end.
+fn keys_are_split_at_dots_and_not_searched_for_substrings() {
+    // `soft_gate` contains `oft_`, and a layer may have the name of an adapter tensor.
     let folder = write(
         &boft_json(
             json!({"target_modules": ["soft_gate.boft_s", "hidden"], "modules_to_save": ["gate"]}),
@@ -257,7 +257,7 @@ fn keys_are_read_by_components() {
     let (adapter, report) = Adapter::load(folder.path()).unwrap();
     assert_eq!(adapter.layers()[0].path(), "soft_gate.boft_s");
     let modules: Vec<_> = adapter.tensors().iter().map(|t| t.module()).collect();
-    // PEFT saves whatever ends with an entry.
+    // PEFT saves every module whose path ends with an entry.
     assert_eq!(modules, ["gate", "soft_gate"]);
     assert_eq!(report.applied.len(), 4);
     let names = &adapter.config().selection().modules_to_save;
@@ -265,7 +265,7 @@ fn keys_are_read_by_components() {
 }
 
 #[test]
-fn numbers_that_are_not_finite_are_told() {
+fn loading_warns_of_nan_in_an_adapter() {
     let model = set(
         adapted::<BoftLinear>(boft()),
         "hidden.weight.boft.scale",
@@ -283,7 +283,7 @@ fn numbers_that_are_not_finite_are_told() {
 }
 
 #[test]
-fn a_pattern_that_cannot_be_used_is_refused_with_the_reason() {
+fn attaching_reports_why_a_target_pattern_is_invalid() {
     let folder = write(
         &boft_json(json!({"target_modules": "hidden|(out"})),
         &hidden(),

@@ -8,48 +8,15 @@ use burn_boft::peft::{LoadError, LoadOptions, SaveOptions};
 use burn_boft::{Adapter, Bias, BoftConfig, BoftLinear, KeyMap, Transformers, inject};
 use serde_json::json;
 
+use super::dinov2::Encoder;
 use super::support::*;
 use crate::common::models::{linear, numbers};
 
-/// A layer of DINOv2 with the names of its files.
+/// DINOv2 in small sizes, with a classifier. Nothing is computed with it.
 #[derive(Module, Debug)]
 struct Dino {
     encoder: Encoder,
     classifier: BoftLinear,
-}
-
-#[derive(Module, Debug)]
-struct Encoder {
-    layer: Vec<DinoLayer>,
-}
-
-#[derive(Module, Debug)]
-struct DinoLayer {
-    attention: Attention,
-    mlp: SwiGlu,
-}
-
-#[derive(Module, Debug)]
-struct Attention {
-    attention: Projections,
-    output: Dense,
-}
-
-#[derive(Module, Debug)]
-struct Projections {
-    query: BoftLinear,
-    value: BoftLinear,
-}
-
-#[derive(Module, Debug)]
-struct Dense {
-    dense: BoftLinear,
-}
-
-#[derive(Module, Debug)]
-struct SwiGlu {
-    weights_in: BoftLinear,
-    weights_out: BoftLinear,
 }
 
 impl Dino {
@@ -59,25 +26,18 @@ impl Dino {
             seed += 2;
             BoftLinear::from(linear(sizes, seed, DType::F32, &device()))
         };
-        let block = |layer: &mut dyn FnMut([usize; 2]) -> BoftLinear| DinoLayer {
-            attention: Attention {
-                attention: Projections {
-                    query: layer([8, 12]),
-                    value: layer([8, 12]),
-                },
-                output: Dense {
-                    dense: layer([12, 8]),
-                },
-            },
-            mlp: SwiGlu {
-                weights_in: layer([8, 20]),
-                weights_out: layer([12, 8]),
-            },
-        };
+        let encoder = Encoder::new(|path| {
+            let name = path.rsplit('.').next().unwrap();
+            layer(match name {
+                "query" | "key" | "value" => [8, 12],
+                "dense" => [12, 8],
+                "weights_in" => [8, 20],
+                "weights_out" => [12, 8],
+                other => panic!("{other}"),
+            })
+        });
         Self {
-            encoder: Encoder {
-                layer: vec![block(&mut layer), block(&mut layer)],
-            },
+            encoder,
             classifier: layer([8, 3]),
         }
     }
@@ -100,7 +60,7 @@ fn dino() -> BoftConfig {
 }
 
 #[test]
-fn dinov2_is_written_for_either_transformers_and_read_from_both() {
+fn dinov2_adapters_are_saved_and_loaded_under_the_names_of_transformers_4_and_5() {
     let model = inject(Dino::new(), dino()).unwrap();
     let adapter = Adapter::extract_as(&model, dino()).unwrap();
     let mut written = Vec::new();
@@ -152,7 +112,7 @@ fn dinov2_is_written_for_either_transformers_and_read_from_both() {
 }
 
 #[test]
-fn a_fused_layer_splits_into_the_same_rotation_twice_and_halves_of_the_rest() {
+fn saving_a_fused_layer_repeats_its_rotation_and_halves_its_scale_and_bias() {
     let adapter = Adapter::extract_as(&inject(Dino::new(), dino()).unwrap(), dino()).unwrap();
     let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     adapter.save(whole.path()).unwrap();
@@ -182,7 +142,7 @@ fn a_fused_layer_splits_into_the_same_rotation_twice_and_halves_of_the_rest() {
 }
 
 #[test]
-fn two_rotations_fit_no_fused_layer() {
+fn two_different_rotations_cannot_be_loaded_into_one_fused_layer() {
     let json = boft_json(json!({"boft_block_size": 2, "target_modules": ["gate_proj", "up_proj"]}));
     let key = |index: usize, name: &str| format!("encoder.layer.{index}.mlp.{name}");
     let keys = [
@@ -210,12 +170,12 @@ fn two_rotations_fit_no_fused_layer() {
          wrong: `encoder.layer.1.mlp.weights_in` is one layer in the model and 2 in the file, which has nothing for \
          `encoder.layer.1.mlp.up_proj`"
     );
-    // A model that has two layers as well needs no map, and no such rule.
+    // Without the map the two layers stay apart, and each may have its own rotation.
     assert_eq!(Adapter::load(folder.path()).unwrap().0.layers().len(), 3);
 }
 
 #[test]
-fn a_fused_layer_beside_its_parts_is_refused() {
+fn a_file_with_a_fused_layer_and_its_parts_is_refused() {
     let json = boft_json(
         json!({"boft_block_size": 2, "target_modules": ["weights_in", "gate_proj", "up_proj"]}),
     );
@@ -242,7 +202,7 @@ fn a_fused_layer_beside_its_parts_is_refused() {
 }
 
 #[test]
-fn two_files_of_one_name_are_refused() {
+fn a_key_map_that_gives_two_layers_one_name_is_refused() {
     let folder = write(
         &boft_json(json!({"target_modules": ["up", "hidden"]})),
         &[
@@ -263,8 +223,8 @@ fn two_files_of_one_name_are_refused() {
 }
 
 #[test]
-fn targets_of_a_file_are_checked_in_its_own_names() {
-    // The last layer is missing, which only the names of the file can tell.
+fn target_modules_of_a_file_are_matched_against_the_names_in_the_file() {
+    // `q_proj` names the last layer too, whose tensors are missing; the model itself has no `q_proj`.
     let json = boft_json(json!({"boft_block_size": 2, "target_modules": ["q_proj"]}));
     let folder = write(
         &json,

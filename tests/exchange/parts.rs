@@ -8,7 +8,7 @@ use super::support::*;
 use crate::common::models::distance;
 
 #[test]
-fn an_adapter_of_parts_is_the_one_that_they_were_taken_from() {
+fn an_adapter_rebuilt_from_its_parts_saves_the_same_files() {
     for config in [AdapterConfig::from(boft()), oft().into()] {
         let adapter = Adapter::extract_as(&adapted::<BoftLinear>(config.clone()), config).unwrap();
         let adapter = adapter.with_base_model("some/model");
@@ -37,7 +37,7 @@ fn an_adapter_of_parts_is_the_one_that_they_were_taken_from() {
 }
 
 #[test]
-fn parts_that_make_no_adapter_are_refused() {
+fn parts_of_wrong_shapes_are_refused() {
     let data =
         |shape: &[usize]| TensorData::new(vec![0.5f32; shape.iter().product()], shape.to_vec());
     let layer = |skew: TensorData, scale: Option<TensorData>| {

@@ -1,4 +1,4 @@
-//! What a saved folder holds.
+//! What a saved folder contains.
 
 use std::fs;
 
@@ -14,7 +14,7 @@ use super::support::*;
 use crate::common::models::{distance, linear, numbers};
 
 #[test]
-fn the_file_has_the_keys_and_shapes_of_peft() {
+fn a_saved_file_has_the_keys_and_shapes_of_peft() {
     let folder = saved(&Adapter::extract_as(&adapted::<BoftLinear>(boft()), boft()).unwrap());
     let expected = [
         ("head.bias", vec![5]),
@@ -51,7 +51,7 @@ fn the_file_has_the_keys_and_shapes_of_peft() {
 }
 
 #[test]
-fn all_linear_is_written_as_the_names_it_stood_for() {
+fn all_linear_is_saved_as_the_names_of_the_adapted_layers() {
     let config = boft().with_target_modules("all-linear");
     let folder = saved(&Adapter::extract_as(&adapted::<BoftLinear>(&config), &config).unwrap());
     assert_eq!(
@@ -61,7 +61,7 @@ fn all_linear_is_written_as_the_names_it_stood_for() {
 }
 
 #[test]
-fn a_scale_that_is_not_trained_is_written_as_ones() {
+fn an_adapter_without_scale_is_saved_with_a_scale_of_ones() {
     let config = boft().with_scale(false);
     let model = adapted::<BoftLinear>(&config);
     let folder = saved(&Adapter::extract_as(&model, &config).unwrap());
@@ -76,7 +76,7 @@ fn a_scale_that_is_not_trained_is_written_as_ones() {
 }
 
 #[test]
-fn half_precision_is_written_on_request_and_read() {
+fn an_adapter_can_be_saved_in_half_precision() {
     let model = adapted::<BoftLinear>(boft());
     let adapter = Adapter::extract_as(&model, boft()).unwrap();
     for (dtype, stored_as, tolerance) in [
@@ -99,7 +99,7 @@ fn half_precision_is_written_on_request_and_read() {
 }
 
 #[test]
-fn double_precision_stays_double() {
+fn an_adapter_in_double_precision_is_saved_in_double_precision() {
     #[derive(Module, Debug)]
     struct One {
         hidden: BoftLinear,
@@ -122,7 +122,7 @@ fn double_precision_stays_double() {
 }
 
 #[test]
-fn named_adapters_have_folders_of_their_own() {
+fn named_adapters_are_saved_in_folders_of_their_own() {
     let folder = tempfile::tempdir().unwrap();
     let first = Adapter::extract_as(&adapted::<BoftLinear>(boft()), boft()).unwrap();
     let config = boft().with_block_size(2);

@@ -1,4 +1,4 @@
-//! Whatever is missing, unexpected or of another shape is an error, unless the caller asks for a part.
+//! Tensors that are missing, unexpected or of another shape are errors unless the caller allows a partial load.
 
 use std::fs;
 
@@ -13,7 +13,7 @@ use super::support::*;
 use crate::common::models::{Layer, linear, numbers};
 
 #[test]
-fn anything_missing_or_unexpected_is_an_error_that_lists_all_of_it() {
+fn loading_lists_every_missing_and_unexpected_tensor() {
     let folder = write(
         &boft_json(json!({"target_modules": ["hidden", "output"]})),
         &[
@@ -56,7 +56,7 @@ fn anything_missing_or_unexpected_is_an_error_that_lists_all_of_it() {
 }
 
 #[test]
-fn a_model_that_does_not_fit_is_an_error_that_lists_all_of_it() {
+fn attaching_lists_everything_that_does_not_fit_the_model() {
     let config = boft().with_bias(Bias::All);
     let adapter = Adapter::extract_as(&adapted::<BoftLinear>(&config), &config).unwrap();
 
@@ -90,7 +90,7 @@ fn a_model_that_does_not_fit_is_an_error_that_lists_all_of_it() {
 }
 
 #[test]
-fn biases_that_an_old_file_lost_are_missing() {
+fn attaching_reports_trained_biases_that_an_old_file_lacks() {
     let json = boft_json(json!({"bias": "boft_only", "peft_version": "0.20.0"}));
     let folder = write(&json, &hidden());
     let (adapter, _) = Adapter::load(folder.path()).unwrap();
@@ -104,7 +104,7 @@ fn biases_that_an_old_file_lost_are_missing() {
 }
 
 #[test]
-fn a_module_to_save_without_tensors_is_missing_only_where_the_model_has_it() {
+fn attaching_reports_a_saved_module_without_tensors_if_the_model_has_it() {
     let json = boft_json(json!({"modules_to_save": ["head", "score"]}));
     let folder = write(&json, &hidden());
     let (adapter, report) = Adapter::load(folder.path()).unwrap();
@@ -128,7 +128,7 @@ fn a_module_to_save_without_tensors_is_missing_only_where_the_model_has_it() {
 }
 
 #[test]
-fn what_the_settings_name_and_the_file_lacks_is_told_once() {
+fn loading_warns_once_of_each_name_without_tensors() {
     let json = boft_json(json!({
         "bias": "all", "target_modules": ["hidden", "output", "head", "classifier"],
         "modules_to_save": ["head", "classifier", "score"]
@@ -163,7 +163,24 @@ fn what_the_settings_name_and_the_file_lacks_is_told_once() {
 }
 
 #[test]
-fn the_adapter_of_a_convolution_is_for_no_linear_layer() {
+fn loading_warns_of_settings_that_have_no_effect() {
+    let json = json!({
+        "peft_type": "OFT", "peft_version": "0.19.0", "oft_block_size": 4, "target_modules": ["hidden"],
+        "use_cayley_neumann": false, "module_dropout": 0.1, "unheard_of": true
+    });
+    let folder = write(&json, &[("hidden.oft_R.weight", vec![6, 6])]);
+    let (_, report) = Adapter::load(folder.path()).unwrap();
+    assert_eq!(
+        report.warnings,
+        [
+            "settings that are not known are ignored: `unheard_of`",
+            "`module_dropout` has no effect in PEFT 0.16 and later, nor here",
+        ]
+    );
+}
+
+#[test]
+fn the_adapter_of_a_convolution_does_not_attach_to_a_linear_layer() {
     let folder = write(
         &boft_json(json!({})),
         &[
@@ -180,7 +197,7 @@ fn the_adapter_of_a_convolution_is_for_no_linear_layer() {
 }
 
 #[test]
-fn a_foreign_reparameterization_is_refused() {
+fn attaching_refuses_a_layer_that_carries_a_lora() {
     use burn::module::Lora;
     let model = base::<BoftLinear>().apply_lora(Lora::new(2, 4.0));
     let adapter = Adapter::extract_as(&adapted::<BoftLinear>(boft()), boft()).unwrap();

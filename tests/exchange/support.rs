@@ -1,4 +1,4 @@
-//! Adapters and folders that several subjects share.
+//! Adapters and folders that several modules use.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -102,7 +102,7 @@ pub fn single(stored: &Stored) -> Vec<f32> {
     chunks.map(|bytes| f32::from_le_bytes(*bytes)).collect()
 }
 
-/// Writes a folder of any content.
+/// Writes an adapter folder with these settings, and with noise of these shapes.
 pub fn write(json: &Value, tensors: &[(&str, Vec<usize>)]) -> tempfile::TempDir {
     let tensors: Vec<_> = tensors
         .iter()
@@ -136,7 +136,7 @@ pub fn boft_json(fields: Value) -> Value {
     json
 }
 
-/// The tensors of an adapter of `hidden` alone.
+/// The tensors of an adapter for `hidden` only.
 pub fn hidden() -> Vec<(&'static str, Vec<usize>)> {
     vec![
         ("hidden.boft_R", vec![1, 6, 4, 4]),
@@ -149,7 +149,7 @@ pub fn refusal(folder: &Path) -> String {
     error.replace(&folder.display().to_string(), "…")
 }
 
-/// What a load says of the tensors, after the file's name.
+/// The error that loading gives about the tensors, without the file's name.
 pub fn amiss(folder: &Path) -> String {
     let refusal = refusal(folder);
     let amiss = refusal.strip_prefix(&format!("…/{TENSORS}: "));

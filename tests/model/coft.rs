@@ -37,7 +37,7 @@ fn coft_stays_within_its_radius_and_still_learns() {
             trainable(&project(model.valid()).train()),
             trainable(&model)
         );
-        // What lies inside already stays as it is, but for the rounding of the length.
+        // Projecting again changes nothing, except that the length is rounded once more.
         let (once, twice) = (numbers(&projected), numbers(&project(projected.clone())));
         let path = "weight.boft.skew";
         assert_close(backend, &twice[path], &once[path], 1e-7);

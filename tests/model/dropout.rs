@@ -7,7 +7,7 @@ use burn_boft::{BoftConfig, BoftLinear, Init, inject};
 use crate::common::models::{Layer, linear};
 use crate::common::{devices, host};
 
-/// The factors and the number of their blocks that are the identity, over many draws.
+/// For each of many draws, how many blocks of each factor are the identity.
 fn draws(model: &BoftLinear, count: usize) -> Vec<Vec<usize>> {
     let adapter = model.adapter().unwrap();
     let plan = adapter.butterfly();
@@ -32,7 +32,7 @@ fn draws(model: &BoftLinear, count: usize) -> Vec<Vec<usize>> {
 }
 
 #[test]
-fn multiplicative_dropout_takes_a_share_of_one_factor() {
+fn dropout_replaces_a_share_of_the_blocks_of_one_factor() {
     let config = |dropout| {
         let config = BoftConfig::new().with_n_butterfly_factor(3);
         config
@@ -72,7 +72,7 @@ fn multiplicative_dropout_takes_a_share_of_one_factor() {
 }
 
 #[test]
-fn multiplicative_dropout_takes_every_block_alike() {
+fn dropout_replaces_every_block_equally_often() {
     let device = Device::flex().autodiff();
     let config = BoftConfig::new()
         .with_n_butterfly_factor(2)

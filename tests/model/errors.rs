@@ -1,8 +1,7 @@
-//! Every refusal: what it names, and that it leaves the model as it was.
+//! Every error of `plan`, `inject` and `merge`: what it names, and that the model is unchanged.
 
-use burn::module::{Lora, Module, ParamGroup, Quantizer};
+use burn::module::{Lora, Module, ParamGroup};
 use burn::nn;
-use burn::tensor::quantization::{Calibration, QuantValue};
 use burn::tensor::{DType, Device};
 use burn_boft::model::{InjectError, MergeError, Misfit};
 use burn_boft::{
@@ -10,7 +9,7 @@ use burn_boft::{
     plan, unload,
 };
 
-use crate::common::models::{Net, linear, numbers, set, trainable};
+use crate::common::models::{Net, linear, numbers, quantized, set, trainable};
 
 type Model = Net<nn::Linear>;
 
@@ -27,14 +26,14 @@ fn oft() -> OftConfig {
     OftConfig::new().with_target_modules(["hidden"])
 }
 
-/// The refusal, which `plan` gives too and which leaves the model as it was.
+/// The error of `inject`, after checking that `plan` gives the same one and that the model is unchanged.
 #[track_caller]
 fn refusal(model: &Model, config: impl Into<AdapterConfig>) -> InjectError {
     let config = config.into();
     let (before, trained) = (numbers(model), trainable(model));
     let error = inject(model.clone(), &config).unwrap_err();
     let planned = plan(model, &config).unwrap_err();
-    // A NaN in a misfit is unlike itself.
+    // Compared as text, since a NaN in a misfit does not equal itself.
     assert_eq!(error.to_string(), planned.to_string());
     assert_eq!(numbers(model), before);
     assert_eq!(trainable(model), trained);
@@ -52,7 +51,7 @@ fn assert_refused(model: &Model, config: impl Into<AdapterConfig>, message: &str
 }
 
 #[test]
-fn sizes_that_do_not_fit_are_refused_with_sizes_that_do() {
+fn sizes_that_do_not_fit_are_refused_with_sizes_that_would() {
     let misfit = assert_refused(
         &model(),
         boft().with_block_size(5),
@@ -92,18 +91,38 @@ fn sizes_that_do_not_fit_are_refused_with_sizes_that_do() {
 }
 
 #[test]
-fn what_was_proposed_is_accepted() {
-    for config in [
-        boft().with_block_size(6),
-        boft().with_block_num(4),
-        boft().with_block_size(6).with_n_butterfly_factor(3),
-        boft().with_block_size(4).with_n_butterfly_factor(2),
+fn the_proposed_sizes_are_accepted() {
+    for (config, [block_size, block_num, factors]) in [
+        (boft().with_block_size(4), [4, 6, 1]),
+        (boft().with_block_size(6), [6, 4, 1]),
+        (boft().with_block_num(4), [6, 4, 1]),
+        (boft().with_block_num(6), [4, 6, 1]),
+        (
+            boft().with_block_size(2).with_n_butterfly_factor(3),
+            [2, 12, 3],
+        ),
+        (
+            boft().with_block_size(6).with_n_butterfly_factor(3),
+            [6, 4, 3],
+        ),
+        (
+            boft().with_block_size(4).with_n_butterfly_factor(2),
+            [4, 6, 2],
+        ),
     ] {
         let plan = plan(&model(), &config).unwrap();
+        let butterfly = plan.layers[0].butterfly;
         assert_eq!(
-            plan.layers[0].butterfly.block_num() * plan.layers[0].butterfly.block_size(),
-            24
+            [
+                butterfly.block_size(),
+                butterfly.block_num(),
+                butterfly.n_butterfly_factor()
+            ],
+            [block_size, block_num, factors]
         );
+        let packed = factors * block_num * block_size * (block_size - 1) / 2;
+        let numbers = numbers(&inject(model(), config).unwrap());
+        assert_eq!(numbers["hidden.weight.boft.skew"].len(), packed);
     }
 }
 
@@ -147,7 +166,7 @@ fn settings_out_of_their_range_are_refused() {
 }
 
 #[test]
-fn a_setting_that_no_layer_can_mend_is_refused_once() {
+fn zero_factors_are_refused_once_and_not_for_every_layer() {
     let misfit = assert_refused(
         &model(),
         boft()
@@ -159,7 +178,7 @@ fn a_setting_that_no_layer_can_mend_is_refused_once() {
 }
 
 #[test]
-fn targets_that_mean_nothing_are_refused() {
+fn names_that_select_no_layer_are_refused() {
     assert_refused(
         &model(),
         BoftConfig::new(),
@@ -187,7 +206,7 @@ fn targets_that_mean_nothing_are_refused() {
 }
 
 #[test]
-fn patterns_that_cannot_be_used_are_refused() {
+fn invalid_patterns_are_refused_with_their_setting() {
     let error = refusal(
         &model(),
         boft()
@@ -235,7 +254,7 @@ struct Decoder {
 }
 
 #[test]
-fn a_pattern_without_an_answer_names_the_layer() {
+fn a_layers_pattern_that_finds_no_index_names_the_layer() {
     let key = linear([24, 16], 1, DType::F32, &Device::flex());
     let h = vec![Attention { key }];
     let model = Decoder { model: Stack { h } };
@@ -257,7 +276,7 @@ fn a_pattern_without_an_answer_names_the_layer() {
 }
 
 #[test]
-fn an_adapted_weight_is_refused_whoever_adapted_it() {
+fn a_weight_that_already_carries_an_adapter_is_refused() {
     let device = Device::flex().autodiff();
     let ours = inject(model(), boft().with_init(Init::Random { seed: 1 })).unwrap();
     let lora = Lora::new(2, 4.0).set_param_group(ParamGroup::from_path("hidden.weight"));
@@ -269,7 +288,7 @@ fn an_adapted_weight_is_refused_whoever_adapted_it() {
         );
         let misfit = assert_refused(model, boft(), &message);
         assert!(matches!(misfit, Misfit::AlreadyAdapted { .. }));
-        // An adapter on another layer is refused all the same: one injection, one adapter.
+        // Targets elsewhere do not help: a model is injected once.
         assert_refused(model, boft().with_target_modules(["output"]), &message);
     }
     assert!(inject(unload(ours.clone()), boft()).is_ok());
@@ -279,14 +298,7 @@ fn an_adapted_weight_is_refused_whoever_adapted_it() {
 #[test]
 fn a_quantized_weight_is_refused() {
     let device = Device::flex();
-    let scheme = device
-        .settings()
-        .quantization
-        .scheme
-        .with_value(QuantValue::Q8S);
-    let mut quantizer = Quantizer::new(Calibration::MinMax, scheme);
-    let group = ParamGroup::from_path("hidden.weight");
-    let model = Model::new(1, &device).quantize_weights_group(&mut quantizer, group);
+    let model = quantized(Model::new(1, &device), "hidden.weight", &device);
     let error = refusal(&model, boft());
     assert!(
         matches!(error.misfits(), [Misfit::Quantized { .. }]),
@@ -324,7 +336,7 @@ fn every_misfit_is_reported_at_once() {
 }
 
 #[test]
-fn a_plain_model_cannot_be_merged() {
+fn merging_a_model_without_adapters_is_refused() {
     let error = merge(model()).unwrap_err();
     assert_eq!(error, MergeError::NotAdapted);
     assert_eq!(
@@ -334,7 +346,7 @@ fn a_plain_model_cannot_be_merged() {
 }
 
 #[test]
-fn merging_names_the_layers_that_are_not_finite() {
+fn merging_names_every_layer_that_is_not_finite() {
     let config = BoftConfig::new()
         .with_target_modules(["hidden", "output"])
         .with_init(Init::Random { seed: 1 });
@@ -363,7 +375,7 @@ fn merging_names_the_layers_that_are_not_finite() {
             );
         }
     }
-    // What no adapter touches is not merging's to judge.
+    // Merging does not check weights without an adapter.
     assert!(spoilt("head.weight", f64::NAN).is_ok());
     let paths = ["hidden.weight", "output.weight"];
     let both = paths.iter().fold(model.clone(), |model, path| {

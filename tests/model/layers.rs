@@ -1,4 +1,4 @@
-//! Every kind of layer that carries an adapter, against the dense oracle.
+//! Every kind of layer that can carry an adapter, compared with the dense oracle.
 
 use burn::module::{Module, Param};
 use burn::nn::conv::{Conv2d, Conv2dConfig};
@@ -11,7 +11,7 @@ use crate::common::models::{Net, distance, linear, numbers, rows};
 use crate::common::{devices, noise, tensor};
 
 #[test]
-fn a_linear_layer_merges_as_the_oracle_says() {
+fn merging_a_linear_layer_gives_the_weight_of_the_dense_oracle() {
     for (backend, device) in devices() {
         for config in [boft(), boft().with_block_size(2).with_n_butterfly_factor(3)] {
             let base = linear([24, 10], 3, DType::F32, &device);
@@ -23,7 +23,7 @@ fn a_linear_layer_merges_as_the_oracle_says() {
     }
 }
 
-/// A convolution that is square in nothing: 8 → 10 channels in two groups, 3 × 2 kernels.
+/// A convolution in which no two sizes agree: 8 → 10 channels in two groups, 3 × 2 kernels.
 pub fn convolution(device: &Device) -> Conv2d {
     let mut convolution = Conv2dConfig::new([8, 10], [3, 2])
         .with_stride([2, 1])
@@ -39,7 +39,7 @@ pub fn convolution(device: &Device) -> Conv2d {
 }
 
 #[test]
-fn a_convolution_merges_as_the_oracle_says() {
+fn merging_a_convolution_gives_the_weight_of_the_dense_oracle() {
     for (backend, device) in devices() {
         for config in [
             AdapterConfig::from(boft()),
@@ -64,7 +64,7 @@ fn a_convolution_merges_as_the_oracle_says() {
 }
 
 #[test]
-fn oft_blocks_are_adjusted_shared_and_approximated_as_asked() {
+fn merging_oft_gives_the_weight_of_the_dense_oracle_for_every_setting() {
     let cases = [
         (oft(), 24, Some(32)),
         (oft().with_block_size(10), 8, Some(10)),
@@ -99,7 +99,7 @@ fn oft_blocks_are_adjusted_shared_and_approximated_as_asked() {
 }
 
 #[test]
-fn a_column_layout_changes_nothing_but_the_file() {
+fn a_weight_in_column_layout_merges_like_one_in_row_layout() {
     for (backend, device) in devices() {
         let row = linear([24, 10], 3, DType::F32, &device);
         let column = || {
@@ -119,7 +119,7 @@ fn a_column_layout_changes_nothing_but_the_file() {
     }
 }
 
-/// The record that a column layout reads: it keeps the weight transposed.
+/// The record of a layer in column layout, which stores the weight transposed.
 fn column_record(row: &nn::Linear) -> burn::store::ModuleRecord {
     let transposed = nn::Linear {
         weight: Param::from_tensor(row.weight.val().transpose()),
@@ -129,7 +129,7 @@ fn column_record(row: &nn::Linear) -> burn::store::ModuleRecord {
 }
 
 #[test]
-fn many_adapters_share_one_base() {
+fn several_adapters_share_one_base_without_changing_it() {
     for (_, device) in devices() {
         let base = Net::<BoftLinear>::new(1, &device);
         let before = numbers(&base);

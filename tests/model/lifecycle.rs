@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use burn::data::dataloader::{DataLoaderBuilder, batcher::Batcher};
+use burn::data::dataloader::DataLoaderBuilder;
 use burn::data::dataset::InMemDataset;
 use burn::module::{Module, ParamGroup};
 use burn::nn;
 use burn::optim::{AdamWConfig, GradientsAccumulator, GradientsParams, ModuleOptimizer};
 use burn::store::ModuleRecord;
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Device, Tensor};
 use burn::train::metric::LossMetric;
 use burn::train::renderer::CliMetricsRenderer;
 use burn::train::{
@@ -19,11 +19,12 @@ use burn_boft::{Bias, BoftConfig, BoftLinear, Init, diagnose, inject, merge, sum
 use crate::common::models::{
     INPUT, Layer, Net, OUTPUT, distance, gradients, numbers, rows, trainable,
 };
+use crate::common::training::{Batch, Item, Rows, regress};
 use crate::common::{devices, host};
 
 const RATE: f64 = 1e-2;
 const TOKENS: usize = 7;
-/// The base weight and what else no step may change.
+/// Parameters that no training step may change.
 const FROZEN: [&str; 4] = ["hidden.weight", "output.weight", "norm.gamma", "norm.beta"];
 
 fn config() -> BoftConfig {
@@ -52,7 +53,7 @@ fn optimizer() -> ModuleOptimizer {
     AdamWConfig::new().with_weight_decay(0.0).init()
 }
 
-/// The targets of a model whose adapters differ, so that training has something to find.
+/// Outputs of the same base with other adapters, which training can reach.
 fn targets<L: Layer>(base: &Net<L>, input: Tensor<2>) -> Tensor<2> {
     let config = config().with_init(Init::Random { seed: 3 });
     let teacher = inject(base.clone(), config).unwrap().valid();
@@ -79,7 +80,7 @@ fn parameters_gradients<L: Layer>(
     GradientsParams::from_grads(loss(model, input, targets).backward(), model)
 }
 
-/// The names of the numbers that differ.
+/// The paths of the parameters that differ.
 fn changed(before: &BTreeMap<String, Vec<f64>>, after: &BTreeMap<String, Vec<f64>>) -> Vec<String> {
     assert!(before.keys().eq(after.keys()));
     before
@@ -98,7 +99,7 @@ fn assert_same_bits(what: &str, a: Tensor<2>, b: Tensor<2>) {
     assert!(same_bits(&host(a), &host(b)), "{what} differ");
 }
 
-/// A model with numbers that training could have left.
+/// A model after a few training steps.
 fn trained<L: Layer>(base: &Net<L>, device: &Device) -> Net<L> {
     let mut model = inject(base.clone(), config()).unwrap();
     let mut optimizer = optimizer();
@@ -109,7 +110,7 @@ fn trained<L: Layer>(base: &Net<L>, device: &Device) -> Net<L> {
     model
 }
 
-/// The same numbers in a model without multiplicative dropout.
+/// The same model without multiplicative dropout.
 fn steady<L: Layer>(base: &Net<L>, model: &Net<L>) -> Net<L> {
     inject(base.clone(), config().with_dropout(0.0))
         .unwrap()
@@ -139,7 +140,7 @@ fn walk<L: Layer>() {
 fn starts_at_the_base<L: Layer>(base: &Net<L>, device: &Device) {
     let input = rows([TOKENS, INPUT], 2, device);
     let expected = base.forward(input.clone());
-    // Dropout replaces blocks that are the identity.
+    // Dropout changes nothing yet, since every block is the identity.
     let adapted = inject(base.clone(), config()).unwrap();
     assert_same_bits("outputs", adapted.forward(input.clone()), expected);
     let input = input.without_autodiff();
@@ -315,43 +316,12 @@ fn checkpoints_gradients<L: Layer>(model: &Net<L>, device: &Device) {
     assert!(changed(&plain, &checkpointed).is_empty());
 }
 
-/// Items of a data set: an input and its targets.
-type Item = (Vec<f32>, Vec<f32>);
-
-#[derive(Clone, Debug)]
-pub struct Batch {
-    pub input: Tensor<2>,
-    pub targets: Tensor<2>,
-}
-
-struct Rows;
-
-impl Batcher<Item, Batch> for Rows {
-    fn batch(&self, items: Vec<Item>, device: &Device) -> Batch {
-        let count = items.len();
-        let (inputs, targets): (Vec<_>, Vec<_>) = items.into_iter().unzip();
-        let stack = |rows: Vec<Vec<f32>>, width| {
-            Tensor::from_data(TensorData::new(rows.concat(), [count, width]), device)
-        };
-        Batch {
-            input: stack(inputs, INPUT),
-            targets: stack(targets, OUTPUT),
-        }
-    }
-}
-
-fn regress<L: Layer>(model: &Net<L>, batch: Batch) -> RegressionOutput {
-    let output = model.forward(batch.input);
-    let loss = (output.clone() - batch.targets.clone()).square().mean();
-    RegressionOutput::new(loss, output, batch.targets)
-}
-
 impl<L: Layer> TrainStep for Net<L> {
     type Input = Batch;
     type Output = RegressionOutput;
 
     fn step(&self, batch: Batch) -> TrainOutput<RegressionOutput> {
-        let output = regress(self, batch);
+        let output = regress(|input| self.forward(input), batch);
         TrainOutput::new(self, output.loss.backward(), output)
     }
 }
@@ -361,7 +331,7 @@ impl<L: Layer> InferenceStep for Net<L> {
     type Output = RegressionOutput;
 
     fn step(&self, batch: Batch) -> RegressionOutput {
-        regress(self, batch)
+        regress(|input| self.forward(input), batch)
     }
 }
 
@@ -428,12 +398,12 @@ fn leaves<L: Layer>(base: &Net<L>, model: Net<L>, device: &Device) {
 }
 
 #[test]
-fn a_model_of_burn_linear_layers_goes_through_its_life() {
+fn a_model_of_burn_linear_layers_trains_moves_stores_and_merges() {
     walk::<nn::Linear>();
 }
 
 #[test]
-fn a_model_of_boft_linear_layers_goes_through_its_life() {
+fn a_model_of_boft_linear_layers_trains_moves_stores_and_merges() {
     walk::<BoftLinear>();
 }
 
@@ -444,7 +414,7 @@ fn a_thousand_steps_keep_every_rotation_orthogonal() {
         let base = Net::<BoftLinear>::new(1, &device);
         let mut model = inject(base.clone(), config().with_dropout(0.0)).unwrap();
         let mut optimizer = optimizer();
-        // Nothing orthogonal turns the base into its opposite, so the numbers grow without end.
+        // No rotation reaches −3 times the base's output, so the skew grows without end.
         let input = rows([32, INPUT], 60, &device);
         let targets = base.forward(input.clone()) * -3.0;
         for _ in 0..1000 {

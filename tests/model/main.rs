@@ -1,4 +1,4 @@
-//! What the verbs do to a model: plan, inject, train, diagnose, merge, unload.
+//! What becomes of a model: plan, inject, train, diagnose, merge, unload.
 
 #[path = "../common/mod.rs"]
 mod common;

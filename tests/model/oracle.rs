@@ -1,4 +1,4 @@
-//! What a merged layer must be: dense rotations in f64, built from the numbers of the adapter.
+//! The weight that a merged layer must have, computed in f64 with dense rotations from the adapter's numbers.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -25,7 +25,7 @@ pub fn oft() -> OftConfig {
 }
 
 /// The coefficients of PEFT's polynomial, from the table of `Cayley::Neumann`.
-fn neumann(terms: usize) -> &'static [f64] {
+pub fn neumann(terms: usize) -> &'static [f64] {
     match terms {
         2 => &[1.0, 2.0],
         3 | 4 => &[1.0, 2.0, 2.0, 1.0],
@@ -40,7 +40,7 @@ pub fn neumann_016(terms: usize) -> &'static [f64] {
     &[1.0, 2.0, 2.0, 2.0, 2.0, 2.0][..terms]
 }
 
-fn polynomial(packed: &[f64], b: usize, coefficients: &[f64]) -> Matrix {
+pub fn polynomial(packed: &[f64], b: usize, coefficients: &[f64]) -> Matrix {
     let q = skew_matrix(packed, b);
     let (mut block, mut power) = (Matrix::zeros(b, b), Matrix::identity(b));
     for &coefficient in coefficients {
@@ -55,7 +55,7 @@ fn polynomial(packed: &[f64], b: usize, coefficients: &[f64]) -> Matrix {
     block
 }
 
-/// The path of a layer's number; a model that is the layer itself has no path.
+/// The path of a layer's parameter. A model that is the layer itself has an empty path.
 fn number_of(layer: &LayerPlan, name: &str) -> String {
     match layer.path.as_str() {
         "" => name.to_string(),
@@ -63,7 +63,7 @@ fn number_of(layer: &LayerPlan, name: &str) -> String {
     }
 }
 
-/// The rotation that a layer's numbers mean.
+/// The dense rotation of a layer.
 fn rotation(layer: &LayerPlan, config: &AdapterConfig, skew: &[f64]) -> Matrix {
     let butterfly = layer.butterfly;
     let sizes = Sizes {

@@ -1,7 +1,7 @@
-//! Small rotations against numbers that PEFT printed.
+//! Small rotations compared with numbers that PEFT printed.
 
 use burn::tensor::DType;
-use burn_boft::ops::{Blocks, Side};
+use burn_boft::ops::{Blocks, Direction, Side};
 use burn_boft::{Cayley, inject, project};
 
 use super::oracle::{neumann_016, oft};
@@ -9,7 +9,7 @@ use crate::common::models::{linear, numbers, set};
 use crate::common::{assert_close, devices, host, tensor};
 
 #[test]
-fn boft_gives_the_numbers_of_peft() {
+fn boft_rotates_to_the_golden_values_of_peft() {
     // PEFT's parameter is the whole square with t above the diagonal, and Q = ½(A − Aᵀ).
     let skew: Vec<f64> = (0..3)
         .flat_map(|i| (0..4).map(move |k| 0.1 * f64::from(4 * i + k + 1) / 2.0))
@@ -32,7 +32,7 @@ fn boft_gives_the_numbers_of_peft() {
             for (m, golden) in (1..).zip(&golden) {
                 let skew = tensor(&skew[..4 * m], [m, 4, 1], dtype, &device);
                 let input = tensor(&input, [1, 8], dtype, &device);
-                let output = Blocks::cayley(skew, 2).rotate(input, Side::Right, false);
+                let output = Blocks::cayley(skew, 2).rotate(input, Side::Right, Direction::Forward);
                 assert_close(
                     &format!("{m} factors, {backend}"),
                     &host(output),
@@ -45,7 +45,7 @@ fn boft_gives_the_numbers_of_peft() {
 }
 
 #[test]
-fn oft_gives_the_numbers_of_peft() {
+fn oft_rotates_to_the_golden_values_of_peft() {
     let new = |terms| Cayley::Neumann { terms };
     let golden = [
         (Cayley::Exact, [2.2631579, 2.8421053, 0.8947368]),
@@ -66,7 +66,7 @@ fn oft_gives_the_numbers_of_peft() {
                     Cayley::Neumann016 { terms } => Blocks::polynomial(skew, 3, neumann_016(terms)),
                 };
                 let input = tensor(&[1.0, 2.0, 3.0], [1, 3], dtype, &device);
-                let output = blocks.rotate(input, Side::Right, false);
+                let output = blocks.rotate(input, Side::Right, Direction::Forward);
                 assert_close(
                     &format!("{cayley:?}, {backend}"),
                     &host(output),
@@ -79,7 +79,7 @@ fn oft_gives_the_numbers_of_peft() {
 }
 
 #[test]
-fn coft_gives_the_numbers_of_peft() {
+fn coft_projects_to_the_golden_values_of_peft() {
     for (backend, device) in devices() {
         let config = oft().with_block_size(3).with_coft_radius(0.1);
         let model = inject(linear([6, 5], 3, DType::F32, &device), config).unwrap();

@@ -1,17 +1,16 @@
-//! Base weights in half precision and quantized.
+//! Base weights in half precision, and quantized ones.
 
-use burn::module::{Module, Param, ParamGroup, Quantizer};
+use burn::module::Param;
 use burn::nn;
-use burn::tensor::quantization::{Calibration, QuantValue};
 use burn::tensor::{DType, Device};
 use burn_boft::{BoftLinear, inject, merge};
 
 use super::oracle::boft;
 use crate::common::host;
-use crate::common::models::{distance, linear, numbers, precisions, rows};
+use crate::common::models::{distance, linear, numbers, precisions, quantized, rows};
 
 #[test]
-fn a_half_precision_base_stays_so_and_is_rounded_once() {
+fn merging_into_a_half_precision_base_rounds_once() {
     let device = Device::flex();
     for (dtype, digits) in [(DType::F16, 11), (DType::BF16, 8)] {
         let base = linear([24, 10], 3, dtype, &device);
@@ -76,20 +75,11 @@ fn set_precision(layer: &nn::Linear, dtype: DType) -> nn::Linear {
 }
 
 #[test]
-fn a_base_quantized_after_injection_keeps_the_adapter_and_nearly_the_output() {
+fn quantizing_the_base_keeps_the_adapter_and_almost_the_output() {
     let device = Device::flex();
-    let scheme = device
-        .settings()
-        .quantization
-        .scheme
-        .with_value(QuantValue::Q8S);
     let base = BoftLinear::from(linear([24, 16], 3, DType::F32, &device));
     let adapted = inject(base.clone(), boft()).unwrap();
-    let group = ParamGroup::from_path("weight");
-    let mut quantizer = Quantizer::new(Calibration::MinMax, scheme);
-    let quantized = adapted
-        .clone()
-        .quantize_weights_group(&mut quantizer, group);
+    let quantized = quantized(adapted.clone(), "weight", &device);
     assert!(matches!(precisions(&quantized)["weight"], DType::QFloat(_)));
     assert_eq!(
         numbers(&quantized)["weight.boft.skew"],

@@ -1,12 +1,11 @@
-//! Weights of PyTorch, read and written by an adapted model.
+//! PyTorch's weight files, read and written by an adapted model.
 
 use burn::module::Module;
 use burn::nn::LinearConfig;
-use burn::store::{
-    BurnToPyTorchAdapter, ModuleSnapshot, ModuleStore, PyTorchToBurnAdapter, SafetensorsStore,
-};
+use burn::store::{BurnToPyTorchAdapter, ModuleSnapshot, PyTorchToBurnAdapter, SafetensorsStore};
 use burn::tensor::Device;
 use burn_boft::{BoftLinearConfig, inject, unload};
+use safetensors::SafeTensors;
 
 use super::oracle::boft;
 use crate::common::models::{Layer, numbers};
@@ -77,7 +76,13 @@ fn a_boft_linear_reads_and_writes_pytorch_files_as_a_linear_does() {
     let mut store = SafetensorsStore::from_bytes(None).with_to_adapter(BurnToPyTorchAdapter);
     ours.save_into(&mut store).unwrap();
     let bytes = store.get_bytes().unwrap();
-    let mut read = SafetensorsStore::from_bytes(Some(bytes));
-    let stored = read.get_tensor("weight").unwrap().unwrap();
-    assert_eq!(stored.shape.to_vec(), [d_output, d_input]);
+    let written = SafeTensors::deserialize(&bytes).unwrap();
+    for (name, shape, numbers) in [
+        ("weight", vec![d_output, d_input], &weight),
+        ("bias", vec![d_output], &bias),
+    ] {
+        let tensor = written.tensor(name).unwrap();
+        let numbers: Vec<u8> = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
+        assert_eq!((tensor.shape(), tensor.data()), (&shape[..], &numbers[..]));
+    }
 }

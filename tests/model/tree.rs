@@ -1,4 +1,4 @@
-//! Layers wherever a module can hold them.
+//! Adapted layers in every place where a module can hold another: lists, options, tuples, arrays, enums.
 
 use std::collections::BTreeSet;
 
@@ -108,7 +108,7 @@ fn every_layer_of_a_module_tree_is_found_under_its_path() {
 }
 
 #[test]
-fn an_embedding_is_never_touched() {
+fn an_embedding_is_not_adapted_by_a_pattern_that_matches_it() {
     let device = Device::flex();
     let model = Tree::new(&device);
     let tokens = Tensor::from_data([[3, 39, 0], [7, 7, 21]], &device);

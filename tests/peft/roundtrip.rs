@@ -1,5 +1,5 @@
-//! PEFT → Burn → PEFT, for `tests/peft/roundtrip.py`: loads an adapter of the fixtures onto its model, computes,
-//! and writes the adapter as the model has it.
+//! PEFT → Burn → PEFT, for `tests/peft/roundtrip.py`: attaches an adapter of the fixtures to its model, computes an
+//! output, and saves the adapter that it extracts from the model.
 //!
 //! `roundtrip <case folder> <output folder>`
 

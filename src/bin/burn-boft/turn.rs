@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
-use burn_boft::ops::{Blocks, Side};
+use burn_boft::ops::{Blocks, Direction, Side};
 use burn_boft::value::AdapterLayer;
 use burn_boft::{Adapter, AdapterConfig, Cayley};
 use faer::Mat;
@@ -173,7 +173,7 @@ impl<'a> Backward<'a> {
         };
         match (&rotation.blocks, inverse) {
             (None, _) => weight,
-            (Some(blocks), None) => blocks.rotate(weight, Side::Right, false),
+            (Some(blocks), None) => blocks.rotate(weight, Side::Right, Direction::Forward),
             (Some(_), Some(blocks)) => {
                 let [n, b, _] = blocks.dims();
                 let parts = weight.reshape([count, n, b]).swap_dims(0, 1);

@@ -1,76 +1,32 @@
 //! CPU kernels: f32 and f64 natively, other precisions through the portable versions' casts.
 
-mod blocks;
+mod butterfly;
+mod cayley;
+mod gram;
 mod product;
-mod spans;
-
-use std::ops::{Add, AddAssign, Mul};
+mod real;
+mod span;
+mod sums;
+mod tile;
 
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::backend::{Flex, TensorMetadata, tensor::FloatTensor};
-use burn::tensor::{Bytes, DType, Element, Shape};
+use burn::tensor::{Bytes, DType, Shape};
 use pulp::Arch;
 
-use super::{BoftBackend, Side, butterfly, cast, cayley, linear, widen_primitive};
+use real::{Real, in_precision};
+use span::Sizes;
+
+use super::backend::{BoftBackend, OptionalTensor};
+use super::butterfly::{Direction, Side};
+use super::linear::Channels;
+use super::precision::{cast, widen_primitive};
+use super::{
+    butterfly as portable_butterfly, cayley as portable_cayley, linear as portable_linear,
+};
 
 /// Spans beyond this size go to the portable version, factor by factor.
 const LARGEST_SPAN: usize = 64;
-
-/// A precision that the kernels compute in.
-trait Real:
-    Element
-    + bytemuck::Pod
-    + Default
-    + Send
-    + Sync
-    + Add<Output = Self>
-    + Mul<Output = Self>
-    + AddAssign
-    + Into<f64>
-{
-    fn rounded(value: f64) -> Self;
-
-    /// `self·factor + sum`, rounded once.
-    fn mul_add(self, factor: Self, sum: Self) -> Self;
-}
-
-impl Real for f32 {
-    fn rounded(value: f64) -> Self {
-        value as f32
-    }
-
-    #[inline(always)]
-    fn mul_add(self, factor: Self, sum: Self) -> Self {
-        self.mul_add(factor, sum)
-    }
-}
-
-impl Real for f64 {
-    fn rounded(value: f64) -> Self {
-        value
-    }
-
-    #[inline(always)]
-    fn mul_add(self, factor: Self, sum: Self) -> Self {
-        self.mul_add(factor, sum)
-    }
-}
-
-/// Runs an expression with `$real` as the precision of a tensor of f32 or f64.
-macro_rules! in_precision {
-    ($dtype:expr, $real:ident => $run:expr) => {
-        match $dtype {
-            DType::F64 => {
-                type $real = f64;
-                $run
-            }
-            _ => {
-                type $real = f32;
-                $run
-            }
-        }
-    };
-}
 
 fn tensor<E: Real>(values: Vec<E>, shape: impl Into<Shape>) -> FlexTensor {
     FlexTensor::new(
@@ -106,20 +62,20 @@ fn has_kernel(tensor: &FlexTensor) -> bool {
 }
 
 /// The rotation as the kernels read it, where they serve its span.
-fn spans_of(blocks: &FlexTensor) -> Option<spans::Sizes> {
-    let sizes = spans::Sizes::new(blocks.shape().dims::<4>());
+fn spans_of(blocks: &FlexTensor) -> Option<Sizes> {
+    let sizes = Sizes::new(blocks.shape().dims::<4>());
     (has_kernel(blocks) && sizes.span <= LARGEST_SPAN).then_some(sizes)
 }
 
 impl BoftBackend for Flex {
     fn boft_cayley(skew: FloatTensor<Self>, block_size: usize) -> FloatTensor<Self> {
         if !has_kernel(&skew) {
-            return cayley::exact::<Self>(skew, block_size);
+            return portable_cayley::exact::<Self>(skew, block_size);
         }
         let [m, n, _] = skew.shape().dims::<3>();
         let skew = Contiguous::new(skew);
         let shape = [m, n, block_size, block_size];
-        in_precision!(skew.0.dtype(), E => tensor(blocks::cayley::<E>(skew.values(), block_size), shape))
+        in_precision!(skew.0.dtype(), E => tensor(cayley::cayley::<E>(skew.values(), block_size), shape))
     }
 
     fn boft_cayley_backward(
@@ -127,13 +83,13 @@ impl BoftBackend for Flex {
         gradient: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
         if !has_kernel(&blocks) || blocks.dtype() != gradient.dtype() {
-            return cayley::backward::<Self>(blocks, gradient);
+            return portable_cayley::backward::<Self>(blocks, gradient);
         }
         let [m, n, b, _] = blocks.shape().dims::<4>();
         let (blocks, gradient) = (Contiguous::new(blocks), Contiguous::new(gradient));
         let shape = [m, n, b * (b - 1) / 2];
         in_precision!(blocks.0.dtype(), E => {
-            tensor(blocks::cayley_backward::<E>(blocks.values(), gradient.values(), b), shape)
+            tensor(cayley::cayley_backward::<E>(blocks.values(), gradient.values(), b), shape)
         })
     }
 
@@ -141,11 +97,11 @@ impl BoftBackend for Flex {
         matrix: FloatTensor<Self>,
         blocks: FloatTensor<Self>,
         side: Side,
-        transpose: bool,
+        direction: Direction,
     ) -> FloatTensor<Self> {
         match spans_of(&blocks) {
-            Some(sizes) => rotate(matrix, blocks, sizes, None, side, transpose),
-            None => butterfly::apply::<Self>(matrix, blocks, side, transpose),
+            Some(sizes) => rotate(matrix, blocks, sizes, None, side, direction),
+            None => portable_butterfly::apply::<Self>(matrix, blocks, side, direction),
         }
     }
 
@@ -157,17 +113,18 @@ impl BoftBackend for Flex {
     ) -> FloatTensor<Self> {
         match spans_of(&blocks) {
             Some(sizes) => {
-                let scale = linear::away_from_zero::<Self>(cast::<Self>(scale, blocks.dtype()));
+                let scale =
+                    portable_linear::away_from_zero::<Self>(cast::<Self>(scale, blocks.dtype()));
                 rotate(
                     weight,
                     blocks,
                     sizes,
                     Some(scale),
                     side,
-                    side == Side::Right,
+                    side.weight_direction(),
                 )
             }
-            None => linear::weight::<Self>(weight, blocks, scale, side),
+            None => portable_linear::weight::<Self>(weight, blocks, scale, side),
         }
     }
 
@@ -178,7 +135,7 @@ impl BoftBackend for Flex {
         side: Side,
     ) -> FloatTensor<Self> {
         let Some(sizes) = spans_of(&blocks) else {
-            return butterfly::block_gradient::<Self>(lhs, rhs, blocks, side);
+            return portable_butterfly::block_gradient::<Self>(lhs, rhs, blocks, side);
         };
         let shape = lhs.shape().dims::<2>();
         let (lhs, rhs) = (widen_primitive::<Self>(lhs), widen_primitive::<Self>(rhs));
@@ -188,47 +145,46 @@ impl BoftBackend for Flex {
             Contiguous::new(cast::<Self>(rhs, dtype)),
         );
         let gram = in_precision!(dtype, E => {
-            spans::gram::<E>(lhs.values(), rhs.values(), shape, sizes, side)
+            gram::gram::<E>(lhs.values(), rhs.values(), shape, sizes, side)
         });
         let dims = blocks.shape();
         let blocks = Contiguous::new(blocks);
         in_precision!(blocks.0.dtype(), E => {
-            tensor(spans::block_gradient::<E>(gram, blocks.values(), sizes), dims)
+            tensor(gram::block_gradient::<E>(gram, blocks.values(), sizes), dims)
         })
     }
 
     fn boft_channel_sums(
         gradient: FloatTensor<Self>,
         output: FloatTensor<Self>,
-        side: Side,
+        channels: Channels,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         if !has_kernel(&output) || output.dtype() != gradient.dtype() {
-            return linear::channel_sums::<Self>(gradient, output, side);
+            return portable_linear::channel_sums::<Self>(gradient, output, channels);
         }
         let [rows, columns] = output.shape().dims::<2>();
         let (gradient, output) = (Contiguous::new(gradient), Contiguous::new(output));
         in_precision!(output.0.dtype(), E => {
             let (gradient, output) = (gradient.values::<E>(), output.values());
-            let (channels, [products, sums]) = match side {
-                Side::Left => (columns, spans::column_sums(gradient, output, columns)),
-                Side::Right => (rows, spans::row_sums(gradient, output, columns)),
+            let (count, [products, sums]) = match channels {
+                Channels::Columns => (columns, sums::column_sums(gradient, output, columns)),
+                Channels::Rows => (rows, sums::row_sums(gradient, output, columns)),
             };
-            (tensor(products, [channels]), tensor(sums, [channels]))
+            (tensor(products, [count]), tensor(sums, [count]))
         })
     }
 
     fn boft_product(
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,
-        bias: FloatTensor<Self>,
-        has_bias: bool,
+        bias: OptionalTensor<Self>,
     ) -> FloatTensor<Self> {
-        let dtype = input.dtype();
+        let (dtype, bias) = (input.dtype(), bias.into_option());
         if !has_kernel(&input) || weight.dtype() != dtype {
-            return linear::product::<Self>(input, weight, has_bias.then_some(bias));
+            return portable_linear::product::<Self>(input, weight, bias);
         }
         let shape = [input.shape().dims::<2>()[0], weight.shape().dims::<2>()[1]];
-        let bias = has_bias.then(|| Contiguous::new(cast::<Self>(bias, dtype)));
+        let bias = bias.map(|bias| Contiguous::new(cast::<Self>(bias, dtype)));
         in_precision!(dtype, E => {
             let bias = bias.as_ref().map(|bias| bias.values());
             tensor(product::product::<E>(&input, &weight, bias), shape)
@@ -240,20 +196,20 @@ impl BoftBackend for Flex {
 fn rotate(
     matrix: FlexTensor,
     blocks: FlexTensor,
-    sizes: spans::Sizes,
+    sizes: Sizes,
     scale: Option<FlexTensor>,
     side: Side,
-    transpose: bool,
+    direction: Direction,
 ) -> FlexTensor {
     let (shape, dtype) = (matrix.shape().dims::<2>(), matrix.dtype());
     let matrix = Contiguous::new(cast::<Flex>(matrix, blocks.dtype()));
     let (blocks, scale) = (Contiguous::new(blocks), scale.map(Contiguous::new));
     let rotated = in_precision!(blocks.0.dtype(), E => {
-        let rotation = spans::compose::<E>(blocks.values(), sizes, transpose);
+        let rotation = butterfly::compose::<E>(blocks.values(), sizes, direction);
         let scale = scale.as_ref().map(|scale| scale.values());
         let rotated = match side {
-            Side::Left => spans::rotate_rows::<E>(matrix.values(), &rotation, sizes, shape, scale),
-            Side::Right => spans::rotate_columns::<E>(matrix.values(), &rotation, sizes, shape, scale),
+            Side::Left => butterfly::rotate_rows::<E>(matrix.values(), &rotation, sizes, shape, scale),
+            Side::Right => butterfly::rotate_columns::<E>(matrix.values(), &rotation, sizes, shape, scale),
         };
         tensor(rotated, shape)
     });

@@ -7,7 +7,7 @@ use burn::backend::flex::FlexTensor;
 use gemm::{Parallelism, gemm};
 use rayon::prelude::*;
 
-use super::Real;
+use super::real::Real;
 
 /// Multiplications from which on a product is shared among threads.
 const SHARED_WORK: usize = 192 * 192 * 192;

@@ -3,7 +3,7 @@
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::Real;
+use super::real::Real;
 use crate::ops::cayley::upper_triangle;
 
 /// Blocks per task: enough work to be worth a thread.

@@ -3,12 +3,57 @@
 //! Rows in shared memory are one number longer than the block, so that units that walk their own rows
 //! meet different banks.
 
+use burn::backend::TensorMetadata;
+use burn::tensor::DType;
 use burn_cubecl::cubecl;
 use burn_cubecl::cubecl::prelude::*;
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::tensor::CubeTensor;
+
+use super::launch::{cubes, empty, units};
+
+/// Launches [`cayley_kernel`] over a `[m, n, b(b−1)/2]` tensor.
+pub(super) fn cayley(skew: CubeTensor, b: usize, per_cube: usize) -> CubeTensor {
+    let [m, n, _] = skew.shape().dims::<3>();
+    let skew = into_contiguous(skew);
+    let blocks = empty(&skew, [m, n, b, b], DType::F32);
+    cayley_kernel::launch(
+        &blocks.client,
+        cubes((m * n).div_ceil(per_cube), 1),
+        units(per_cube * b),
+        skew.into_buffer_arg(),
+        blocks.clone().into_buffer_arg(),
+        b,
+        per_cube,
+    );
+    blocks
+}
+
+/// Launches [`cayley_backward_kernel`] over two `[m, n, b, b]` tensors.
+pub(super) fn cayley_backward(
+    blocks: CubeTensor,
+    gradient: CubeTensor,
+    per_cube: usize,
+) -> CubeTensor {
+    let [m, n, b, _] = blocks.shape().dims::<4>();
+    let (blocks, gradient) = (into_contiguous(blocks), into_contiguous(gradient));
+    let skew = empty(&blocks, [m, n, b * (b - 1) / 2], DType::F32);
+    cayley_backward_kernel::launch(
+        &skew.client,
+        cubes((m * n).div_ceil(per_cube), 1),
+        units(per_cube * b),
+        blocks.into_buffer_arg(),
+        gradient.into_buffer_arg(),
+        skew.clone().into_buffer_arg(),
+        b,
+        per_cube,
+    );
+    skew
+}
 
 /// `C = 2(I + Q)⁻¹ − I` by sweeps, then one Newton-Schulz step; see the portable version.
 #[cube(launch)]
-pub(super) fn cayley_kernel(
+fn cayley_kernel(
     skew: &[f32],
     blocks: &mut [f32],
     #[comptime] b: usize,
@@ -96,7 +141,7 @@ pub(super) fn cayley_kernel(
 
 /// `∂v_ij = D_ij − D_ji` with `D = −½ (I + C)ᵀ · ∂L/∂C · (I + C)ᵀ`.
 #[cube(launch)]
-pub(super) fn cayley_backward_kernel(
+fn cayley_backward_kernel(
     blocks: &[f32],
     gradient: &[f32],
     skew: &mut [f32],

@@ -1,0 +1,378 @@
+//! The backward pass of every operation.
+//!
+//! An operation's struct names its step in the graph. The step keeps what [`Backward::State`] lists, and Burn
+//! may compute an input that it keeps by its node again instead of storing it.
+
+use burn::backend::autodiff::{
+    Autodiff, NodeId,
+    checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+    grads::Gradients,
+    ops::{Backward, NodeGuard, Ops, OpsKind},
+};
+use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
+
+use super::backend::{BoftBackend, OptionalTensor};
+use super::butterfly::{Direction, Side};
+use super::linear::{Channels, along, away_from_zero, channel_sum};
+use super::precision::cast;
+use super::route::keeps_weight;
+
+impl<B: BoftBackend, C: CheckpointStrategy> BoftBackend for Autodiff<B, C> {
+    fn boft_cayley(skew: FloatTensor<Self>, block_size: usize) -> FloatTensor<Self> {
+        let node = skew.node();
+        let blocks = B::boft_cayley(skew.into_primitive(), block_size);
+        match Cayley.prepare::<C>([node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(blocks.clone(), blocks),
+            OpsKind::UnTracked(prep) => prep.finish(blocks),
+        }
+    }
+
+    fn boft_butterfly(
+        matrix: FloatTensor<Self>,
+        blocks: FloatTensor<Self>,
+        side: Side,
+        direction: Direction,
+    ) -> FloatTensor<Self> {
+        let nodes = [matrix.node(), blocks.node()];
+        let output = B::boft_butterfly(
+            matrix.primitive().clone(),
+            blocks.primitive().clone(),
+            side,
+            direction,
+        );
+        match Butterfly.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(mut prep) => {
+                // R·t and t·Rᵀ rotate weights, where G = dW'·W'ᵀ; t·R and Rᵀ·t activations, where G = xᵀ·dx.
+                let kept = match direction == side.weight_direction() {
+                    true => Kept::Output(output.clone()),
+                    false => Kept::Input(prep.checkpoint(&matrix)),
+                };
+                let state = ButterflyState {
+                    kept,
+                    blocks: blocks.into_primitive(),
+                    side,
+                    direction,
+                };
+                prep.finish(state, output)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(output),
+        }
+    }
+
+    fn boft_weight(
+        weight: FloatTensor<Self>,
+        blocks: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
+        side: Side,
+    ) -> FloatTensor<Self> {
+        let nodes = [weight.node(), blocks.node(), scale.node()];
+        let (blocks, scale) = (blocks.into_primitive(), scale.into_primitive());
+        let output = B::boft_weight(weight.into_primitive(), blocks.clone(), scale.clone(), side);
+        match Weight.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let state = WeightState {
+                    output: output.clone(),
+                    blocks,
+                    scale,
+                    side,
+                };
+                prep.finish(state, output)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(output),
+        }
+    }
+
+    fn boft_linear(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        blocks: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
+        bias: OptionalTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let [i, w, b, s] = [input.node(), weight.node(), blocks.node(), scale.node()];
+        match bias {
+            OptionalTensor::Absent => {
+                rotated_linear::<B, C, 4>([i, w, b, s], input, weight, blocks, scale, None)
+            }
+            OptionalTensor::Present(bias) => {
+                let nodes = [i, w, b, s, bias.node()];
+                let bias = Some(bias.into_primitive());
+                rotated_linear::<B, C, 5>(nodes, input, weight, blocks, scale, bias)
+            }
+        }
+    }
+}
+
+/// The step of [`BoftBackend::boft_cayley`]; its state are the blocks.
+#[derive(Debug)]
+struct Cayley;
+
+impl<B: BoftBackend> Backward<B, 1> for Cayley {
+    type State = FloatTensor<B>;
+
+    fn backward(self, ops: Ops<Self::State, 1>, gradients: &mut Gradients, _: &mut Checkpointer) {
+        let [skew] = ops.parents;
+        let gradient = gradients.consume::<B>(&ops.node);
+        if let Some(skew) = skew {
+            let gradient = B::boft_cayley_backward(ops.state, gradient);
+            gradients.register::<B>(skew.id, gradient);
+        }
+    }
+}
+
+/// The step of [`BoftBackend::boft_butterfly`].
+#[derive(Debug)]
+struct Butterfly;
+
+#[derive(Clone, Debug)]
+struct ButterflyState<B: Backend> {
+    kept: Kept<B>,
+    blocks: FloatTensor<B>,
+    side: Side,
+    direction: Direction,
+}
+
+/// The input where the rotation acts as on activations, the output where it acts as on weights.
+#[derive(Clone, Debug)]
+enum Kept<B: Backend> {
+    Input(NodeId),
+    Output(FloatTensor<B>),
+}
+
+impl<B: BoftBackend> Backward<B, 2> for Butterfly {
+    type State = ButterflyState<B>;
+
+    fn backward(
+        self,
+        ops: Ops<Self::State, 2>,
+        gradients: &mut Gradients,
+        checkpointer: &mut Checkpointer,
+    ) {
+        let [matrix_node, blocks_node] = ops.parents;
+        let ButterflyState {
+            kept,
+            blocks,
+            side,
+            direction,
+        } = ops.state;
+        let gradient = gradients.consume::<B>(&ops.node);
+        let rotated_back =
+            B::boft_butterfly(gradient.clone(), blocks.clone(), side, direction.reversed());
+        if let Some(node) = blocks_node {
+            let (lhs, rhs) = match kept {
+                Kept::Input(id) => (checkpointer.retrieve_node_output(id), rotated_back.clone()),
+                Kept::Output(output) => (gradient, output),
+            };
+            let gradient = B::boft_block_gradient(lhs, rhs, blocks, side);
+            gradients.register::<B>(node.id, gradient);
+        }
+        if let Some(node) = matrix_node {
+            gradients.register::<B>(node.id, rotated_back);
+        }
+    }
+}
+
+/// The step of [`BoftBackend::boft_weight`].
+#[derive(Debug)]
+struct Weight;
+
+#[derive(Clone, Debug)]
+struct WeightState<B: Backend> {
+    output: FloatTensor<B>,
+    blocks: FloatTensor<B>,
+    scale: FloatTensor<B>,
+    side: Side,
+}
+
+impl<B: BoftBackend> Backward<B, 3> for Weight {
+    type State = WeightState<B>;
+
+    fn backward(self, ops: Ops<Self::State, 3>, gradients: &mut Gradients, _: &mut Checkpointer) {
+        let [weight_node, blocks_node, scale_node] = ops.parents;
+        let WeightState {
+            output,
+            blocks,
+            scale,
+            side,
+        } = ops.state;
+        let gradient = gradients.consume::<B>(&ops.node);
+        if let Some(node) = blocks_node {
+            let (lhs, rhs) = (gradient.clone(), output.clone());
+            let gradient = B::boft_block_gradient(lhs, rhs, blocks.clone(), side);
+            gradients.register::<B>(node.id, gradient);
+        }
+        if let Some(node) = scale_node {
+            let channels = Channels::of_weight(side);
+            let sums = B::boft_channel_sums(gradient.clone(), output, channels);
+            let gradient = scale_gradient::<B>(sums, scale.clone(), None);
+            gradients.register::<B>(node.id, gradient);
+        }
+        if let Some(node) = weight_node {
+            let gradient = weight_gradient::<B>(gradient, blocks, scale, side);
+            gradients.register::<B>(node.id, gradient);
+        }
+    }
+}
+
+/// The step of [`BoftBackend::boft_linear`]: its parents are the input, the weight, the blocks, the scale and,
+/// where there is one, the bias.
+#[derive(Debug)]
+struct Linear;
+
+#[derive(Clone, Debug)]
+struct LinearState<B: Backend> {
+    input: NodeId,
+    weight: FloatTensor<B>,
+    /// `R·W·diag(s)`, where it is kept.
+    effective: Option<FloatTensor<B>>,
+    blocks: FloatTensor<B>,
+    scale: FloatTensor<B>,
+    bias: Option<FloatTensor<B>>,
+    /// Kept for the gradient of the scale only; the operation after the layer mostly keeps it anyway.
+    output: Option<FloatTensor<B>>,
+}
+
+/// Computes the layer and prepares its step.
+fn rotated_linear<B: BoftBackend, C: CheckpointStrategy, const N: usize>(
+    nodes: [NodeGuard; N],
+    input: FloatTensor<Autodiff<B, C>>,
+    weight: FloatTensor<Autodiff<B, C>>,
+    blocks: FloatTensor<Autodiff<B, C>>,
+    scale: FloatTensor<Autodiff<B, C>>,
+    bias: Option<FloatTensor<B>>,
+) -> FloatTensor<Autodiff<B, C>> {
+    let keeps_output = scale.is_tracked();
+    let (weight, blocks) = (weight.into_primitive(), blocks.into_primitive());
+    let scale = scale.into_primitive();
+    let effective = B::boft_weight(weight.clone(), blocks.clone(), scale.clone(), Side::Left);
+    let [rows, _] = input.primitive().shape().dims();
+    let keeps_effective = keeps_weight(rows, weight.shape().dims());
+    let output = B::boft_product(
+        input.primitive().clone(),
+        effective.clone(),
+        bias.clone().into(),
+    );
+    match Linear.prepare::<C>(nodes).compute_bound().stateful() {
+        OpsKind::Tracked(mut prep) => {
+            let state = LinearState {
+                input: prep.checkpoint(&input),
+                weight,
+                effective: keeps_effective.then_some(effective),
+                blocks,
+                scale,
+                bias,
+                output: keeps_output.then(|| output.clone()),
+            };
+            prep.finish(state, output)
+        }
+        OpsKind::UnTracked(prep) => prep.finish(output),
+    }
+}
+
+impl<B: BoftBackend, const N: usize> Backward<B, N> for Linear {
+    type State = LinearState<B>;
+
+    fn backward(
+        self,
+        ops: Ops<Self::State, N>,
+        gradients: &mut Gradients,
+        checkpointer: &mut Checkpointer,
+    ) {
+        let mut parents = ops.parents.into_iter();
+        let [input_node, weight_node, blocks_node, scale_node, bias_node] =
+            [(); 5].map(|()| parents.next().flatten().map(|node| node.id));
+        let mut state = ops.state;
+        let gradient = gradients.consume::<B>(&ops.node);
+
+        state.channel_gradients(&gradient, [scale_node, bias_node], gradients);
+        let input: Option<FloatTensor<B>> = (blocks_node.is_some() || weight_node.is_some())
+            .then(|| checkpointer.retrieve_node_output(state.input));
+        if input_node.is_some() || blocks_node.is_some() {
+            let input_gradient = state.input_gradient(gradient.clone());
+            if let (Some(node), Some(input)) = (blocks_node, input.clone()) {
+                let blocks = state.blocks.clone();
+                let gradient =
+                    B::boft_block_gradient(input, input_gradient.clone(), blocks, Side::Right);
+                gradients.register::<B>(node, gradient);
+            }
+            if let Some(node) = input_node {
+                gradients.register::<B>(node, input_gradient);
+            }
+        }
+        if let (Some(node), Some(input)) = (weight_node, input) {
+            let gradient = B::float_matmul(B::float_swap_dims(input, 0, 1), gradient);
+            let gradient = weight_gradient::<B>(gradient, state.blocks, state.scale, Side::Left);
+            gradients.register::<B>(node, gradient);
+        }
+    }
+}
+
+impl<B: BoftBackend> LinearState<B> {
+    /// Registers the gradients of the scale and the bias, which share their sums.
+    fn channel_gradients(
+        &mut self,
+        gradient: &FloatTensor<B>,
+        [scale, bias]: [Option<NodeId>; 2],
+        gradients: &mut Gradients,
+    ) {
+        let gradient = gradient.clone();
+        match (scale, self.output.take()) {
+            (Some(scale), Some(output)) => {
+                let sums = B::boft_channel_sums(gradient, output, Channels::Columns);
+                if let Some(node) = bias {
+                    let dtype = self.bias.as_ref().map_or(sums.1.dtype(), |b| b.dtype());
+                    gradients.register::<B>(node, cast::<B>(sums.1.clone(), dtype));
+                }
+                let gradient = scale_gradient::<B>(sums, self.scale.clone(), self.bias.take());
+                gradients.register::<B>(scale, gradient);
+            }
+            _ => {
+                if let Some(node) = bias {
+                    let sum = channel_sum::<B>(gradient, Channels::Columns);
+                    gradients.register::<B>(node, sum);
+                }
+            }
+        }
+    }
+
+    /// `dy·(R·W·diag(s))ᵀ`.
+    fn input_gradient(&mut self, gradient: FloatTensor<B>) -> FloatTensor<B> {
+        let effective = self.effective.take().unwrap_or_else(|| {
+            let (blocks, scale) = (self.blocks.clone(), self.scale.clone());
+            B::boft_weight(self.weight.clone(), blocks, scale, Side::Left)
+        });
+        let effective = B::float_swap_dims(effective, 0, 1);
+        B::boft_product(gradient, effective, OptionalTensor::Absent)
+    }
+}
+
+/// The gradient of the scale, `Σ gradient ⊙ (output − bias) / s`, from the sums per channel.
+fn scale_gradient<B: Backend>(
+    (products, sums): (FloatTensor<B>, FloatTensor<B>),
+    scale: FloatTensor<B>,
+    bias: Option<FloatTensor<B>>,
+) -> FloatTensor<B> {
+    let dtype = scale.dtype();
+    let products = match bias {
+        Some(bias) => {
+            let bias = cast::<B>(bias, sums.dtype());
+            B::float_sub(products, B::float_mul(sums, bias))
+        }
+        None => products,
+    };
+    let scale = away_from_zero::<B>(cast::<B>(scale, products.dtype()));
+    cast::<B>(B::float_div(products, scale), dtype)
+}
+
+/// The gradient of a weight from that of `R·W·diag(s)`.
+fn weight_gradient<B: BoftBackend>(
+    gradient: FloatTensor<B>,
+    blocks: FloatTensor<B>,
+    scale: FloatTensor<B>,
+    side: Side,
+) -> FloatTensor<B> {
+    let channels = Channels::of_weight(side);
+    let scale = along::<B>(cast::<B>(scale, gradient.dtype()), channels);
+    let scaled = B::float_mul(gradient, scale);
+    B::boft_butterfly(scaled, blocks, side, side.weight_direction().reversed())
+}

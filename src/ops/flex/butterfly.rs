@@ -1,0 +1,285 @@
+//! Rotations as one small matrix per span, applied in one pass over memory.
+
+use std::mem::MaybeUninit;
+
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::real::Real;
+use super::span::{Sizes, multiply_by_stage, transpose};
+use super::tile::{PASSING_ROWS, ROWS, add_scaled, line, with_tile};
+use crate::ops::butterfly::Direction;
+
+/// `op(R)` of every span, composed in f64.
+pub(super) fn compose<E: Real>(blocks: &[E], sizes: Sizes, direction: Direction) -> Vec<E> {
+    let square = sizes.span * sizes.span;
+    let arch = Arch::new();
+    let task = sizes.spans_per_task();
+    let mut rotations = vec![E::default(); sizes.count() * square];
+    rotations
+        .par_chunks_mut(task * square)
+        .enumerate()
+        .for_each(|(index, rotations)| {
+            arch.dispatch(Compose {
+                rotations,
+                blocks,
+                sizes,
+                first: index * task,
+                direction,
+            });
+        });
+    rotations
+}
+
+/// Some spans of [`compose`].
+struct Compose<'a, E> {
+    rotations: &'a mut [E],
+    blocks: &'a [E],
+    sizes: Sizes,
+    /// The first of the spans.
+    first: usize,
+    direction: Direction,
+}
+
+impl<E: Real> WithSimd for Compose<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let s = self.sizes.span;
+        let mut product = vec![0.0; s * s];
+        let mut rows = vec![0.0; self.sizes.b * s];
+        for (span, rotation) in self.rotations.chunks_exact_mut(s * s).enumerate() {
+            product.fill(0.0);
+            (0..s).for_each(|i| product[i * (s + 1)] = 1.0);
+            for stage in 0..self.sizes.m {
+                let place = (stage, self.first + span);
+                multiply_by_stage(
+                    &mut product,
+                    self.blocks,
+                    self.sizes,
+                    place,
+                    Direction::Forward,
+                    &mut rows,
+                );
+            }
+            if self.direction == Direction::Back {
+                transpose(&mut product, s);
+            }
+            for (value, &product) in rotation.iter_mut().zip(&product) {
+                *value = E::rounded(product);
+            }
+        }
+    }
+}
+
+/// `op(R)·t` for a `[d, columns]` matrix, with a scale per column.
+pub(super) fn rotate_rows<E: Real>(
+    matrix: &[E],
+    rotation: &[E],
+    sizes: Sizes,
+    [rows, columns]: [usize; 2],
+    scale: Option<&[E]>,
+) -> Vec<E> {
+    let s = sizes.span;
+    let arch = Arch::new();
+    let spans = matrix
+        .par_chunks(s * columns)
+        .zip(rotation.par_chunks(s * s));
+    written(rows * columns, |output| {
+        output
+            .par_chunks_mut(s * columns)
+            .zip(spans)
+            .for_each(|(output, (matrix, rotation))| {
+                arch.dispatch(RotateRows {
+                    output,
+                    matrix,
+                    rotation,
+                    columns,
+                    scale,
+                });
+            });
+    })
+}
+
+/// A vector of `len` numbers, every one of which `write` writes.
+fn written<E: Real>(len: usize, write: impl FnOnce(&mut [MaybeUninit<E>])) -> Vec<E> {
+    let mut values = Vec::with_capacity(len);
+    write(&mut values.spare_capacity_mut()[..len]);
+    // SAFETY: the two callers write whole rows: every span of them, and every tile of a span.
+    unsafe { values.set_len(len) };
+    values
+}
+
+/// One span of [`rotate_rows`].
+struct RotateRows<'a, E> {
+    output: &'a mut [MaybeUninit<E>],
+    matrix: &'a [E],
+    rotation: &'a [E],
+    columns: usize,
+    scale: Option<&'a [E]>,
+}
+
+impl<E: Real> WithSimd for RotateRows<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        match self.matrix.len() / self.columns % 4 {
+            0 => rotate_span_rows::<E, 4>(self),
+            2 => rotate_span_rows::<E, 2>(self),
+            _ => rotate_span_rows::<E, 1>(self),
+        }
+    }
+}
+
+/// Columns that stay in registers while rows of the rotation meet them.
+const TILE: usize = 16;
+
+/// Rotates one span, `LINES` rows of the result at a time.
+#[inline(always)]
+fn rotate_span_rows<E: Real, const LINES: usize>(
+    RotateRows {
+        output,
+        matrix,
+        rotation,
+        columns,
+        scale,
+    }: RotateRows<'_, E>,
+) {
+    let s = matrix.len() / columns;
+    let tiles = columns / TILE * TILE;
+    for start in (0..tiles).step_by(TILE) {
+        for first in (0..s).step_by(LINES) {
+            let mut sums = [[E::default(); TILE]; LINES];
+            for inner in 0..s {
+                let source = line::<E, TILE>(matrix, inner * columns + start);
+                for (index, sums) in sums.iter_mut().enumerate() {
+                    add_scaled(sums, rotation[(first + index) * s + inner], source);
+                }
+            }
+            if let Some(scale) = scale {
+                let scale = line::<E, TILE>(scale, start);
+                for sums in &mut sums {
+                    for (sum, &scale) in sums.iter_mut().zip(scale) {
+                        *sum = *sum * scale;
+                    }
+                }
+            }
+            for (index, sums) in sums.iter().enumerate() {
+                output[(first + index) * columns + start..][..TILE].write_copy_of_slice(sums);
+            }
+        }
+    }
+    for column in tiles..columns {
+        for row in 0..s {
+            let mut sum = E::default();
+            for inner in 0..s {
+                sum = rotation[row * s + inner].mul_add(matrix[inner * columns + column], sum);
+            }
+            output[row * columns + column].write(match scale {
+                Some(scale) => sum * scale[column],
+                None => sum,
+            });
+        }
+    }
+}
+
+/// `t·op(R)` for a `[rows, d]` matrix, with a scale per row.
+pub(super) fn rotate_columns<E: Real>(
+    matrix: &[E],
+    rotation: &[E],
+    sizes: Sizes,
+    [rows, columns]: [usize; 2],
+    scale: Option<&[E]>,
+) -> Vec<E> {
+    let s = sizes.span;
+    let arch = Arch::new();
+    written(rows * columns, |output| {
+        output
+            .par_chunks_mut(PASSING_ROWS * columns)
+            .zip(matrix.par_chunks(PASSING_ROWS * columns))
+            .enumerate()
+            .with_min_len(ROWS / PASSING_ROWS)
+            .for_each(|(task, (output, matrix))| {
+                arch.dispatch(RotateColumns {
+                    output,
+                    matrix,
+                    rotation,
+                    s,
+                    columns,
+                    scale: scale.map(|scale| &scale[task * PASSING_ROWS..]),
+                });
+            });
+    })
+}
+
+/// Some rows of [`rotate_columns`].
+struct RotateColumns<'a, E> {
+    output: &'a mut [MaybeUninit<E>],
+    matrix: &'a [E],
+    rotation: &'a [E],
+    s: usize,
+    columns: usize,
+    scale: Option<&'a [E]>,
+}
+
+impl<E: Real> WithSimd for RotateColumns<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        with_tile!(self.s, LINES, LINE => rotate_span_columns::<E, LINES, LINE>(self))
+    }
+}
+
+/// Rotates every span of the rows, `LINES` rows by `LINE` columns of the result at a time.
+#[inline(always)]
+fn rotate_span_columns<E: Real, const LINES: usize, const LINE: usize>(
+    RotateColumns {
+        output,
+        matrix,
+        rotation,
+        s,
+        columns,
+        scale,
+    }: RotateColumns<'_, E>,
+) {
+    for (span, rotation) in rotation.chunks_exact(s * s).enumerate() {
+        for start in (0..s).step_by(LINE) {
+            let place = span * s + start;
+            let outputs = output.chunks_mut(LINES * columns);
+            let tiles = outputs.zip(matrix.chunks(LINES * columns)).enumerate();
+            for (tile, (output, matrix)) in tiles {
+                let mut sums = [[E::default(); LINE]; LINES];
+                let rows = matrix.len() / columns;
+                if rows == LINES {
+                    for inner in 0..s {
+                        let rotation = line(rotation, inner * s + start);
+                        for (row, sums) in sums.iter_mut().enumerate() {
+                            add_scaled::<E, LINE>(
+                                sums,
+                                matrix[row * columns + span * s + inner],
+                                rotation,
+                            );
+                        }
+                    }
+                } else {
+                    for (row, sums) in sums.iter_mut().enumerate().take(rows) {
+                        for inner in 0..s {
+                            let value = matrix[row * columns + span * s + inner];
+                            add_scaled::<E, LINE>(sums, value, line(rotation, inner * s + start));
+                        }
+                    }
+                }
+                for (row, sums) in sums.iter_mut().enumerate().take(rows) {
+                    if let Some(scale) = scale {
+                        let scale = scale[tile * LINES + row];
+                        sums.iter_mut().for_each(|sum| *sum = *sum * scale);
+                    }
+                    output[row * columns + place..][..LINE].write_copy_of_slice(sums);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! The Gram backward: `G` per span, and from it the gradient of the blocks.
+
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::real::Real;
+use super::span::{Sizes, multiply_by_stage, transpose};
+use super::sums::{dot, total};
+use super::tile::{PASSING_ROWS, ROWS, add_scaled, line, with_tile};
+use crate::ops::butterfly::{Direction, Side};
+
+/// `G = lhsᵀ·rhs` per span along the rotated axis, in f64 from partial sums of a fixed size.
+pub(super) fn gram<E: Real>(
+    lhs: &[E],
+    rhs: &[E],
+    [rows, columns]: [usize; 2],
+    sizes: Sizes,
+    side: Side,
+) -> Vec<f64> {
+    let s = sizes.span;
+    let arch = Arch::new();
+    match side {
+        Side::Left => {
+            let mut gram = vec![0.0; rows * s];
+            gram.par_chunks_mut(s * s)
+                .zip(lhs.par_chunks(s * columns).zip(rhs.par_chunks(s * columns)))
+                .for_each(|(gram, (lhs, rhs))| {
+                    arch.dispatch(GramOfRows {
+                        gram,
+                        lhs,
+                        rhs,
+                        columns,
+                    });
+                });
+            gram
+        }
+        Side::Right => {
+            let partial: Vec<Vec<E>> = lhs
+                .par_chunks(ROWS * columns)
+                .zip(rhs.par_chunks(ROWS * columns))
+                .map(|(lhs, rhs)| {
+                    let mut gram = vec![E::default(); columns * s];
+                    arch.dispatch(GramOfColumns {
+                        gram: &mut gram,
+                        lhs,
+                        rhs,
+                        s,
+                        columns,
+                    });
+                    gram
+                })
+                .collect();
+            total(&partial, columns * s)
+        }
+    }
+}
+
+/// One span of [`gram`] on the left.
+struct GramOfRows<'a, E> {
+    gram: &'a mut [f64],
+    lhs: &'a [E],
+    rhs: &'a [E],
+    columns: usize,
+}
+
+impl<E: Real> WithSimd for GramOfRows<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Self {
+            gram,
+            lhs,
+            rhs,
+            columns,
+        } = self;
+        let s = lhs.len() / columns;
+        for (row, lhs) in lhs.chunks_exact(columns).enumerate() {
+            for (column, rhs) in rhs.chunks_exact(columns).enumerate() {
+                gram[row * s + column] = dot(lhs, rhs);
+            }
+        }
+    }
+}
+
+/// A partial sum of [`gram`] on the right.
+struct GramOfColumns<'a, E> {
+    gram: &'a mut [E],
+    lhs: &'a [E],
+    rhs: &'a [E],
+    s: usize,
+    columns: usize,
+}
+
+impl<E: Real> WithSimd for GramOfColumns<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        with_tile!(self.s, LINES, LINE => gram_of_columns::<E, LINES, LINE>(self))
+    }
+}
+
+/// Adds the products of all rows to every span's sums, `LINES` rows of `LINE` sums at a time.
+#[inline(always)]
+fn gram_of_columns<E: Real, const LINES: usize, const LINE: usize>(
+    GramOfColumns {
+        gram,
+        lhs,
+        rhs,
+        s,
+        columns,
+    }: GramOfColumns<'_, E>,
+) {
+    let passing = lhs
+        .chunks(PASSING_ROWS * columns)
+        .zip(rhs.chunks(PASSING_ROWS * columns));
+    for (lhs, rhs) in passing {
+        for (span, gram) in gram.chunks_exact_mut(s * s).enumerate() {
+            for (row, column) in places(s, LINES, LINE) {
+                let mut sums = [[E::default(); LINE]; LINES];
+                for (index, sums) in sums.iter_mut().enumerate() {
+                    *sums = *line(gram, (row + index) * s + column);
+                }
+                for (lhs, rhs) in lhs.chunks_exact(columns).zip(rhs.chunks_exact(columns)) {
+                    let lhs = line::<E, LINES>(lhs, span * s + row);
+                    let rhs = line::<E, LINE>(rhs, span * s + column);
+                    for (sums, &value) in sums.iter_mut().zip(lhs) {
+                        add_scaled(sums, value, rhs);
+                    }
+                }
+                for (index, sums) in sums.iter().enumerate() {
+                    gram[(row + index) * s + column..][..LINE].copy_from_slice(sums);
+                }
+            }
+        }
+    }
+}
+
+/// The corners of the tiles of a square.
+#[inline(always)]
+fn places(size: usize, rows: usize, columns: usize) -> impl Iterator<Item = (usize, usize)> {
+    let along = move |step| (0..size).step_by(step);
+    along(rows).flat_map(move |row| along(columns).map(move |column| (row, column)))
+}
+
+/// The gradient of the blocks from `G`; see the portable version.
+pub(super) fn block_gradient<E: Real>(mut gram: Vec<f64>, blocks: &[E], sizes: Sizes) -> Vec<E> {
+    let Sizes { b, span: s, .. } = sizes;
+    let per_span = s / b;
+    let arch = Arch::new();
+    let gradients: Vec<Vec<f64>> = gram
+        .par_chunks_mut(s * s)
+        .enumerate()
+        .with_min_len(sizes.spans_per_task())
+        .map(|(span, gram)| {
+            arch.dispatch(BlockGradient {
+                gram,
+                blocks,
+                sizes,
+                span,
+            })
+        })
+        .collect();
+    let mut output = vec![E::default(); blocks.len()];
+    for (index, gradients) in gradients.into_iter().enumerate() {
+        for (stage, gradients) in gradients.chunks(per_span * b * b).enumerate() {
+            let target = &mut output[sizes.offset(stage, index * per_span)..][..gradients.len()];
+            for (target, &gradient) in target.iter_mut().zip(gradients) {
+                *target = E::rounded(gradient);
+            }
+        }
+    }
+    output
+}
+
+/// One span of [`block_gradient`]: every factor's blocks after each other.
+struct BlockGradient<'a, E> {
+    gram: &'a mut [f64],
+    blocks: &'a [E],
+    sizes: Sizes,
+    span: usize,
+}
+
+impl<E: Real> WithSimd for BlockGradient<'_, E> {
+    type Output = Vec<f64>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> Vec<f64> {
+        let Self {
+            gram,
+            blocks,
+            sizes,
+            span,
+        } = self;
+        let Sizes { m, b, span: s, .. } = sizes;
+        let per_span = s / b;
+        let mut gradients = vec![0.0; m * s * b];
+        let mut rows = vec![0.0; b * s];
+        for stage in (0..m).rev() {
+            for local in 0..per_span {
+                let block = &blocks[sizes.offset(stage, span * per_span + local)..][..b * b];
+                let gradient = &mut gradients[(stage * per_span + local) * b * b..][..b * b];
+                for row in 0..b {
+                    let source = sizes.coupled(stage, local, row) * s;
+                    for inner in 0..b {
+                        let value = gram[source + sizes.coupled(stage, local, inner)];
+                        for column in 0..b {
+                            let factor: f64 = block[inner * b + column].into();
+                            gradient[row * b + column] += value * factor;
+                        }
+                    }
+                }
+            }
+            if stage > 0 {
+                // Fᵀ·G·F = (Fᵀ·(Fᵀ·G)ᵀ)ᵀ.
+                for _ in 0..2 {
+                    multiply_by_stage(
+                        gram,
+                        blocks,
+                        sizes,
+                        (stage, span),
+                        Direction::Back,
+                        &mut rows,
+                    );
+                    transpose(gram, s);
+                }
+            }
+        }
+        gradients
+    }
+}

@@ -1,0 +1,142 @@
+//! Sums over rows and columns, always in the same order.
+
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::real::Real;
+use super::tile::{LANES, ROWS, line};
+
+/// A dot product.
+struct Dot<'a, E>(&'a [E], &'a [E]);
+
+impl<E: Real> WithSimd for Dot<'_, E> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> f64 {
+        dot(self.0, self.1)
+    }
+}
+
+/// `Σ lhs ⊙ rhs`, in lanes and then in f64.
+#[inline(always)]
+pub(super) fn dot<E: Real>(lhs: &[E], rhs: &[E]) -> f64 {
+    let mut sum = [E::default(); LANES];
+    let (lhs, rhs) = (lhs.chunks_exact(LANES), rhs.chunks_exact(LANES));
+    let rest = lhs.remainder().iter().zip(rhs.remainder());
+    let rest: f64 = rest.map(|(&lhs, &rhs)| (lhs * rhs).into()).sum();
+    for (lhs, rhs) in lhs.zip(rhs) {
+        for lane in 0..LANES {
+            sum[lane] = lhs[lane].mul_add(rhs[lane], sum[lane]);
+        }
+    }
+    sum.iter().map(|&value| value.into()).sum::<f64>() + rest
+}
+
+/// `Σ gradient ⊙ output` and `Σ gradient` per column, from partial sums of a fixed size.
+pub(super) fn column_sums<E: Real>(gradient: &[E], output: &[E], columns: usize) -> [Vec<E>; 2] {
+    let arch = Arch::new();
+    let partial: Vec<Vec<E>> = gradient
+        .par_chunks(ROWS * columns)
+        .zip(output.par_chunks(ROWS * columns))
+        .map(|(gradient, output)| {
+            let mut sums = vec![E::default(); 2 * columns];
+            arch.dispatch(ColumnSums {
+                sums: &mut sums,
+                gradient,
+                output,
+            });
+            sums
+        })
+        .collect();
+    let total = total(&partial, 2 * columns);
+    let (products, sums) = total.split_at(columns);
+    [products, sums].map(|sums| sums.iter().map(|&sum| E::rounded(sum)).collect())
+}
+
+/// A partial sum of [`column_sums`], the products before the gradients alone.
+struct ColumnSums<'a, E> {
+    sums: &'a mut [E],
+    gradient: &'a [E],
+    output: &'a [E],
+}
+
+impl<E: Real> WithSimd for ColumnSums<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        add_columns(self);
+    }
+}
+
+#[inline(always)]
+fn add_columns<E: Real>(
+    ColumnSums {
+        sums,
+        gradient,
+        output,
+    }: ColumnSums<'_, E>,
+) {
+    let columns = sums.len() / 2;
+    let (products, sums) = sums.split_at_mut(columns);
+    let tiles = columns / LANES * LANES;
+    for start in (0..tiles).step_by(LANES) {
+        let (mut product, mut sum) = ([E::default(); LANES], [E::default(); LANES]);
+        let lines = gradient
+            .chunks_exact(columns)
+            .zip(output.chunks_exact(columns));
+        for (gradient, output) in lines {
+            let gradient = line::<E, LANES>(gradient, start);
+            let output = line::<E, LANES>(output, start);
+            for lane in 0..LANES {
+                product[lane] = gradient[lane].mul_add(output[lane], product[lane]);
+                sum[lane] += gradient[lane];
+            }
+        }
+        products[start..][..LANES].copy_from_slice(&product);
+        sums[start..][..LANES].copy_from_slice(&sum);
+    }
+    for column in tiles..columns {
+        let values = gradient.iter().zip(output).skip(column).step_by(columns);
+        for (&gradient, &output) in values {
+            products[column] = gradient.mul_add(output, products[column]);
+            sums[column] += gradient;
+        }
+    }
+}
+
+/// `Σ gradient ⊙ output` and `Σ gradient` per row.
+pub(super) fn row_sums<E: Real>(gradient: &[E], output: &[E], columns: usize) -> [Vec<E>; 2] {
+    let arch = Arch::new();
+    let (products, sums) = gradient
+        .par_chunks_exact(columns)
+        .zip(output.par_chunks_exact(columns))
+        .with_min_len(ROWS)
+        .map(|(gradient, output)| {
+            let sum: f64 = gradient.iter().map(|&value| value.into()).sum();
+            let product = arch.dispatch(Dot(gradient, output));
+            (E::rounded(product), E::rounded(sum))
+        })
+        .unzip();
+    [products, sums]
+}
+
+/// Numbers that one task adds up.
+const SUMMED: usize = 1 << 12;
+
+/// Adds partial sums, in f64 and always in the same order.
+pub(super) fn total<E: Real>(partial: &[Vec<E>], len: usize) -> Vec<f64> {
+    let mut total = vec![0.0; len];
+    total
+        .par_chunks_mut(SUMMED)
+        .enumerate()
+        .for_each(|(chunk, total)| {
+            for partial in partial {
+                for (sum, &value) in total.iter_mut().zip(&partial[chunk * SUMMED..]) {
+                    *sum += value.into();
+                }
+            }
+        });
+    total
+}

@@ -1,0 +1,43 @@
+//! The precision that numbers are computed in.
+
+use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
+use burn::tensor::{DType, FloatDType, Shape, Tensor};
+
+/// The tensor in f32 or wider.
+pub(crate) fn widen<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
+    let dtype = widened(tensor.dtype());
+    match tensor.dtype() == dtype {
+        true => tensor,
+        false => tensor.cast(FloatDType::from(dtype)),
+    }
+}
+
+/// The precision that numbers of this one are computed in: f32 or wider.
+pub(crate) fn widened(dtype: DType) -> DType {
+    match dtype {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
+    }
+}
+
+/// [`widen`] for a backend's own tensor.
+pub(super) fn widen_primitive<B: Backend>(tensor: FloatTensor<B>) -> FloatTensor<B> {
+    let dtype = widened(tensor.dtype());
+    cast::<B>(tensor, dtype)
+}
+
+/// Casts where the precision differs.
+pub(super) fn cast<B: Backend>(tensor: FloatTensor<B>, dtype: DType) -> FloatTensor<B> {
+    match tensor.dtype() == dtype {
+        true => tensor,
+        false => B::float_cast(tensor, dtype.into()),
+    }
+}
+
+/// Reshapes to a fixed number of axes.
+pub(super) fn reshape<B: Backend, const D: usize>(
+    tensor: FloatTensor<B>,
+    dims: [usize; D],
+) -> FloatTensor<B> {
+    B::float_reshape(tensor, Shape::from(dims))
+}

@@ -783,14 +783,15 @@ fn axes_of_any_length_without_numbers_are_refused() {
     )];
     write(&folder.path().join("base.safetensors"), &base.into());
     let blocks = Tensor::random(&[1, 6], 1);
-    for (config, blocks, to) in [
-        (&shared, &blocks, ["--to", "boft"]),
-        (&shared, &blocks, ["--to-lora", "2"]),
-        (
-            &idle,
-            &Tensor::new(&[1 << 62, 0], Vec::new()),
-            ["--to", "boft"],
-        ),
+    let no_numbers =
+        "error: base.safetensors: `fc.weight` is [0, 4611686018427387904], which has no numbers";
+    let too_wide = "error: adapter/adapter_model.safetensors: wrong: `base_model.model.fc.oft_R.weight` is \
+                    [4611686018427387904, 0]: no layer has 4611686018427387904 blocks of 1 channels";
+    let empty = Tensor::new(&[1 << 62, 0], Vec::new());
+    for (config, blocks, to, line) in [
+        (&shared, &blocks, ["--to", "boft"], no_numbers),
+        (&shared, &blocks, ["--to-lora", "2"], no_numbers),
+        (&idle, &empty, ["--to", "boft"], too_wide),
     ] {
         let key = "base_model.model.fc.oft_R.weight".to_string();
         write_adapter(
@@ -807,7 +808,6 @@ fn axes_of_any_length_without_numbers_are_refused() {
             "out",
         ];
         let run = run(folder.path(), &[&convert, &to[..]].concat());
-        let line = "error: base.safetensors: `fc.weight` is [0, 4611686018427387904], which has no numbers";
         assert_eq!(
             (run.code, run.stderr.lines().last()),
             (2, Some(line)),

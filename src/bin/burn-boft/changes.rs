@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use burn::tensor::DType;
-use burn_boft::{Adapter, AdapterLayer, LayerKind, SavedTensor};
+use burn_boft::value::{AdapterLayer, SavedTensor};
+use burn_boft::{Adapter, LayerKind};
 use safetensors::Dtype;
 
 use crate::base::Base;

@@ -1,9 +1,9 @@
 //! `convert`: an adapter in another form.
 
 use burn::tensor::TensorData;
-use burn_boft::{
-    Adapter, AdapterConfig, AdapterLayer, BoftConfig, Cayley, LayerKind, LoadOptions, OftConfig,
-};
+use burn_boft::peft::LoadOptions;
+use burn_boft::value::AdapterLayer;
+use burn_boft::{Adapter, AdapterConfig, BoftConfig, Cayley, LayerKind, OftConfig};
 
 use crate::base::Base;
 use crate::changes::check_shape;

@@ -3,7 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use burn_boft::{LoadError, Mismatch, SaveError};
+use burn_boft::peft::{LoadError, SaveError};
+use burn_boft::value::Mismatch;
 use thiserror::Error;
 
 /// Problems that a message lists, and its longest length.

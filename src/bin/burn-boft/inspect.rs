@@ -1,10 +1,9 @@
 //! `inspect`: what an adapter is, and how far it turns.
 
 use burn::tensor::Device;
-use burn_boft::{
-    Adapter, AdapterConfig, AdapterLayer, Cayley, LayerKind, LayerMeasure, LoadOptions,
-    TargetModules,
-};
+use burn_boft::peft::LoadOptions;
+use burn_boft::value::{AdapterLayer, LayerMeasure};
+use burn_boft::{Adapter, AdapterConfig, Cayley, LayerKind, TargetModules};
 use serde_json::{Value, json};
 
 use crate::cli::Inspect;

@@ -4,7 +4,8 @@ use std::ops::Range;
 use std::path::Path;
 
 use burn::tensor::TensorData;
-use burn_boft::{Adapter, AdapterLayer, Bias};
+use burn_boft::value::AdapterLayer;
+use burn_boft::{Adapter, Bias};
 use faer::Mat;
 use serde_json::{Map, Value, json};
 

@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use burn_boft::{Adapter, AdapterLayer, LoadOptions, SavedTensor};
+use burn_boft::Adapter;
+use burn_boft::peft::LoadOptions;
+use burn_boft::value::{AdapterLayer, SavedTensor};
 
 use crate::base::Base;
 use crate::changes::{Change, Changes};

@@ -1,6 +1,7 @@
 //! The names of an adapter's modules in a model's file.
 
-use burn_boft::{KeyMap, Place, Transformers};
+use burn_boft::value::Place;
+use burn_boft::{KeyMap, Transformers};
 use fancy_regex::Regex;
 
 use crate::base::Base;

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use burn::tensor::TensorData;
-use burn_boft::SavedTensor;
+use burn_boft::value::SavedTensor;
 use serde_json::{Map, Value, json};
 
 use crate::error::Error;

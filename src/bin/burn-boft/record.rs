@@ -7,7 +7,8 @@ use std::fs;
 use std::path::Path;
 
 use burn::tensor::{Bytes, DType, TensorData};
-use burn_boft::{Adapter, AdapterConfig, AdapterLayer, Bias, LayerKind, SavedTensor};
+use burn_boft::value::{AdapterLayer, SavedTensor};
+use burn_boft::{Adapter, AdapterConfig, Bias, LayerKind};
 use burn_pack::{Reader, Tensor, Writer};
 use serde_json::{Map, Value, json};
 

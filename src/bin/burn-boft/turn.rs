@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use burn_boft::ops::{Blocks, Direction, Side};
-use burn_boft::{Adapter, AdapterConfig, AdapterLayer, Cayley};
+use burn_boft::value::AdapterLayer;
+use burn_boft::{Adapter, AdapterConfig, Cayley};
 use faer::Mat;
 use faer::linalg::solvers::DenseSolveCore;
 

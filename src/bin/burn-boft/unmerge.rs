@@ -1,7 +1,9 @@
 //! `unmerge`: an adapter taken out of a model that it was merged into.
 
 use burn::tensor::DType;
-use burn_boft::{Adapter, LoadOptions, SavedTensor};
+use burn_boft::Adapter;
+use burn_boft::peft::LoadOptions;
+use burn_boft::value::SavedTensor;
 
 use crate::base::Base;
 use crate::changes::{Change, Changes};

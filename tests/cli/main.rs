@@ -4,5 +4,7 @@ mod convert;
 mod failures;
 mod files;
 mod inspect;
+#[cfg(unix)]
+mod interrupts;
 mod merge;
 mod unmerge;

@@ -1,31 +1,82 @@
-//! Temporary files do not outlive an interrupt, nor another signal that asks the program to end.
+//! What an interrupt does, and every other signal that asks the program to end.
+//!
+//! The handler runs on a thread of its own and deletes nothing: what is temporary belongs to the thread that writes
+//! it. One lock decides between a complete result and none.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::io;
 use std::process;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::error::Error;
+
 /// What a shell reports of a program that an interrupt ended.
-const EXIT_CODE: i32 = 130;
+pub const EXIT_CODE: u8 = 130;
 
-static TEMPORARY: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+/// How far the result is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Nothing temporary is on the disk.
+    Idle,
+    /// Something temporary is on the disk.
+    Writing,
+    /// As before, and the thread that writes it was asked to stop.
+    Stopping,
+    /// The result has its name.
+    Complete,
+}
 
-/// Lets an interrupt, a request to end and a terminal that closes remove what is temporary before they end the program.
+static STATE: Mutex<State> = Mutex::new(State::Idle);
+
+/// Lets an interrupt, a request to end and a terminal that closes end the program without leaving anything behind.
 pub fn handle() {
     // Without a handler an interrupt ends the program all the same.
     _ = ctrlc::set_handler(|| {
-        for path in temporary().iter() {
-            _ = fs::remove_file(path).or_else(|_| fs::remove_dir_all(path));
+        let mut state = state();
+        match *state {
+            // The lock is kept, so nothing temporary appears while the program ends.
+            State::Idle => process::exit(i32::from(EXIT_CODE)),
+            State::Writing => *state = State::Stopping,
+            // The program is about to end in any case.
+            State::Stopping | State::Complete => {}
         }
-        process::exit(EXIT_CODE);
     });
 }
 
-/// Makes a path one that an interrupt removes.
-pub fn register(path: &Path) {
-    temporary().push(path.to_path_buf());
+/// Creates what is temporary. From here on the program ends through [`check`] or [`complete`].
+pub fn begin<T>(create: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    let mut state = state();
+    let created = create()?;
+    *state = State::Writing;
+    Ok(created)
 }
 
-fn temporary() -> MutexGuard<'static, Vec<PathBuf>> {
-    TEMPORARY.lock().unwrap_or_else(PoisonError::into_inner)
+/// Refuses to go on after an interrupt. Everything that takes long asks here again and again.
+///
+/// # Errors
+///
+/// [`Error::Interrupted`].
+pub fn check() -> Result<(), Error> {
+    match *state() {
+        State::Stopping => Err(Error::Interrupted),
+        _ => Ok(()),
+    }
+}
+
+/// Gives what was temporary its name, unless an interrupt came first; one that comes later changes nothing.
+///
+/// # Errors
+///
+/// [`Error::Interrupted`], and what `place` fails with.
+pub fn complete<T>(place: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+    let mut state = state();
+    if *state == State::Stopping {
+        return Err(Error::Interrupted);
+    }
+    let placed = place()?;
+    *state = State::Complete;
+    Ok(placed)
+}
+
+fn state() -> MutexGuard<'static, State> {
+    STATE.lock().unwrap_or_else(PoisonError::into_inner)
 }

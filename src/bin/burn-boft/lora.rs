@@ -60,9 +60,7 @@ pub fn write(
     }
     let config = config(adapter, rank, &targets);
     let folder = OutputFolder::create(output)?;
-    tensors
-        .write(folder.temporary(), &config)
-        .map_err(|error| folder.named(error))?;
+    tensors.write(&folder, &config)?;
     folder.finish()?;
     text.push_str(&format!(
         "{}: {} of rank {rank}, at most {worst:.2e} of a weight left out\n",

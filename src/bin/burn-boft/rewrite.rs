@@ -72,8 +72,7 @@ impl Writer<'_> {
         // Looked for before the weights are written: that takes long.
         let others = base.other_files()?;
         let folder = OutputFolder::create(output)?;
-        self.fill(base, &others, &folder)
-            .map_err(|error| folder.named(error))?;
+        self.fill(base, &others, &folder)?;
         folder.finish()
     }
 
@@ -84,12 +83,12 @@ impl Writer<'_> {
         folder: &OutputFolder,
     ) -> Result<(), Error> {
         for (index, shard) in base.shards.iter().enumerate() {
-            let file = OutputFile::create(&folder.temporary().join(&shard.name))?;
+            let file = folder.file(Path::new(&shard.name))?;
             self.shard(shard, index + 1 == base.shards.len(), file)?;
         }
         if let Some((name, index)) = &base.index {
             let index = self.index(base, index.clone());
-            let mut file = OutputFile::create(&folder.temporary().join(name))?;
+            let mut file = folder.file(Path::new(name))?;
             file.write(format!("{:#}\n", Value::Object(index)).as_bytes())?;
             file.finish()?;
         }

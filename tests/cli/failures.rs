@@ -503,6 +503,47 @@ fn saved_modules_without_a_place_of_their_own() {
          bridges names"
     );
 
+    // A module of a layer that has another name in the file, as transformers 5 renamed Mixtral's router.
+    let router = [("model.layers.0.mlp.gate.weight", Tensor::random(&[4, 8], 3))];
+    let layer = "model.layers.0.self_attn.q_proj";
+    let key = |key: &str| format!("base_model.model.{key}");
+    let mut tensors: Tensors = router.map(|(name, tensor)| (key(name), tensor)).into();
+    tensors.insert(
+        key(&format!("{layer}.oft_R.weight")),
+        Tensor::random(&[2, 6], 1),
+    );
+    let config = json!({
+        "peft_type": "OFT", "oft_block_size": 4, "use_cayley_neumann": false, "target_modules": ["q_proj"],
+        "modules_to_save": ["mlp.gate"]
+    });
+    write_adapter(&folder.path().join("mixtral"), &config, &tensors);
+    let old = |key: &str| key.replace("model.", "");
+    let mixtral = [
+        (format!("{layer}.weight"), Tensor::random(&[8, 8], 1)),
+        (
+            "model.layers.0.block_sparse_moe.gate.weight".to_string(),
+            Tensor::random(&[4, 8], 2),
+        ),
+    ];
+    let mixtral: Tensors = mixtral.into();
+    assert_eq!(
+        merge(&mixtral, "mixtral", &[]),
+        format!(
+            "base.safetensors: the adapter's `model.layers.0.mlp.gate.weight` has no `model.layers.0.mlp.gate.weight`; it \
+             has `model.layers.0.block_sparse_moe.gate.weight`, `{layer}.weight`; --map bridges names"
+        )
+    );
+    let bare = mixtral
+        .iter()
+        .map(|(key, tensor)| (old(key), tensor.clone()));
+    let line = merge(
+        &bare.collect(),
+        "mixtral",
+        &["--map", r"^model\.layers\.0\.self=layers.0.self"],
+    );
+    let start = "base.safetensors: the adapter's `model.layers.0.mlp.gate.weight` has no ";
+    assert!(line.starts_with(start), "{line}");
+
     // Heads for other classes have other rows, and nothing else.
     for shape in [&[5, 15][..], &[80], &[5, 16, 1]] {
         let mut other = case.base.clone();

@@ -1,6 +1,6 @@
 //! What an adapter changes in a model: checked against it before anything is written.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use burn::tensor::DType;
@@ -39,6 +39,11 @@ impl<'a> Changes<'a> {
         let mut finder = Finder {
             base,
             names,
+            adapted: adapter
+                .layers()
+                .iter()
+                .map(|layer| first(layer.path()))
+                .collect(),
             changes: Self::default(),
             problems: Vec::new(),
         };
@@ -73,6 +78,8 @@ impl<'a> Changes<'a> {
 struct Finder<'a, 'b> {
     base: &'b Base,
     names: &'b Names,
+    /// The modules at the top that have adapted layers, by the adapter's names.
+    adapted: BTreeSet<&'a str>,
     changes: Changes<'a>,
     problems: Vec<String>,
 }
@@ -123,10 +130,7 @@ impl<'a> Finder<'a, '_> {
             .place(tensor.module(), tensor.name(), self.base)?;
         let key = join(&place.module, tensor.name());
         let Some((shard, entry)) = self.base.entry(&key) else {
-            let (front, end) = (format!("{}.", place.module), format!(".{key}"));
-            let is_near = |other: &str| other.starts_with(&front) || other.ends_with(&end);
-            match owner == Owner::Saved && !self.base.keys().any(is_near) {
-                // A new head of a model that has none.
+            match owner == Owner::Saved && self.is_new_head(tensor.module(), &key) {
                 true => {
                     if self.changes.added.insert(key.clone(), tensor).is_some() {
                         self.clash(&key);
@@ -177,6 +181,14 @@ impl<'a> Finder<'a, '_> {
         Ok(())
     }
 
+    /// Whether a saved module that the model's file lacks is a head that the model does not have yet: a module of its
+    /// own at the top. Anything else is in the file under another name.
+    fn is_new_head(&self, module: &str, key: &str) -> bool {
+        let (top, end) = (first(key), format!(".{key}"));
+        let is_other = |other: &str| first(other) == top || other.ends_with(&end);
+        !self.adapted.contains(first(module)) && !self.base.keys().any(is_other)
+    }
+
     /// Notes a change, unless the tensor has one already that this is not another part of.
     fn insert(&mut self, key: String, part: Part<'a>) {
         let changes = &mut self.changes.of;
@@ -212,6 +224,11 @@ enum Part<'a> {
     Layer(Range<usize>, &'a AdapterLayer),
     Rows(Range<usize>, &'a SavedTensor),
     Whole(&'a SavedTensor),
+}
+
+/// The first name of a path.
+fn first(path: &str) -> &str {
+    path.split('.').next().unwrap_or(path)
 }
 
 /// Whose tensor a saved one is.

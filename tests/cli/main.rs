@@ -7,4 +7,5 @@ mod inspect;
 #[cfg(unix)]
 mod interrupts;
 mod merge;
+mod tied;
 mod unmerge;

@@ -17,6 +17,7 @@ use crate::output::OutputFolder;
 use crate::peft::Tensors;
 use crate::rewrite::{Turn, row_bytes};
 use crate::terminal::{plural, print, shown};
+use crate::tie::Head;
 use crate::turn::Forward;
 
 /// Writes `B·A ≈ W' − W` of every layer, by singular values, and prints what that leaves out.
@@ -27,7 +28,7 @@ pub fn write(
     rank: usize,
     output: &Path,
 ) -> Result<(), Error> {
-    let changes = Changes::find(adapter, base, names)?;
+    let changes = Changes::find(adapter, base, names, &Head::of(base)?)?;
     let mut tensors = Tensors::default();
     let mut targets = Vec::new();
     let mut text = String::new();

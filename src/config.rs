@@ -15,6 +15,7 @@ pub enum Block {
 
 /// The kinds of layer that carry an adapter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum LayerKind {
     /// A linear layer, weight `[d_input, d_output]`.
     Linear,
@@ -39,8 +40,8 @@ impl LayerKind {
         }
     }
 
-    /// The kind with its article, for messages.
-    pub(crate) fn in_words(self) -> &'static str {
+    /// The kind with its article, for messages: `a linear layer`.
+    pub fn in_words(self) -> &'static str {
         match self {
             Self::Linear => "a linear layer",
             Self::Conv2d => "a convolution",
@@ -62,6 +63,7 @@ pub enum Bias {
 
 /// How a skew-symmetric matrix `Q` becomes a block of the rotation.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum Cayley {
     /// `C = (I − Q)(I + Q)⁻¹`, orthogonal for every `Q`.
     #[default]
@@ -173,6 +175,7 @@ impl<S: Into<String>, const N: usize> From<[S; N]> for TargetModules {
 
 /// The values that an adapter starts from.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum Init {
     /// Zero skew and unit scale: the model computes exactly what it did before.
     #[default]

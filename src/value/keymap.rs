@@ -50,6 +50,7 @@ pub enum KeyMapError {
 
 /// The generation of transformers whose module names a file has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Transformers {
     /// Transformers 4.
     V4,

@@ -503,6 +503,47 @@ fn saved_modules_without_a_place_of_their_own() {
          bridges names"
     );
 
+    // A module of a layer that has another name in the file, as transformers 5 renamed Mixtral's router.
+    let router = [("model.layers.0.mlp.gate.weight", Tensor::random(&[4, 8], 3))];
+    let layer = "model.layers.0.self_attn.q_proj";
+    let key = |key: &str| format!("base_model.model.{key}");
+    let mut tensors: Tensors = router.map(|(name, tensor)| (key(name), tensor)).into();
+    tensors.insert(
+        key(&format!("{layer}.oft_R.weight")),
+        Tensor::random(&[2, 6], 1),
+    );
+    let config = json!({
+        "peft_type": "OFT", "oft_block_size": 4, "use_cayley_neumann": false, "target_modules": ["q_proj"],
+        "modules_to_save": ["mlp.gate"]
+    });
+    write_adapter(&folder.path().join("mixtral"), &config, &tensors);
+    let old = |key: &str| key.replace("model.", "");
+    let mixtral = [
+        (format!("{layer}.weight"), Tensor::random(&[8, 8], 1)),
+        (
+            "model.layers.0.block_sparse_moe.gate.weight".to_string(),
+            Tensor::random(&[4, 8], 2),
+        ),
+    ];
+    let mixtral: Tensors = mixtral.into();
+    assert_eq!(
+        merge(&mixtral, "mixtral", &[]),
+        format!(
+            "base.safetensors: the adapter's `model.layers.0.mlp.gate.weight` has no `model.layers.0.mlp.gate.weight`; it \
+             has `model.layers.0.block_sparse_moe.gate.weight`, `{layer}.weight`; --map bridges names"
+        )
+    );
+    let bare = mixtral
+        .iter()
+        .map(|(key, tensor)| (old(key), tensor.clone()));
+    let line = merge(
+        &bare.collect(),
+        "mixtral",
+        &["--map", r"^model\.layers\.0\.self=layers.0.self"],
+    );
+    let start = "base.safetensors: the adapter's `model.layers.0.mlp.gate.weight` has no ";
+    assert!(line.starts_with(start), "{line}");
+
     // Heads for other classes have other rows, and nothing else.
     for shape in [&[5, 15][..], &[80], &[5, 16, 1]] {
         let mut other = case.base.clone();
@@ -1028,73 +1069,4 @@ fn a_standard_output_that_takes_nothing() {
     drop(reader);
     let inspect = ["inspect", "adapter"];
     assert_eq!(run_into(writer.into(), &inspect), (Some(0), String::new()));
-}
-
-/// The temporary output does not outlive an interrupt, nor another signal that asks the tool to end.
-#[cfg(unix)]
-#[test]
-fn an_interrupt_leaves_nothing_behind() {
-    use std::process::{Command, Stdio};
-    use std::thread::sleep;
-    use std::time::Duration;
-    let place = Place::new();
-    // A model that takes a while: zeros that take no room on the disk.
-    let header =
-        json!({"large": {"dtype": "U8", "shape": [8u64 << 30], "data_offsets": [0, 8u64 << 30]}});
-    let mut base = place.base.clone();
-    base.retain(|key, _| key.starts_with("fc"));
-    let model = place.path().join("model");
-    fs::create_dir(&model).unwrap();
-    write(&model.join("model-1.safetensors"), &base);
-    let header = header.to_string();
-    let large = model.join("model-2.safetensors");
-    fs::write(
-        &large,
-        [&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat(),
-    )
-    .unwrap();
-    let file = fs::File::options().write(true).open(&large).unwrap();
-    file.set_len(8 + header.len() as u64 + (8 << 30)).unwrap();
-    let mut map: serde_json::Map<_, _> = base
-        .keys()
-        .map(|key| (key.clone(), json!("model-1.safetensors")))
-        .collect();
-    map.insert("large".into(), json!("model-2.safetensors"));
-    write_json(
-        &model.join("model.safetensors.index.json"),
-        &json!({"weight_map": map}),
-    );
-
-    for signal in ["-INT", "-TERM", "-HUP"] {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_burn-boft"));
-        command.args([
-            "merge",
-            "--base",
-            "model",
-            "--adapter",
-            "adapter",
-            "--output",
-            "out",
-        ]);
-        command.current_dir(place.path());
-        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-        let mut child = child.unwrap();
-        let is_temporary = |name: &String| name.starts_with(".burn-boft-");
-        while !names(place.path()).iter().any(is_temporary) {
-            assert!(
-                child.try_wait().unwrap().is_none(),
-                "it ended before it was interrupted"
-            );
-            sleep(Duration::from_millis(1));
-        }
-        let id = child.id().to_string();
-        let kill = Command::new("kill").args([signal, &id]).status();
-        assert!(kill.unwrap().success());
-        assert_eq!(child.wait().unwrap().code(), Some(130), "{signal}");
-        assert_eq!(
-            names(place.path()),
-            ["adapter", "base.safetensors", "model"],
-            "{signal}"
-        );
-    }
 }

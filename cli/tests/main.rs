@@ -4,5 +4,8 @@ mod convert;
 mod failures;
 mod files;
 mod inspect;
+#[cfg(unix)]
+mod interrupts;
 mod merge;
+mod tied;
 mod unmerge;

@@ -480,6 +480,11 @@ impl Method {
         }
     }
 
+    /// Whether blocks are orthogonal whatever their numbers are.
+    pub(crate) fn is_orthogonal(&self) -> bool {
+        self.map == Cayley::Exact
+    }
+
     /// The number of factors.
     pub(crate) fn n_butterfly_factor(&self) -> usize {
         self.n_butterfly_factor

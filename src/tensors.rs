@@ -35,7 +35,7 @@ pub fn is_finite(data: &TensorData) -> bool {
     }
 }
 
-/// The numbers of a tensor in f64, which holds every float exactly.
+/// The numbers of a tensor in f64, which holds every number of the narrower floats exactly.
 pub fn values(data: &TensorData) -> Vec<f64> {
     data.iter::<f64>().collect()
 }
@@ -46,9 +46,12 @@ pub fn from_values(values: Vec<f64>, shape: impl Into<Vec<usize>>, dtype: DType)
 }
 
 /// The transpose of a matrix: the weight of a linear layer is `[d_output, d_input]` in PyTorch and `[d_input, d_output]`
-/// in Burn.
+/// in Burn. None where the tensor is not a matrix.
 ///
-/// None where the tensor is not a matrix.
+/// # Shapes
+///
+/// - input: `[rows, columns]`
+/// - result: `[columns, rows]`
 pub fn transposed(matrix: &TensorData) -> Option<TensorData> {
     let [rows, columns] = **matrix.shape() else {
         return None;
@@ -75,6 +78,11 @@ pub fn part(data: &TensorData, numbers: Range<usize>) -> TensorData {
 }
 
 /// Joins tensors along their first axis. None where their precisions or their other axes differ.
+///
+/// # Shapes
+///
+/// - input: `[rows, …]` each
+/// - result: `[Σ rows, …]`
 pub fn concatenate<'a>(parts: impl IntoIterator<Item = &'a TensorData>) -> Option<TensorData> {
     let parts: Vec<_> = parts.into_iter().collect();
     let first = parts.first()?;
@@ -93,6 +101,24 @@ pub fn concatenate<'a>(parts: impl IntoIterator<Item = &'a TensorData>) -> Optio
 }
 
 /// Splits a tensor along its first axis into equal parts. None where that axis does not split into so many.
+///
+/// # Shapes
+///
+/// - input: `[rows, …]`
+/// - result: `[rows/parts, …]` each
+///
+/// # Examples
+///
+/// ```
+/// use burn::tensor::TensorData;
+/// use burn_boft::tensors::{concatenate, split};
+///
+/// let scale = TensorData::new(vec![1f32, 2., 3., 4.], [4]);
+/// let halves = split(&scale, 2).unwrap();
+/// assert_eq!(halves[1], TensorData::new(vec![3f32, 4.], [2]));
+/// assert_eq!(concatenate(&halves), Some(scale.clone()));
+/// assert_eq!(split(&scale, 3), None);
+/// ```
 pub fn split(tensor: &TensorData, parts: usize) -> Option<Vec<TensorData>> {
     if parts == 1 {
         return Some(vec![tensor.clone()]);
@@ -162,6 +188,17 @@ pub fn decode(dtype: Dtype, bytes: &[u8], shape: impl Into<Vec<usize>>) -> Optio
 }
 
 /// The little-endian bytes of a tensor, as a safetensors file holds them. None where [`to_file`] has no precision.
+///
+/// # Examples
+///
+/// ```
+/// use burn::tensor::TensorData;
+/// use burn_boft::tensors::{decode, encode, to_file};
+///
+/// let data = TensorData::new(vec![1f32, -0.5], [2]);
+/// let (dtype, bytes) = to_file(data.dtype()).zip(encode(&data)).unwrap();
+/// assert_eq!(decode(dtype, &bytes, [2]), Some(data));
+/// ```
 pub fn encode(data: &TensorData) -> Option<Vec<u8>> {
     fn bytes<T: burn::tensor::Element, const N: usize>(
         data: &TensorData,

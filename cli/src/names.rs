@@ -9,8 +9,6 @@ use crate::error::Error;
 
 /// The name that stands for the rules of DINOv2.
 const DINOV2: &str = "dinov2";
-/// How transformers starts the names of a DINOv2 that has a head.
-const DINOV2_PREFIX: &str = "dinov2.";
 
 /// The rules of `--map`.
 #[derive(Debug, Default)]
@@ -81,24 +79,9 @@ impl Names {
             let (module, part) = (module.to_string(), (0, 1));
             return Ok(vec![Place { module, part }]);
         };
-        let mut places = dinov2
+        dinov2
             .places(module)
-            .map_err(|error| Error::Settings(error.to_string()))?;
-        let others: Vec<_> = places
-            .iter()
-            .map(|Place { module, part }| {
-                let module = match module.strip_prefix(DINOV2_PREFIX) {
-                    Some(rest) => rest.to_string(),
-                    None => format!("{DINOV2_PREFIX}{module}"),
-                };
-                Place {
-                    module,
-                    part: *part,
-                }
-            })
-            .collect();
-        places.extend(others);
-        Ok(places)
+            .map_err(|error| Error::Settings(error.to_string()))
     }
 }
 

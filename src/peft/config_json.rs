@@ -1,4 +1,22 @@
-//! Settings to and from PEFT's `adapter_config.json`.
+//! [`AdapterConfig`] to and from the settings in PEFT's `adapter_config.json`.
+//!
+//! A setting that is missing has the default of PEFT's configuration classes. What is written can be read back: settings that
+//! could not be are refused.
+//!
+//! | PEFT's setting | ours |
+//! |---|---|
+//! | `boft_block_size`, `boft_block_num`; `oft_block_size`, `r` | `block`; the one of the pair that is not used is 0 |
+//! | `boft_n_butterfly_factor` | `n_butterfly_factor` |
+//! | `boft_dropout` | `dropout` |
+//! | `use_cayley_neumann`, `num_cayley_neumann_terms`, `peft_version` | `cayley`: the series changed with PEFT 0.18 |
+//! | `coft`, `eps` | `coft_radius` |
+//! | `block_share` | `block_share` |
+//! | `init_weights` | `init`, without the seed |
+//! | `target_modules`, `exclude_modules`, `layers_to_transform`, `layers_pattern` | the same in `selection` |
+//! | `modules_to_save`, `bias` | the same in `selection`; `boft_only` and `oft_only` are `Bias::AdapterOnly` |
+//! | `fan_in_fan_out`, `inference_mode`, `module_dropout` | nothing: they change no result of PEFT 0.16 and later |
+//!
+//! PEFT's files: `src/peft/tuners/boft/config.py` and `src/peft/tuners/oft/config.py`.
 
 use std::collections::BTreeMap;
 
@@ -134,7 +152,7 @@ pub(super) fn format(config: &AdapterConfig) -> Format {
     }
 }
 
-/// What is worth telling where layers are computed with the polynomial of PEFT 0.16.
+/// The warning for layers that are computed with the polynomial of PEFT 0.16.
 pub(super) fn warn_of_old_series(
     config: &AdapterConfig,
     object: &Map<String, Value>,
@@ -409,81 +427,79 @@ pub(crate) fn check(config: &AdapterConfig) -> Result<(), ConfigError> {
     read(&write(config, &Map::new())).map(drop)
 }
 
-/// PEFT's settings, key by key, with what is carried along.
+/// PEFT's settings, with what is carried along.
 pub(super) fn write(config: &AdapterConfig, about: &Map<String, Value>) -> Map<String, Value> {
-    let selection = config.selection();
-    let format = format(config);
+    let about = ABOUT.map(|key| (key, about.get(key).cloned().unwrap_or(Value::Null)));
+    let init = ("init_weights", json!(config.init() == Init::Identity));
+    let common = write_selection(config.selection(), format(config));
+    let own = match config {
+        AdapterConfig::Boft(config) => write_boft(config),
+        AdapterConfig::Oft(config) => write_oft(config),
+    };
+    let fields = about.into_iter().chain([init]).chain(common).chain(own);
+    fields
+        .map(|(key, value)| (key.to_string(), value))
+        .collect()
+}
+
+type Field = (&'static str, Value);
+
+fn write_selection(selection: &Selection, format: Format) -> Vec<Field> {
     let list = |names: &[String]| match names {
         [] => Value::Null,
         names => json!(names),
     };
-    let mut fields: BTreeMap<&'static str, Value> = ABOUT
-        .into_iter()
-        .map(|key| (key, about.get(key).cloned().unwrap_or(Value::Null)))
-        .collect();
-    fields.extend([
-        (
-            "bias",
-            json!(match selection.bias {
-                Bias::None => "none",
-                Bias::All => "all",
-                Bias::AdapterOnly => format.bias_only(),
-            }),
-        ),
+    let bias = match selection.bias {
+        Bias::None => "none",
+        Bias::All => "all",
+        Bias::AdapterOnly => format.bias_only(),
+    };
+    let layers = match selection.layers_to_transform.as_slice() {
+        [] => Value::Null,
+        layers => json!(layers),
+    };
+    vec![
+        ("bias", json!(bias)),
         ("exclude_modules", json_modules(&selection.exclude_modules)),
         ("fan_in_fan_out", json!(false)),
         ("inference_mode", json!(true)),
-        ("init_weights", json!(config.init() == Init::Identity)),
         ("layers_pattern", list(&selection.layers_pattern)),
-        (
-            "layers_to_transform",
-            match selection.layers_to_transform.as_slice() {
-                [] => Value::Null,
-                layers => json!(layers),
-            },
-        ),
+        ("layers_to_transform", layers),
         ("modules_to_save", list(&selection.modules_to_save)),
         ("peft_type", json!(format.peft_type())),
         ("target_modules", json_modules(&selection.target_modules)),
-    ]);
-    let mut version = PEFT_VERSION;
-    match config {
-        AdapterConfig::Boft(config) => {
-            let (size, count) = sizes(config.block);
-            fields.extend([
-                ("boft_block_num", json!(count)),
-                ("boft_block_size", json!(size)),
-                ("boft_dropout", json!(config.dropout)),
-                ("boft_n_butterfly_factor", json!(config.n_butterfly_factor)),
-            ]);
-        }
-        AdapterConfig::Oft(config) => {
-            let (size, count) = sizes(config.block);
-            let terms = match config.cayley {
-                Cayley::Exact => None,
-                Cayley::Neumann { terms } => Some(terms),
-                Cayley::Neumann016 { terms } => {
-                    version = PEFT_VERSION_016;
-                    Some(terms)
-                }
-            };
-            fields.extend([
-                ("block_share", json!(config.block_share)),
-                ("coft", json!(config.coft_radius.is_some())),
-                ("eps", json!(config.coft_radius.unwrap_or(EPS))),
-                ("module_dropout", json!(0.0)),
-                ("num_cayley_neumann_terms", json!(terms.unwrap_or(TERMS))),
-                ("oft_block_size", json!(size)),
-                ("r", json!(count)),
-                ("use_cayley_neumann", json!(terms.is_some())),
-            ]);
-        }
-    }
-    fields.insert("peft_version", json!(version));
-    let fields = fields.into_iter();
-    fields
-        .map(|(key, value)| (key.to_string(), value))
-        .collect()
+    ]
+}
+
+fn write_boft(config: &BoftConfig) -> Vec<Field> {
+    let (size, count) = sizes(config.block);
+    vec![
+        ("boft_block_num", json!(count)),
+        ("boft_block_size", json!(size)),
+        ("boft_dropout", json!(config.dropout)),
+        ("boft_n_butterfly_factor", json!(config.n_butterfly_factor)),
+        ("peft_version", json!(PEFT_VERSION)),
+    ]
+}
+
+fn write_oft(config: &OftConfig) -> Vec<Field> {
+    let (size, count) = sizes(config.block);
+    let (terms, version) = match config.cayley {
+        Cayley::Exact => (None, PEFT_VERSION),
+        Cayley::Neumann { terms } => (Some(terms), PEFT_VERSION),
+        Cayley::Neumann016 { terms } => (Some(terms), PEFT_VERSION_016),
+    };
+    vec![
+        ("block_share", json!(config.block_share)),
+        ("coft", json!(config.coft_radius.is_some())),
+        ("eps", json!(config.coft_radius.unwrap_or(EPS))),
+        ("module_dropout", json!(0.0)),
+        ("num_cayley_neumann_terms", json!(terms.unwrap_or(TERMS))),
+        ("oft_block_size", json!(size)),
+        ("peft_version", json!(version)),
+        ("r", json!(count)),
+        ("use_cayley_neumann", json!(terms.is_some())),
+    ]
 }
 
 /// PEFT's pair of size and count, of which one is 0.
@@ -506,7 +522,9 @@ fn json_modules(modules: &Option<TargetModules>) -> Value {
 impl Serialize for AdapterConfig {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         check(self).map_err(S::Error::custom)?;
-        serializer.collect_map(write(self, &Map::new()))
+        // Sorted, as PEFT sorts them, whichever map `serde_json` is built with.
+        let fields: BTreeMap<_, _> = write(self, &Map::new()).into_iter().collect();
+        serializer.collect_map(fields)
     }
 }
 
@@ -667,6 +685,7 @@ mod tests {
             .with_bias(Bias::AdapterOnly);
         let about = json!({"task_type": "SEQ_CLS", "base_model_name_or_path": "facebook/dinov2"});
         let json = write(&config.into(), about.as_object().unwrap());
+        let json: BTreeMap<_, _> = json.into_iter().collect();
         assert_eq!(
             serde_json::to_string_pretty(&json).unwrap(),
             r#"{

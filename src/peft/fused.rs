@@ -1,4 +1,7 @@
 //! The model's names for what a file holds, and layers that the model fuses and the file stores separately.
+//!
+//! DINOv2 has one layer `mlp.weights_in`, which transformers 5 stores as `mlp.gate_proj` and `mlp.up_proj`. Both have the same
+//! input, so one rotation serves the fused layer only where theirs are equal; scales and biases follow one another.
 
 use std::collections::BTreeMap;
 

@@ -18,8 +18,15 @@ pub(super) fn permutation_note(key: &str) -> String {
     )
 }
 
-/// OFT as PEFT 0.14 to 0.15.2 stored it: full squares of which only the skew-symmetric part counts, and a scale. That is
-/// BOFT with one factor.
+/// OFT as PEFT 0.14 to 0.15.2 stored it: full squares `A` of which only the skew-symmetric part `Q = ½(A − Aᵀ)` counts, the
+/// exact Cayley map, and a scale. That is BOFT with one factor.
+///
+/// COFT of that time bounded the square itself, `‖A‖_F ≤ eps·⌈o/n⌉² / √rows` for `o` outputs and `n` blocks, and did so before
+/// each forward pass. The numbers of a file are scaled back once, which gives the same rotation.
+///
+/// # References
+///
+/// `src/peft/tuners/oft/layer.py` of PEFT 0.15.2.
 pub(super) struct Squares {
     block: Block,
     block_share: bool,
@@ -42,6 +49,11 @@ pub(super) fn settings(json: &Map<String, Value>) -> Result<(BoftConfig, Squares
 
 impl Squares {
     /// Reads the layer of these tensors.
+    ///
+    /// # Shapes
+    ///
+    /// - `r`: `[n, b, b]`, or `[1, b, b]` where the blocks share their numbers
+    /// - `s`: `[d_output, 1]`
     pub(super) fn read(
         &self,
         path: &str,

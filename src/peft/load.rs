@@ -108,7 +108,7 @@ pub struct LoadOptions {
 }
 
 impl LoadOptions {
-    /// Everything must fit, names are as they are.
+    /// Reads strictly: every tensor must have its place. Modules keep their names.
     pub fn new() -> Self {
         Self::default()
     }
@@ -119,14 +119,14 @@ impl LoadOptions {
         self
     }
 
-    /// Renames modules of the file to those of the model.
+    /// Translates the names of modules in the file to those in the model.
     pub fn with_key_map(mut self, names: KeyMap) -> Self {
         self.names = names;
         self
     }
 
-    /// Loads what fits where something is missing or unexpected; the report names the rest. Wrong tensors are
-    /// errors all the same.
+    /// Sets whether to load an adapter of which tensors are missing, or whose file has tensors that belong nowhere; the
+    /// report lists them. Tensors that cannot be used are errors in any case.
     pub fn allow_partial(mut self, allow: bool) -> Self {
         self.allow_partial = allow;
         self
@@ -136,8 +136,9 @@ impl LoadOptions {
 impl Adapter {
     /// Reads the folder of an adapter that PEFT or [`Adapter::save`] wrote.
     ///
-    /// The tensors say how many factors and which block sizes there are; where the configuration says
-    /// otherwise, the report tells. Files of older versions are converted where that is exact:
+    /// The shapes of the tensors decide how many factors there are and how large the blocks are; where the
+    /// configuration says otherwise, the report has a line about it. Files of older versions are converted where that
+    /// is exact:
     ///
     /// | written by | what is done |
     /// |---|---|
@@ -148,8 +149,26 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// [`LoadError`]: files that are not there or are malformed, settings that are not supported, and every
-    /// tensor that is missing, unexpected or wrong. [`Adapter::load_with`] can allow the first two.
+    /// [`LoadError`]: files that are missing or malformed, settings that are not supported, and every tensor that is
+    /// missing, unexpected or wrong. With [`LoadOptions::allow_partial`], missing and unexpected tensors are reported
+    /// instead.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use burn_boft::Adapter;
+    ///
+    /// let (adapter, report) = Adapter::load("my-adapter")?;
+    /// println!("{} layers for {}", adapter.layers().len(), adapter.base_model().unwrap_or("any base"));
+    /// for warning in &report.warnings {
+    ///     eprintln!("{warning}");
+    /// }
+    /// # Ok::<(), burn_boft::peft::LoadError>(())
+    /// ```
+    ///
+    /// # References
+    ///
+    /// `src/peft/utils/save_and_load.py` of PEFT 0.21.2.
     pub fn load(folder: impl AsRef<Path>) -> Result<(Self, LoadReport), LoadError> {
         Self::load_with(folder, &LoadOptions::new())
     }

@@ -9,6 +9,7 @@ mod fused;
 mod keys;
 mod legacy;
 mod load;
+mod pair;
 mod read;
 mod save;
 mod scale;
@@ -32,7 +33,9 @@ impl Adapter {
         config_json::write(&self.config, &self.about)
     }
 
-    /// Takes over from PEFT's settings where it comes from; other settings are left out.
+    /// Takes over the settings that say where an adapter comes from; all others are left out.
+    ///
+    /// They are `auto_mapping`, `base_model_name_or_path`, `revision` and `task_type`.
     pub fn with_about(mut self, settings: &Map<String, Value>) -> Self {
         let about = keys::ABOUT
             .iter()

@@ -1,4 +1,11 @@
 //! PEFT's tensors, read.
+//!
+//! 1. [`Reader::new`] reads the settings, and chooses the layout from them and from the keys of the file.
+//! 2. [`Sorted`] puts each tensor where its key says it belongs: a layer, a saved module, a bias, or nowhere.
+//! 3. Layers are made of their tensors, whose shapes decide over the settings (`reconcile`).
+//! 4. `to_model_names` gives everything the model's names, and joins layers that the model fuses.
+//!
+//! Nothing stops at the first tensor that is amiss: a caller learns of all of them at once.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -221,26 +228,11 @@ impl Sorted {
             return mismatch.unexpected.push(Unexpected::Integers { key });
         }
         match leaf {
-            Leaf::Rotation(found) | Leaf::Scale(found) if found == layout => {
-                let slots = self.slots.entry(module.to_string()).or_default();
-                let slot = match leaf {
-                    Leaf::Rotation(_) => &mut slots.rotation,
-                    _ => &mut slots.scale,
-                };
-                *slot = Some(data);
+            Leaf::Rotation(found) | Leaf::Scale(found) if found != layout => {
+                return refuse_layout(key, found, layout, mismatch);
             }
-            Leaf::Rotation(found) | Leaf::Scale(found) => {
-                return match (found.format(), layout.format()) {
-                    (Format::Oft, Format::Oft) => {
-                        mismatch.wrong.push(Wrong::MixedVersions { key });
-                    }
-                    (found, expected) => mismatch.unexpected.push(Unexpected::Method {
-                        key,
-                        found: found.article(),
-                        expected: expected.article(),
-                    }),
-                };
-            }
+            Leaf::Rotation(_) => self.slots(module).rotation = Some(data),
+            Leaf::Scale(_) => self.slots(module).scale = Some(data),
             Leaf::Permutation => return report.converted.push(legacy::permutation_note(&key)),
             Leaf::Embedding => {
                 return mismatch.unexpected.push(Unexpected::Embedding { key });
@@ -267,8 +259,24 @@ impl Sorted {
         report.applied.push(key);
     }
 
+    fn slots(&mut self, module: &str) -> &mut Slots {
+        self.slots.entry(module.to_string()).or_default()
+    }
+
     fn save(&mut self, module: &str, name: &str, data: TensorData) {
         self.tensors.push(SavedTensor::new(module, name, data));
+    }
+}
+
+/// Says why a tensor of this layout is not read in a file of another one.
+fn refuse_layout(key: String, found: Layout, layout: Layout, mismatch: &mut Mismatch) {
+    match (found.format(), layout.format()) {
+        (Format::Oft, Format::Oft) => mismatch.wrong.push(Wrong::MixedVersions { key }),
+        (found, expected) => mismatch.unexpected.push(Unexpected::Method {
+            key,
+            found: found.article(),
+            expected: expected.article(),
+        }),
     }
 }
 
@@ -331,6 +339,8 @@ fn lost_modules<'a>(
 }
 
 /// The entry of `modules_to_save` that a module of a file goes back to, spelt so that it matches at dots.
+///
+/// PEFT compares endings without regard to dots: its `head` saves `lm_head` too, and the entry is then `lm_head`.
 fn saved_by(modules_to_save: &[String], module: &str) -> Option<String> {
     if let Some(name) = modules_to_save
         .iter()
@@ -338,7 +348,6 @@ fn saved_by(modules_to_save: &[String], module: &str) -> Option<String> {
     {
         return Some(name.clone());
     }
-    // PEFT saves whatever ends with an entry: `head` means `lm_head` too.
     let ends = module.match_indices('.').map(|(dot, _)| dot);
     ends.chain([module.len()])
         .map(|end| &module[..end])
@@ -346,7 +355,11 @@ fn saved_by(modules_to_save: &[String], module: &str) -> Option<String> {
         .map(str::to_string)
 }
 
-/// OFT's packed blocks.
+/// OFT's packed blocks: the strict upper triangle of each, row by row, as in an [`AdapterLayer`].
+///
+/// # Shapes
+///
+/// - `r`: `[n, b(b−1)/2]`, or `[1, b(b−1)/2]` where the blocks share their numbers
 fn read_oft(path: String, r: &TensorData, block_share: bool) -> Result<AdapterLayer, Wrong> {
     let sizes = |shape: &[usize]| {
         let [rows, packed] = shape[..] else {
@@ -381,7 +394,12 @@ fn read_oft(path: String, r: &TensorData, block_share: bool) -> Result<AdapterLa
     })
 }
 
-/// BOFT's squares, and its scale where there is one.
+/// BOFT's squares `A`, of which the skew-symmetric part `½(A − Aᵀ)` counts, and its scale where there is one.
+///
+/// # Shapes
+///
+/// - `r`: `[m, n, b, b]`
+/// - `s`: `[d_output, 1]`, of a convolution `[1, d_output]`
 fn read_boft(path: String, r: &TensorData, s: Option<&TensorData>) -> Result<AdapterLayer, Wrong> {
     let sizes = |shape: &[usize]| {
         let [m, n, b, columns] = shape[..] else {

@@ -126,6 +126,19 @@ pub enum Unrepresentable {
 }
 
 /// How [`Adapter::save_with`] writes.
+///
+/// # Examples
+///
+/// ```no_run
+/// use burn::tensor::FloatDType;
+/// use burn_boft::peft::SaveOptions;
+/// # use burn_boft::peft::SaveError;
+/// # fn save(adapter: &burn_boft::Adapter) -> Result<(), SaveError> {
+/// let options = SaveOptions::new().with_name("digits").with_dtype(FloatDType::BF16);
+/// adapter.save_with("adapters", &options)?; // into adapters/digits
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, Default)]
 pub struct SaveOptions {
     name: Option<String>,
@@ -134,7 +147,8 @@ pub struct SaveOptions {
 }
 
 impl SaveOptions {
-    /// Names are as they are, numbers as precise as they are: PEFT too writes f32 by default.
+    /// Keeps the names of modules and the precision of the numbers, which is f32 unless the model is f64: PEFT too
+    /// writes f32 by default.
     pub fn new() -> Self {
         Self::default()
     }
@@ -145,7 +159,7 @@ impl SaveOptions {
         self
     }
 
-    /// Renames modules of the model to those of the file.
+    /// Translates the names of modules in the model to those in the file.
     pub fn with_key_map(mut self, names: KeyMap) -> Self {
         self.names = names;
         self
@@ -166,14 +180,16 @@ impl Adapter {
     /// Writers take turns by a lock on the file `.adapter.lock`, which exists only while they write; on a file system
     /// without locks, let one process write at a time. Other files in the folder are left alone.
     ///
-    /// PEFT's BOFT always has a scale, so one that was not trained is written as ones; more than one factor
-    /// needs PEFT's CUDA kernel there, which says so. [`Cayley::Neumann016`](crate::Cayley::Neumann016) is
-    /// written as PEFT 0.17 did, and only that version and this crate compute it.
+    /// PEFT's BOFT always has a scale. Where none is trained, ones are written, and a line of text beside the tensors lets
+    /// [`Adapter::load`] leave them out again. More than one factor needs PEFT's CUDA kernel; without it, PEFT refuses the
+    /// file. [`Cayley::Neumann016`](crate::Cayley::Neumann016) is written as PEFT 0.16 and 0.17 wrote it, and only those
+    /// versions and this crate compute it.
     ///
     /// # Errors
     ///
-    /// [`SaveError`]: files that cannot be written, and sizes or names that PEFT could not read back. What was
-    /// there before is untouched.
+    /// [`SaveError`]: files that cannot be written, and settings, sizes or names that could not be read back. The folder
+    /// then still has the adapter that it had, unless the error is about the last step, the settings that are moved into
+    /// place after the tensors: then readers find the new adapter, and the next save completes this one.
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<(), SaveError> {
         self.save_with(folder, &SaveOptions::new())
     }

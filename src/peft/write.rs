@@ -1,4 +1,8 @@
 //! PEFT's tensors, written.
+//!
+//! BOFT's squares are skew-symmetric, `A = Q`, so that PEFT's `½(A − Aᵀ)` gives the numbers back; OFT's blocks are packed as ours
+//! are. A layer that the model fuses is written as several layers: each has the whole rotation, which acts on the input that
+//! they share, and its part of the scale.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,7 +18,12 @@ use crate::value::keymap::{KeyMap, KeyMapError, join};
 use crate::value::layer::{AdapterLayer, unpack};
 use crate::value::reconcile::expected_block_size;
 
-/// The tensors of an adapter as PEFT writes them.
+/// The tensors of an adapter as PEFT writes them, by their keys.
+///
+/// # Errors
+///
+/// Names that do not come back ([`SaveError::KeyMap`]), and layers for which the format has no place
+/// ([`SaveError::Unrepresentable`]).
 pub(super) fn tensors(
     format: Format,
     adapter: &Adapter,
@@ -154,7 +163,8 @@ impl Stored {
     }
 }
 
-/// Refuses sizes that PEFT would not make of the configuration: it could not read them back.
+/// Refuses sizes that PEFT would not make of the configuration: it builds the layers first, from the configuration, and then
+/// fails to copy tensors of other shapes into them.
 pub(super) fn check_sizes(
     config: &AdapterConfig,
     layers: &[AdapterLayer],

@@ -23,7 +23,7 @@ use crate::tensors::transposed;
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum AttachError {
-    /// The adapter and the model do not fit.
+    /// Parts of the adapter and of the model do not fit each other.
     #[error(transparent)]
     Mismatch(#[from] Mismatch),
     /// The settings do not work in any model, or the model cannot be adapted.
@@ -52,6 +52,30 @@ impl Adapter {
     /// [`AttachError`]: every layer, bias and saved tensor that the file promises and has not, that the model
     /// has no place for, or whose shape does not fit. The model passed in is consumed, so keep a clone where it
     /// is needed after an error.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use burn::module::Module;
+    /// use burn::nn::{Linear, LinearConfig};
+    /// use burn_boft::{Adapter, OftConfig, inject};
+    ///
+    /// #[derive(Module, Debug)]
+    /// struct Model {
+    ///     query: Linear,
+    /// }
+    ///
+    /// # let device = burn::tensor::Device::flex().autodiff();
+    /// let base = Model { query: LinearConfig::new(64, 32).init(&device) };
+    /// let config = OftConfig::new().with_target_modules(["query"]);
+    /// let trained = inject(base.clone(), &config)?;
+    /// // ... training ...
+    /// let adapter = Adapter::extract(&trained)?;
+    /// // One base serves many adapters.
+    /// let served = adapter.attach(base.clone())?;
+    /// # drop(served);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn attach<M: Module>(&self, model: M) -> Result<M, AttachError> {
         let walk = walk(&model);
         let fit = self.fit(&walk)?;

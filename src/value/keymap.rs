@@ -26,7 +26,7 @@ pub enum KeyMapError {
         /// Why there is none, such as a search that backtracks without end.
         reason: String,
     },
-    /// Two modules would get one name.
+    /// Two modules would get the same name.
     #[error("the key map gives `{first}` and `{second}` the same name, `{name}`")]
     Collision {
         /// The first path.
@@ -36,7 +36,7 @@ pub enum KeyMapError {
         /// The name of both.
         name: String,
     },
-    /// What is written would not be read back.
+    /// A module would be written under a name that is read as another one.
     #[error("the key map writes `{path}` as `{written}`, and reads that as `{read}`")]
     OneWay {
         /// The path in the model.
@@ -356,7 +356,7 @@ impl KeyMap {
         Ok(names)
     }
 
-    /// Whether it leaves every name as it is.
+    /// Whether every name stays as it is.
     pub(crate) fn is_identity(&self) -> bool {
         let rules = [&self.known, &self.to_model, &self.to_file];
         rules.into_iter().all(Vec::is_empty) && self.fused.is_empty()

@@ -8,7 +8,10 @@ use crate::ops::upper_triangle;
 use crate::rotation::{ButterflyPlan, fits};
 use crate::tensors::{is_float, transposed, widened};
 
-/// One adapted layer of an [`Adapter`](crate::Adapter).
+/// One adapted layer of an [`Adapter`](crate::Adapter): its rotation, and its scale where it has one.
+///
+/// The rotation is stored as the strict upper triangles of `Q` row by row: in a block of `b` channels, `Q[i, j]` with `i < j` is
+/// number `i·b − i(i+1)/2 + j − i − 1`, and `Q[j, i] = −Q[i, j]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdapterLayer {
     pub(crate) path: String,
@@ -26,11 +29,40 @@ impl AdapterLayer {
     /// Where a record of the adapted model keeps the scale of a layer, behind the layer's path and a dot.
     pub const SCALE: &str = "weight.boft.scale";
 
-    /// A layer of packed numbers: `skew` is `[m, n, b(b−1)/2]`, `scale` is `[o]`.
+    /// A layer of packed numbers.
+    ///
+    /// # Shapes
+    ///
+    /// - `skew`: `[m, n, b(b−1)/2]`
+    /// - `scale`: `[d_output]`
+    ///
+    /// # Numerics
+    ///
+    /// Numbers narrower than f32 are widened to it, and the scale gets the precision of the skew.
     ///
     /// # Errors
     ///
     /// [`Mismatch`]: shapes that no adapter has, and numbers that are not floats.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use burn::tensor::TensorData;
+    /// use burn_boft::LayerKind;
+    /// use burn_boft::value::AdapterLayer;
+    ///
+    /// // Two factors of six blocks of 4 channels, for 24 inputs and 3 outputs.
+    /// let skew = TensorData::new(vec![0.1f32; 2 * 6 * 6], [2, 6, 6]);
+    /// let scale = TensorData::new(vec![1.0f32; 3], [3]);
+    /// let layer = AdapterLayer::new("query", Some(LayerKind::Linear), skew, Some(scale))?;
+    /// assert_eq!((layer.block_size(), layer.n_butterfly_factor()), (4, 2));
+    /// assert_eq!(layer.check_fit(&[3, 24]), Ok(LayerKind::Linear));
+    /// assert_eq!(
+    ///     layer.check_fit(&[3, 32]).unwrap_err().to_string(),
+    ///     ": it rotates 24 input features, the layer has 32",
+    /// );
+    /// # Ok::<(), burn_boft::value::Mismatch>(())
+    /// ```
     pub fn new(
         path: impl Into<String>,
         kind: Option<LayerKind>,

@@ -39,7 +39,7 @@ pub struct Adapter {
     pub(crate) config: AdapterConfig,
     pub(crate) layers: Vec<AdapterLayer>,
     pub(crate) tensors: Vec<SavedTensor>,
-    /// Where it comes from, as PEFT's settings say it.
+    /// Settings that say where it comes from.
     pub(crate) about: Map<String, Value>,
     /// What the file promised, in its own names.
     pub(crate) promised: Option<Promise>,
@@ -53,14 +53,30 @@ pub(crate) struct Promise {
 }
 
 impl Adapter {
-    /// Makes an adapter of settings and numbers that are in no file of PEFT's.
+    /// Builds an adapter from tensors you computed yourself.
     ///
-    /// The numbers say how many factors and which block sizes there are, and the settings follow.
+    /// The shapes of the tensors decide how many factors there are, how large the blocks are and whether there is a scale;
+    /// the settings are changed to say the same.
     ///
     /// # Errors
     ///
-    /// [`Mismatch`]: layers that the kind of adapter does not have, biases that do not fit their layer, and tensors
-    /// that no file keeps.
+    /// [`Mismatch`]: layers that the method does not allow, biases that do not fit their layer, tensors of a precision that
+    /// no file keeps, and settings that no file could hold.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use burn::tensor::TensorData;
+    /// use burn_boft::value::AdapterLayer;
+    /// use burn_boft::{Adapter, LayerKind, OftConfig};
+    ///
+    /// // Six blocks of 4 channels, each with 4·3/2 numbers above the diagonal.
+    /// let skew = TensorData::new(vec![0.1f32; 6 * 6], [1, 6, 6]);
+    /// let layer = AdapterLayer::new("query", Some(LayerKind::Linear), skew, None)?;
+    /// let adapter = Adapter::from_parts(OftConfig::new(), vec![layer], Vec::new())?;
+    /// assert_eq!(adapter.layers()[0].d_input(), Some(24));
+    /// # Ok::<(), burn_boft::value::Mismatch>(())
+    /// ```
     pub fn from_parts(
         config: impl Into<AdapterConfig>,
         mut layers: Vec<AdapterLayer>,
@@ -121,12 +137,12 @@ impl Adapter {
         &self.layers
     }
 
-    /// What travels beside: trained biases and modules to save.
+    /// The tensors that travel with the rotations: trained biases, and the modules to save.
     pub fn tensors(&self) -> &[SavedTensor] {
         &self.tensors
     }
 
-    /// Where it comes from, as PEFT's settings say it: the model that it is for, its revision, the task.
+    /// The settings that say where the adapter comes from: the model that it is for, its revision, the task.
     pub fn about(&self) -> &Map<String, Value> {
         &self.about
     }
@@ -141,6 +157,12 @@ impl Adapter {
         let key = "base_model_name_or_path".to_string();
         self.about.insert(key, Value::String(name.into()));
         self
+    }
+
+    /// Whether the rotations are orthogonal, so that their transposes undo them: with the exact Cayley map they are, with a
+    /// Neumann polynomial only nearly.
+    pub fn is_orthogonal(&self) -> bool {
+        Method::unchecked(&self.config).is_orthogonal()
     }
 
     /// The rotation of one of the layers, for a weight of `d_input` by `d_output`; none where blocks of one

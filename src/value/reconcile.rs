@@ -1,4 +1,8 @@
 //! What the numbers of an adapter say against its configuration: the numbers decide.
+//!
+//! PEFT's configuration does not say what is in the file: without its CUDA kernel, PEFT trains one factor whatever
+//! `boft_n_butterfly_factor` is, and its OFT adjusts the block size to each layer. The shapes of the tensors are what was
+//! trained, so the configuration follows them, and the report has a line for each layer where it did.
 
 use super::layer::{AdapterLayer, SavedTensor};
 use super::mismatch::{Mismatch, Wrong};
@@ -6,7 +10,7 @@ use super::report::LoadReport;
 use crate::config::{AdapterConfig, Block};
 use crate::rotation::{Method, factors};
 
-/// Biases of layers that are not adapted belong to `Bias::All`.
+/// Refuses biases that do not have as many numbers as their layer has outputs, as far as its scale says how many.
 pub(crate) fn check_biases(
     layers: &[AdapterLayer],
     tensors: &[SavedTensor],

@@ -4,20 +4,21 @@ use std::fmt::{self, Display, Formatter};
 
 use super::mismatch::{Missing, Unexpected};
 
-/// What [`Adapter::load`](crate::Adapter::load) or [`Adapter::attach_partial`](crate::Adapter::attach_partial)
-/// did. `Display` has one line per entry but the applied ones, which it counts.
+/// What [`Adapter::load`](crate::Adapter::load) or [`Adapter::attach_partial`](crate::Adapter::attach_partial) did.
+///
+/// `Display` counts what was applied, and has one line for every other entry.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LoadReport {
     /// What was used: keys of the file, or parameters of the model.
     pub applied: Vec<String>,
-    /// What should be there and is not. Empty unless a partial load was asked for.
+    /// What should be there and is not. Empty unless a partial result was asked for.
     pub missing: Vec<Missing>,
-    /// What is there and has no place, with the reason. Empty unless a partial load was asked for.
+    /// What belongs nowhere. Empty unless a partial result was asked for.
     pub unexpected: Vec<Unexpected>,
-    /// What was read as something else than the file says, and why.
+    /// What was read differently from what the file says, and why.
     pub converted: Vec<String>,
-    /// What was read as it is and may surprise.
+    /// What was read as it is, although it may not be what somebody meant.
     pub warnings: Vec<String>,
 }
 

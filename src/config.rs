@@ -24,6 +24,21 @@ pub enum LayerKind {
 }
 
 impl LayerKind {
+    /// The kind whose weights have this number of axes.
+    pub fn of_rank(rank: usize) -> Option<Self> {
+        [Self::Linear, Self::Conv2d]
+            .into_iter()
+            .find(|kind| kind.rank() == rank)
+    }
+
+    /// The kind in one word, for tables: `linear` or `conv2d`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Linear => "linear",
+            Self::Conv2d => "conv2d",
+        }
+    }
+
     /// The number of axes of a weight of this kind.
     pub(crate) fn rank(self) -> usize {
         match self {

@@ -318,16 +318,10 @@ pub fn check_shape(
     shape: &[usize],
     rows: usize,
 ) -> Result<LayerKind, String> {
-    let kind = match shape.len() {
-        2 => LayerKind::Linear,
-        4 => LayerKind::Conv2d,
-        _ => return Err("is for a matrix or a convolution's four axes".into()),
-    };
-    if layer.kind().is_some_and(|expected| expected != kind) {
-        return Err(match kind {
-            LayerKind::Linear => "is for a convolution".into(),
-            LayerKind::Conv2d => "is for a linear layer".into(),
-        });
+    let kind =
+        LayerKind::of_rank(shape.len()).ok_or("is for a matrix or a convolution's four axes")?;
+    if let Some(expected) = layer.kind().filter(|expected| *expected != kind) {
+        return Err(format!("is for {}", expected.in_words()));
     }
     let d_input: usize = shape[1..].iter().product();
     let b = layer.block_size();

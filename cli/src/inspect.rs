@@ -74,13 +74,7 @@ impl About {
 }
 
 fn oft(cayley: Cayley, radius: Option<f64>, share: bool) -> String {
-    let mut parts = vec![match cayley {
-        Cayley::Neumann { terms } => format!("OFT, Neumann polynomial of {terms} terms"),
-        Cayley::Neumann016 { terms } => {
-            format!("OFT, Neumann polynomial of PEFT 0.16 with {terms} terms")
-        }
-        _ => "OFT, exact Cayley map".into(),
-    }];
+    let mut parts = vec![format!("OFT, {cayley}")];
     parts.extend(radius.map(|radius| format!("COFT radius {radius}")));
     parts.extend(share.then(|| "one block per layer".into()));
     parts.join(", ")
@@ -108,11 +102,7 @@ impl Row {
             None => m * n * free,
         };
         Self {
-            kind: match layer.kind() {
-                Some(LayerKind::Linear) => "linear",
-                Some(LayerKind::Conv2d) => "conv2d",
-                None => "-",
-            },
+            kind: layer.kind().map_or("-", LayerKind::name),
             block_size: b,
             blocks: n,
             factors: m,

@@ -87,6 +87,7 @@ fn rotation(layer: &LayerPlan, config: &AdapterConfig, skew: &[f64]) -> Matrix {
             Cayley::Exact => cayley(packed, sizes.b),
             Cayley::Neumann { terms } => polynomial(packed, sizes.b, neumann(terms)),
             Cayley::Neumann016 { terms } => polynomial(packed, sizes.b, neumann_016(terms)),
+            other => panic!("no oracle for {other}"),
         };
         for row in 0..sizes.b {
             for column in 0..sizes.b {
@@ -129,6 +130,7 @@ fn oracle(
                 .for_each(|(i, value)| *value *= scale[i / d]);
             weight.values
         }
+        other => panic!("no oracle for {}", other.in_words()),
     }
 }
 

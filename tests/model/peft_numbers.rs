@@ -64,6 +64,7 @@ fn oft_rotates_to_the_golden_values_of_peft() {
                     Cayley::Exact => Blocks::cayley(skew, 3),
                     Cayley::Neumann { terms } => Blocks::neumann(skew, 3, terms),
                     Cayley::Neumann016 { terms } => Blocks::polynomial(skew, 3, neumann_016(terms)),
+                    other => panic!("no golden values for {other}"),
                 };
                 let input = tensor(&[1.0, 2.0, 3.0], [1, 3], dtype, &device);
                 let output = blocks.rotate(input, Side::Right, Direction::Forward);

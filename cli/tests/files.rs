@@ -214,6 +214,11 @@ pub fn difference(found: &Tensor, expected: &Tensor) -> f64 {
     difference / largest.max(f64::MIN_POSITIVE)
 }
 
+/// The library's folder of files that PEFT wrote.
+pub fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures")
+}
+
 /// A case of `fixtures/peft`: an adapter that PEFT wrote, its base, and what PEFT makes of the base.
 pub struct Case {
     pub name: String,
@@ -226,7 +231,7 @@ pub struct Case {
 impl Case {
     /// One case, by its folder below `fixtures/peft`.
     pub fn open(name: &str) -> Self {
-        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft");
+        let fixtures = fixtures().join("peft");
         let adapter = fixtures.join(name);
         let reference = read(&adapter.join("reference.safetensors"));
         let part = |prefix: &str| -> Tensors {
@@ -251,7 +256,7 @@ impl Case {
 
     /// All cases.
     pub fn all() -> Vec<Self> {
-        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft");
+        let fixtures = fixtures().join("peft");
         let of = |kind: &str| {
             names(&fixtures.join(kind))
                 .into_iter()

@@ -414,7 +414,7 @@ fn rules_bridge_names() {
 
 /// The fixtures of DINOv2 that PEFT and transformers wrote.
 fn dinov2() -> std::path::PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/dinov2")
+    fixtures().join("dinov2")
 }
 
 #[test]

@@ -537,7 +537,7 @@ fn a_lora_of_full_rank_is_the_adapter_and_a_lower_one_leaves_out_what_is_said() 
 /// The LoRA keeps the names of the adapter, and its changes are those of the layers that the rules find.
 #[test]
 fn rules_find_the_layers_of_a_lora_in_the_model() {
-    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/dinov2");
+    let fixtures = fixtures().join("dinov2");
     let folder = tempfile::tempdir().unwrap();
     let (base, expected) = (
         read(&fixtures.join("base.safetensors")),
@@ -736,7 +736,7 @@ fn records_that_are_none_are_refused() {
 
 #[test]
 fn rules_give_a_record_the_names_of_its_model() {
-    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/dinov2");
+    let fixtures = fixtures().join("dinov2");
     let folder = tempfile::tempdir().unwrap();
     let keys = |version: &str, rules: &[&str]| -> Vec<String> {
         let (adapter, output) = (fixtures.join(version), format!("{version}.bpk"));

@@ -13,7 +13,7 @@ use crate::files::*;
 
 const SIGNALS: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
 /// Small files beside the weights of a model.
-const OTHERS: usize = 300;
+const OTHERS: usize = 200;
 
 /// A folder with an adapter and models, where the tool runs.
 struct Place {

@@ -1,6 +1,6 @@
 //! What an adapter changes in a model: checked against it before anything is written.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use burn::tensor::DType;
@@ -12,6 +12,7 @@ use crate::base::Base;
 use crate::error::{Error, LINE_PARTS};
 use crate::header::Entry;
 use crate::names::{Names, join, nearest};
+use crate::tie::{Head, is_head};
 
 /// What happens to one tensor of the model.
 #[derive(Debug)]
@@ -24,22 +25,44 @@ pub enum Change<'a> {
     New(&'a SavedTensor),
 }
 
+/// Where the numbers of a new tensor come from.
+#[derive(Debug, Clone, Copy)]
+pub enum Added<'a> {
+    /// From the adapter.
+    Saved(&'a SavedTensor),
+    /// From another tensor of the model, as it is before the merge.
+    Copy(&'static str),
+}
+
 /// What an adapter changes in a model, by the model's keys.
 #[derive(Debug, Default)]
 pub struct Changes<'a> {
     pub of: BTreeMap<String, Change<'a>>,
     /// The tensors that the model does not have yet.
-    pub added: BTreeMap<String, &'a SavedTensor>,
+    pub added: BTreeMap<String, Added<'a>>,
+    /// The text of the model's `config.json`, where it changes.
+    pub config: Option<String>,
     /// Layers that change nothing: blocks of one channel, and no scale but ones.
     pub idle: Vec<String>,
 }
 
 impl<'a> Changes<'a> {
     /// Finds the place of every layer and every saved tensor of the adapter.
-    pub fn find(adapter: &'a Adapter, base: &Base, names: &Names) -> Result<Self, Error> {
+    pub fn find(
+        adapter: &'a Adapter,
+        base: &Base,
+        names: &Names,
+        head: &Head,
+    ) -> Result<Self, Error> {
         let mut finder = Finder {
             base,
             names,
+            head,
+            adapted: adapter
+                .layers()
+                .iter()
+                .map(|layer| first(layer.path()))
+                .collect(),
             changes: Self::default(),
             problems: Vec::new(),
         };
@@ -74,6 +97,9 @@ impl<'a> Changes<'a> {
 struct Finder<'a, 'b> {
     base: &'b Base,
     names: &'b Names,
+    head: &'b Head,
+    /// The modules at the top that have adapted layers, by the adapter's names.
+    adapted: BTreeSet<&'a str>,
     changes: Changes<'a>,
     problems: Vec<String>,
 }
@@ -95,12 +121,17 @@ impl<'a> Finder<'a, '_> {
         let place = self.names.place(layer.path(), "weight", self.base)?;
         let key = join(&place.module, "weight");
         let Some((shard, entry)) = self.base.entry(&key) else {
-            self.problems.push(format!(
-                "{}: the adapter of `{}` has no `{key}`{}; --map bridges names",
-                self.base.path.display(),
-                layer.path(),
-                self.nearest(&key)
-            ));
+            let (path, module) = (self.base.path.display(), layer.path());
+            self.problems.push(match self.head.is_shared(&key) {
+                true => format!(
+                    "{path}: `{key}` is the embedding, and rotating it for the head would rotate both; save the model \
+                     with a head of its own first"
+                ),
+                false => format!(
+                    "{path}: the adapter of `{module}` has no `{key}`{}; --map bridges names",
+                    self.nearest(&key)
+                ),
+            });
             return Ok(());
         };
         match rows(entry, place.part)
@@ -124,12 +155,11 @@ impl<'a> Finder<'a, '_> {
             .place(tensor.module(), tensor.name(), self.base)?;
         let key = join(&place.module, tensor.name());
         let Some((shard, entry)) = self.base.entry(&key) else {
-            let (front, end) = (format!("{}.", place.module), format!(".{key}"));
-            let is_near = |other: &str| other.starts_with(&front) || other.ends_with(&end);
-            match owner == Owner::Saved && !self.base.keys().any(is_near) {
-                // A new head of a model that has none.
+            let is_new = owner == Owner::Saved && self.is_new_head(tensor.module(), &key);
+            match is_new || self.head.is_shared(&key) {
                 true => {
-                    if self.changes.added.insert(key.clone(), tensor).is_some() {
+                    let added = Added::Saved(tensor);
+                    if self.changes.added.insert(key.clone(), added).is_some() {
                         self.clash(&key);
                     }
                 }
@@ -178,6 +208,16 @@ impl<'a> Finder<'a, '_> {
         Ok(())
     }
 
+    /// Whether a saved module that the model's file lacks is a head that the model does not have yet: a module of its
+    /// own at the top. Anything else is in the file under another name.
+    fn is_new_head(&self, module: &str, key: &str) -> bool {
+        let (top, end) = (first(key), format!(".{key}"));
+        let is_other = |other: &str| {
+            first(other) == top || other.ends_with(&end) || (is_head(key) && is_head(other))
+        };
+        !self.adapted.contains(first(module)) && !self.base.keys().any(is_other)
+    }
+
     /// Notes a change, unless the tensor has one already that this is not another part of.
     fn insert(&mut self, key: String, part: Part<'a>) {
         let changes = &mut self.changes.of;
@@ -213,6 +253,11 @@ enum Part<'a> {
     Layer(Range<usize>, &'a AdapterLayer),
     Rows(Range<usize>, &'a SavedTensor),
     Whole(&'a SavedTensor),
+}
+
+/// The first name of a path.
+fn first(path: &str) -> &str {
+    path.split('.').next().unwrap_or(path)
 }
 
 /// Whose tensor a saved one is.

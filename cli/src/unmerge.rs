@@ -13,13 +13,15 @@ use crate::merge::{check_output, load};
 use crate::names::Names;
 use crate::rewrite::rewrite;
 use crate::terminal::{plural, print};
+use crate::tie::Head;
 use crate::turn::Backward;
 
 pub fn run(options: &Unmerge) -> Result<(), Error> {
     let names = Names::parse(&options.adapter.maps)?;
     let adapter = load(&options.adapter.adapter, &LoadOptions::new())?;
     let base = Base::open(&options.merged)?;
-    let mut changes = Changes::find(&adapter, &base, &names)?;
+    let head = Head::of(&base)?;
+    let mut changes = Changes::find(&adapter, &base, &names, &head)?;
     if !options.keep_saved {
         refuse_saved(&adapter)?;
     }
@@ -27,6 +29,7 @@ pub fn run(options: &Unmerge) -> Result<(), Error> {
         .of
         .retain(|_, change| matches!(change, Change::Rotate(_)));
     changes.added.clear();
+    head.untie(&base, &mut changes)?;
     check_output(&options.output, &base, &options.adapter.adapter)?;
     let mut turn = Backward::new(&adapter);
     rewrite(&base, &changes, &options.output, &mut turn)?;

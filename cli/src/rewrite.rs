@@ -10,11 +10,12 @@ use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use crate::base::{Base, Shard};
-use crate::changes::{Change, Changes, compute_dtype};
+use crate::changes::{Added, Change, Changes, compute_dtype};
 use crate::error::Error;
 use crate::header::{self, Entry};
 use crate::numbers::{burn_dtype, decode, encode, file_dtype, is_finite, part};
 use crate::output::{OutputFile, OutputFolder};
+use crate::tie;
 
 /// Bytes that are copied at a time.
 const COPIED: usize = 8 << 20;
@@ -53,9 +54,8 @@ pub fn rewrite(
     };
     let result = match base.is_folder() {
         true => writer.folder(base, output),
-        false => {
-            OutputFile::create(output).and_then(|file| writer.shard(&base.shards[0], true, file))
-        }
+        false => OutputFile::create(output)
+            .and_then(|file| writer.shard(base, &base.shards[0], true, file)),
     };
     writer.progress.finish_and_clear();
     result
@@ -72,8 +72,7 @@ impl Writer<'_> {
         // Looked for before the weights are written: that takes long.
         let others = base.other_files()?;
         let folder = OutputFolder::create(output)?;
-        self.fill(base, &others, &folder)
-            .map_err(|error| folder.named(error))?;
+        self.fill(base, &others, &folder)?;
         folder.finish()
     }
 
@@ -84,17 +83,24 @@ impl Writer<'_> {
         folder: &OutputFolder,
     ) -> Result<(), Error> {
         for (index, shard) in base.shards.iter().enumerate() {
-            let file = OutputFile::create(&folder.temporary().join(&shard.name))?;
-            self.shard(shard, index + 1 == base.shards.len(), file)?;
+            let file = folder.file(Path::new(&shard.name))?;
+            self.shard(base, shard, index + 1 == base.shards.len(), file)?;
         }
         if let Some((name, index)) = &base.index {
             let index = self.index(base, index.clone());
-            let mut file = OutputFile::create(&folder.temporary().join(name))?;
+            let mut file = folder.file(Path::new(name))?;
             file.write(format!("{:#}\n", Value::Object(index)).as_bytes())?;
             file.finish()?;
         }
         for file in others {
-            folder.copy(&base.path.join(file), file)?;
+            match &self.changes.config {
+                Some(config) if file == Path::new(tie::FILE) => {
+                    let mut file = folder.file(file)?;
+                    file.write(config.as_bytes())?;
+                    file.finish()?;
+                }
+                _ => folder.copy(&base.path.join(file), file)?,
+            }
         }
         Ok(())
     }
@@ -139,9 +145,9 @@ impl Writer<'_> {
             more += measure(dtype, &shape);
             less += measure(entry.dtype, &entry.shape);
         }
-        for tensor in self.changes.added.values() {
-            let dtype = file_dtype(tensor.data().dtype());
-            more += dtype.map_or(0, |dtype| measure(dtype, tensor.data().shape()));
+        for added in self.changes.added.values() {
+            let layout = added_layout(base, added);
+            more += layout.map_or(0, |(dtype, shape)| measure(dtype, &shape));
         }
         *total = Value::from((before + more).saturating_sub(less));
     }
@@ -155,22 +161,28 @@ impl Writer<'_> {
         (entry.dtype, shape)
     }
 
-    fn shard(&mut self, shard: &Shard, is_last: bool, mut file: OutputFile) -> Result<(), Error> {
+    fn shard(
+        &mut self,
+        base: &Base,
+        shard: &Shard,
+        is_last: bool,
+        mut file: OutputFile,
+    ) -> Result<(), Error> {
         let entries = &shard.header.entries;
         let mut layouts: Vec<_> = entries
             .iter()
             .map(|entry| (entry.key.as_str(), self.layout(entry)))
             .collect();
         let added: Vec<_> = self.changes.added.iter().filter(|_| is_last).collect();
-        for (key, tensor) in &added {
-            let dtype = file_dtype(tensor.data().dtype()).ok_or_else(|| {
+        for (key, added) in &added {
+            let layout = added_layout(base, added).ok_or_else(|| {
                 Error::tensor(
                     &shard.path,
                     key,
-                    format!("would be {:?}", tensor.data().dtype()),
+                    "would have a precision that no file keeps",
                 )
             })?;
-            layouts.push((key.as_str(), (dtype, tensor.data().shape().to_vec())));
+            layouts.push((key.as_str(), layout));
         }
         let layouts = layouts
             .iter()
@@ -186,8 +198,17 @@ impl Writer<'_> {
                 Some(Change::New(tensor)) => write_rounded(tensor, shard, entry, &mut file)?,
             }
         }
-        for (key, tensor) in added {
-            write_saved(tensor.data(), tensor.data().dtype(), shard, key, &mut file)?;
+        for (key, added) in added {
+            match added {
+                Added::Saved(tensor) => {
+                    write_saved(tensor.data(), tensor.data().dtype(), shard, key, &mut file)?;
+                }
+                Added::Copy(of) => {
+                    if let Some((shard, entry)) = base.entry(of) {
+                        self.copy(shard, entry, 0..entry.bytes, &mut file)?;
+                    }
+                }
+            }
         }
         file.finish()
     }
@@ -284,6 +305,20 @@ impl Writer<'_> {
             done = rows.end;
         }
         self.copy(shard, entry, done as u64 * row..entry.bytes, file)
+    }
+}
+
+/// The precision and shape of a new tensor.
+fn added_layout(base: &Base, added: &Added) -> Option<(Dtype, Vec<usize>)> {
+    match added {
+        Added::Saved(tensor) => {
+            let dtype = file_dtype(tensor.data().dtype())?;
+            Some((dtype, tensor.data().shape().to_vec()))
+        }
+        Added::Copy(of) => {
+            let (_, entry) = base.entry(of)?;
+            Some((entry.dtype, entry.shape.clone()))
+        }
     }
 }
 

@@ -18,6 +18,7 @@ use crate::output::OutputFolder;
 use crate::peft::Tensors;
 use crate::rewrite::{Turn, row_bytes};
 use crate::terminal::{plural, print, shown};
+use crate::tie::Head;
 use crate::turn::Forward;
 
 /// Writes `B·A ≈ W' − W` of every layer, by singular values, and prints what that leaves out.
@@ -28,7 +29,7 @@ pub fn write(
     rank: usize,
     output: &Path,
 ) -> Result<(), Error> {
-    let changes = Changes::find(adapter, base, names)?;
+    let changes = Changes::find(adapter, base, names, &Head::of(base)?)?;
     let mut tensors = Tensors::default();
     let mut targets = Vec::new();
     let mut text = String::new();
@@ -61,9 +62,7 @@ pub fn write(
     }
     let config = config(adapter, rank, &targets);
     let folder = OutputFolder::create(output)?;
-    tensors
-        .write(folder.temporary(), &config)
-        .map_err(|error| folder.named(error))?;
+    tensors.write(&folder, &config)?;
     folder.finish()?;
     text.push_str(&format!(
         "{}: {} of rank {rank}, at most {worst:.2e} of a weight left out\n",

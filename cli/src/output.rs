@@ -1,7 +1,7 @@
 //! What is written appears when it is complete: under a temporary name first, then renamed.
 
 use std::fs::{self, File};
-use std::io::{self, BufWriter, ErrorKind, Write};
+use std::io::{self, BufWriter, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf, is_separator};
 
 use tempfile::{Builder, TempDir, TempPath};
@@ -10,6 +10,8 @@ use crate::error::Error;
 use crate::interrupt;
 
 const PREFIX: &str = ".burn-boft-";
+/// Bytes of another file that are copied between two looks at interrupts.
+const COPIED: u64 = 64 << 20;
 
 /// What a result is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,12 +75,15 @@ fn parent(path: &Path) -> &Path {
 
 /// One file that appears with [`OutputFile::finish`].
 pub struct OutputFile {
+    /// The name that messages show.
     path: PathBuf,
     file: Kind,
 }
 
 enum Kind {
     Temporary(BufWriter<File>, TempPath),
+    /// A file in an [`OutputFolder`], which appears with the folder.
+    Inside(BufWriter<File>),
     /// A device or a pipe, which cannot be renamed to.
     Device(BufWriter<File>),
 }
@@ -92,9 +97,9 @@ impl OutputFile {
                 Kind::Device(BufWriter::new(file.map_err(Error::write(path))?))
             }
             false => {
-                let file = temporary(0o666).tempfile_in(parent(path));
-                let (file, temporary) = file.map_err(Error::write(path))?.into_parts();
-                interrupt::register(&temporary);
+                let create = || temporary(0o666).tempfile_in(parent(path));
+                let file = interrupt::begin(create).map_err(Error::write(path))?;
+                let (file, temporary) = file.into_parts();
                 Kind::Temporary(BufWriter::new(file), temporary)
             }
         };
@@ -103,8 +108,11 @@ impl OutputFile {
     }
 
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        interrupt::check()?;
         match &mut self.file {
-            Kind::Temporary(file, _) | Kind::Device(file) => file.write_all(bytes),
+            Kind::Temporary(file, _) | Kind::Inside(file) | Kind::Device(file) => {
+                file.write_all(bytes)
+            }
         }
         .map_err(Error::write(&self.path))
     }
@@ -112,18 +120,26 @@ impl OutputFile {
     /// Gives the file its name, once all of it is on the disk.
     pub fn finish(self) -> Result<(), Error> {
         let path = &self.path;
-        let finish = || match self.file {
-            Kind::Temporary(file, temporary) => {
-                let file = file.into_inner().map_err(|error| error.into_error())?;
-                file.sync_all()?;
-                temporary
-                    .persist_noclobber(path)
-                    .map_err(|error| error.error)?;
-                sync(parent(path))
-            }
-            Kind::Device(mut file) => file.flush(),
+        let flush = |file: BufWriter<File>| {
+            let file = file.into_inner().map_err(|error| error.into_error())?;
+            file.sync_all()
         };
-        finish().map_err(Error::write(path))
+        match self.file {
+            Kind::Temporary(file, temporary) => {
+                flush(file).map_err(Error::write(path))?;
+                interrupt::complete(|| {
+                    let placed = temporary.persist_noclobber(path);
+                    placed.map_err(|error| Error::write(path)(error.error))
+                })?;
+                sync(parent(path)).map_err(Error::write(path))
+            }
+            Kind::Inside(file) => flush(file).map_err(Error::write(path)),
+            Kind::Device(mut file) => {
+                // Not under the lock of `complete`: nobody may be reading a pipe.
+                file.flush().map_err(Error::write(path))?;
+                interrupt::complete(|| Ok(()))
+            }
+        }
     }
 }
 
@@ -136,10 +152,8 @@ pub struct OutputFolder {
 impl OutputFolder {
     pub fn create(path: &Path) -> Result<Self, Error> {
         check_free(path, Form::Folder)?;
-        let folder = temporary(0o777)
-            .tempdir_in(parent(path))
-            .map_err(Error::write(path))?;
-        interrupt::register(folder.path());
+        let create = || temporary(0o777).tempdir_in(parent(path));
+        let folder = interrupt::begin(create).map_err(Error::write(path))?;
         let path = path.to_path_buf();
         Ok(Self { path, folder })
     }
@@ -164,32 +178,47 @@ impl OutputFolder {
         }
     }
 
+    /// A new file in it.
+    pub fn file(&self, name: &Path) -> Result<OutputFile, Error> {
+        let file = Kind::Inside(BufWriter::new(self.create_file(name)?));
+        let path = self.path.join(name);
+        Ok(OutputFile { path, file })
+    }
+
     /// Copies a file into it.
     pub fn copy(&self, from: &Path, name: &Path) -> Result<(), Error> {
-        let to = self.folder.path().join(name);
-        let shown = self.path.join(name);
-        fs::create_dir_all(parent(&to)).map_err(Error::write(&shown))?;
         let mut source = File::open(from).map_err(Error::read(from))?;
-        let mut copy = || {
-            let mut file = File::create_new(&to)?;
-            io::copy(&mut source, &mut file)?;
-            file.sync_all()
-        };
-        copy().map_err(Error::write(&shown))
+        let mut file = self.create_file(name)?;
+        let shown = self.path.join(name);
+        loop {
+            let copied = io::copy(&mut (&mut source).take(COPIED), &mut file);
+            if copied.map_err(Error::write(&shown))? == 0 {
+                return file.sync_all().map_err(Error::write(&shown));
+            }
+            interrupt::check()?;
+        }
+    }
+
+    fn create_file(&self, name: &Path) -> Result<File, Error> {
+        interrupt::check()?;
+        let path = self.folder.path().join(name);
+        fs::create_dir_all(parent(&path))
+            .and_then(|()| File::create_new(&path))
+            .map_err(Error::write(&self.path.join(name)))
     }
 
     /// Gives the folder its name.
     pub fn finish(self) -> Result<(), Error> {
         let Self { path, folder } = self;
-        let finish = || {
-            sync(folder.path())?;
+        sync(folder.path()).map_err(Error::write(&path))?;
+        interrupt::complete(|| {
             // An empty folder that appeared meanwhile would be replaced; a full one is not.
-            fs::rename(folder.path(), &path)?;
+            fs::rename(folder.path(), &path).map_err(Error::write(&path))?;
             // What was temporary has a name now.
             _ = folder.keep();
-            sync(parent(&path))
-        };
-        finish().map_err(Error::write(&path))
+            Ok(())
+        })?;
+        sync(parent(&path)).map_err(Error::write(&path))
     }
 }
 

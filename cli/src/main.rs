@@ -19,6 +19,7 @@ mod record;
 mod rewrite;
 mod settings;
 mod terminal;
+mod tie;
 mod turn;
 mod unmerge;
 

@@ -10,6 +10,9 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
+/// What merging may differ from PEFT by, relative to the largest number of a tensor.
+pub const TOLERANCE: f64 = 1e-5;
+
 /// What a run of the tool said.
 #[derive(Debug)]
 pub struct Run {
@@ -214,6 +217,11 @@ pub fn difference(found: &Tensor, expected: &Tensor) -> f64 {
     difference / largest.max(f64::MIN_POSITIVE)
 }
 
+/// The library's folder of files that PEFT wrote.
+pub fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures")
+}
+
 /// A case of `fixtures/peft`: an adapter that PEFT wrote, its base, and what PEFT makes of the base.
 pub struct Case {
     pub name: String,
@@ -226,7 +234,7 @@ pub struct Case {
 impl Case {
     /// One case, by its folder below `fixtures/peft`.
     pub fn open(name: &str) -> Self {
-        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft");
+        let fixtures = fixtures().join("peft");
         let adapter = fixtures.join(name);
         let reference = read(&adapter.join("reference.safetensors"));
         let part = |prefix: &str| -> Tensors {
@@ -251,7 +259,7 @@ impl Case {
 
     /// All cases.
     pub fn all() -> Vec<Self> {
-        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft");
+        let fixtures = fixtures().join("peft");
         let of = |kind: &str| {
             names(&fixtures.join(kind))
                 .into_iter()
@@ -291,4 +299,95 @@ pub fn assert_models(found: &Tensors, expected: &Tensors, tolerance: f64, what: 
             "{what}: {key} is off by {difference:e}"
         );
     }
+}
+
+/// A folder with `base.safetensors` and an `adapter` that fits it.
+pub struct MergeFolder {
+    pub folder: tempfile::TempDir,
+    pub config: Value,
+    pub tensors: Tensors,
+    pub base: Tensors,
+}
+
+impl MergeFolder {
+    pub fn new() -> Self {
+        let case = Case::open("cases/boft-mlp-bias-none");
+        let place = Self {
+            folder: case.folder(),
+            config: read_json(&case.adapter.join("adapter_config.json")),
+            tensors: read(&case.adapter.join("adapter_model.safetensors")),
+            base: case.base,
+        };
+        write_adapter(&place.path().join("adapter"), &place.config, &place.tensors);
+        place
+    }
+
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The line that merging `adapter` into `base.safetensors` is refused with.
+    pub fn refused(&self) -> String {
+        self.refused_with(&[])
+    }
+
+    pub fn refused_with(&self, more: &[&str]) -> String {
+        let before = names(self.path());
+        let mut arguments = vec!["merge", "--adapter", "adapter"];
+        arguments.extend(more);
+        if !more.contains(&"--base") {
+            arguments.extend(["--base", "base.safetensors"]);
+        }
+        if !more.contains(&"--output") {
+            arguments.extend(["--output", "out.safetensors"]);
+        }
+        let line = refused(self.path(), &arguments);
+        assert_eq!(names(self.path()), before, "nothing is left behind");
+        line
+    }
+
+    pub fn write_base(&self, tensors: &Tensors) {
+        write(&self.path().join("base.safetensors"), tensors);
+    }
+
+    pub fn write_adapter(&self, config: &Value, tensors: &Tensors) {
+        write_adapter(&self.path().join("adapter"), config, tensors);
+    }
+
+    /// Writes a base of these bytes.
+    pub fn write_bytes(&self, header_length: u64, rest: &[u8]) {
+        let mut bytes = header_length.to_le_bytes().to_vec();
+        bytes.extend(rest);
+        fs::write(self.path().join("base.safetensors"), bytes).unwrap();
+    }
+}
+
+/// The models of a case in two shards, with what else a folder holds.
+pub fn write_sharded(case: &Case, folder: &Path) {
+    let middle = case.base.len() / 2;
+    let key = case.base.keys().nth(middle).unwrap().clone();
+    let mut first = case.base.clone();
+    let second = first.split_off(&key);
+    write_shards(folder, &[first, second]);
+    fs::create_dir_all(folder.join("tokenizer")).unwrap();
+    fs::write(folder.join("config.json"), "{}").unwrap();
+    fs::write(folder.join("tokenizer/vocabulary.txt"), "a b").unwrap();
+}
+
+/// What merging an adapter makes of a case's base.
+pub fn merged(folder: &Path, adapter: &str) -> Tensors {
+    let output = format!("{adapter}-merged.safetensors");
+    succeed(
+        folder,
+        &[
+            "merge",
+            "--base",
+            "base.safetensors",
+            "--adapter",
+            adapter,
+            "--output",
+            &output,
+        ],
+    );
+    read(&folder.join(output))
 }

@@ -7,6 +7,8 @@ use burn_boft::peft::{LoadError, SaveError};
 use burn_boft::value::Mismatch;
 use thiserror::Error;
 
+use crate::interrupt;
+
 /// Problems that a message lists, and its longest length.
 pub const LINE_PARTS: usize = 3;
 const LINE_LENGTH: usize = 1000;
@@ -49,6 +51,10 @@ pub enum Error {
     /// A result that cannot be written.
     #[error("{path} cannot be written: {source}", path = path.display())]
     Write { path: PathBuf, source: io::Error },
+
+    /// Somebody asked the program to stop before the result was complete.
+    #[error("interrupted before the output was complete; nothing was written")]
+    Interrupted,
 
     /// Numbers that make no adapter.
     #[error(transparent)]
@@ -99,10 +105,11 @@ impl Error {
         }
     }
 
-    /// The exit code: 2 where the input is at fault, 1 otherwise.
+    /// The exit code: 2 where the input is at fault, 130 after an interrupt, 1 otherwise.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Write { .. } => 1,
+            Self::Interrupted => interrupt::EXIT_CODE,
             _ => 2,
         }
     }

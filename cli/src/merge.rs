@@ -7,20 +7,29 @@ use burn_boft::peft::LoadOptions;
 use burn_boft::value::{AdapterLayer, SavedTensor};
 
 use crate::base::Base;
-use crate::changes::{Change, Changes};
+use crate::changes::{Added, Change, Changes};
 use crate::cli::Merge;
 use crate::error::Error;
 use crate::names::Names;
 use crate::output::{Form, check_free, check_outside};
 use crate::rewrite::rewrite;
 use crate::terminal::{note, plural, print, shown};
+use crate::tie::Head;
 use crate::turn::Forward;
 
 pub fn run(options: &Merge) -> Result<(), Error> {
     let names = Names::parse(&options.adapter.maps)?;
     let adapter = load(&options.adapter.adapter, &LoadOptions::new())?;
     let base = Base::open(&options.base)?;
-    let changes = Changes::find(&adapter, &base, &names)?;
+    let head = Head::of(&base)?;
+    let mut changes = Changes::find(&adapter, &base, &names, &head)?;
+    head.untie(&base, &mut changes)?;
+    if changes.config.is_some() {
+        note(
+            "note: the model's head shares the tensor of its embedding, and the adapter changes one of the two; the \
+             merged model has a tensor for each, and its config.json says \"tie_word_embeddings\": false",
+        );
+    }
     match &options.output {
         Some(output) if !options.dry_run => {
             check_output(output, &base, &options.adapter.adapter)?;
@@ -129,8 +138,17 @@ fn table(base: &Base, changes: &Changes) -> String {
         .shards
         .last()
         .map_or(String::new(), |shard| shown(&shard.name));
-    for (key, tensor) in &changes.added {
-        rows.push([shown(key), shape_of(tensor), last.clone(), "add".into()]);
+    for (key, added) in &changes.added {
+        let (shape, what) = match added {
+            Added::Saved(tensor) => (shape_of(tensor), "add".to_string()),
+            Added::Copy(of) => {
+                let shape = base
+                    .entry(of)
+                    .map(|(_, entry)| format!("{:?} {}", entry.shape, entry.dtype));
+                (shape.unwrap_or_default(), format!("add as a copy of {of}"))
+            }
+        };
+        rows.push([shown(key), shape, last.clone(), what]);
     }
     let width = |column: usize| {
         rows.iter()

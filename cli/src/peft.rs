@@ -10,7 +10,7 @@ use crate::error::Error;
 use crate::header;
 use crate::names::join;
 use crate::numbers::{encode, file_dtype};
-use crate::output::OutputFile;
+use crate::output::OutputFolder;
 use crate::settings;
 
 const PREFIX: &str = "base_model.model.";
@@ -37,9 +37,9 @@ impl Tensors {
     }
 
     /// Writes the two files.
-    pub fn write(&self, folder: &Path, config: &Map<String, Value>) -> Result<(), Error> {
-        let path = folder.join(TENSORS);
-        let too_large = || Error::malformed(&path, "no size that a file can have");
+    pub fn write(&self, folder: &OutputFolder, config: &Map<String, Value>) -> Result<(), Error> {
+        let path = Path::new(TENSORS);
+        let too_large = || Error::malformed(path, "no size that a file can have");
         let layout = self.0.iter().map(|(key, data)| {
             let dtype = file_dtype(data.dtype());
             dtype.map(|dtype| (key.as_str(), dtype, &**data.shape()))
@@ -47,13 +47,13 @@ impl Tensors {
         let layout: Vec<_> = layout.collect::<Option<_>>().ok_or_else(too_large)?;
         let metadata = json!({"format": "pt"});
         let header = header::to_bytes(Some(&metadata), layout.into_iter()).ok_or_else(too_large)?;
-        let mut file = OutputFile::create(&path)?;
+        let mut file = folder.file(path)?;
         file.write(&header)?;
         for (_, data) in &self.0 {
             file.write(&encode(data).ok_or_else(too_large)?)?;
         }
         file.finish()?;
-        let mut file = OutputFile::create(&folder.join(settings::FILE))?;
+        let mut file = folder.file(Path::new(settings::FILE))?;
         file.write(format!("{:#}\n", Value::Object(config.clone())).as_bytes())?;
         file.finish()
     }

@@ -63,6 +63,8 @@
 //! serves every backend whose feature is on. The kernel layer, [`ops::BoftBackend`], keeps it.
 
 #![warn(missing_docs)]
+// The pages of docs.rs say which feature an item needs.
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod adapter;
 mod config;

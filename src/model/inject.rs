@@ -26,7 +26,7 @@ use crate::rotation::{Rotation, Values};
 ///
 /// # Errors
 ///
-/// Every misfit of the settings and the model at once; see [`Misfit`]. The model passed in is consumed, so
+/// Every misfit of the settings and the model at once; see [`Misfit`](super::Misfit). The model passed in is consumed, so
 /// keep a clone where it is needed after an error; clones share their tensors.
 ///
 /// # Examples

@@ -1,7 +1,7 @@
 //! The engine: pure functions on tensors, which know nothing of models, layers or files.
 //!
 //! [`Blocks`] is what the rest of the crate uses: it makes the blocks of a rotation `R` from the learned numbers,
-//! rotates matrices and weights with them, and computes a whole linear layer by the [`Route`] that [`route`]
+//! rotates matrices and weights with them, and computes a whole linear layer by the [`Route`] that [`route()`]
 //! chooses.
 //!
 //! # The Gram backward

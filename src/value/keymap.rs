@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use fancy_regex::Regex;
 
-/// Why a [`KeyMap`](crate::KeyMap) is refused, or has no answer.
+/// Why a [`KeyMap`] is refused, or has no answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum KeyMapError {

@@ -257,3 +257,91 @@ impl Reparameterizer for Attach {
         (param, self.0.take())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::OftConfig;
+    use crate::rotation::Method;
+
+    /// What Burn shows a visitor, one line each.
+    #[derive(Default)]
+    struct Seen {
+        lines: Vec<String>,
+        rotations: Vec<Rotation>,
+    }
+
+    impl ModuleVisitor for Seen {
+        fn enter_module(&mut self, name: &str, container: &str) {
+            let rotation = rotation_of_level(name, container);
+            let name = rotation.as_ref().map_or(name, |_| "(the rotation)");
+            self.lines.push(format!("enter {name} of {container}"));
+            self.rotations.extend(rotation);
+        }
+
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let adapter = param.reparameterization::<BoftAdapter>();
+            assert!(
+                adapter.is_none(),
+                "Burn shows a visitor the adapter of a weight: read the rotation from it, and remove the level that \
+                 `Rotation` writes, `rotation_of_level`, and its use in `model/walk.rs`"
+            );
+            self.lines.push(format!("float of {D} axes"));
+        }
+    }
+
+    fn adapted(radius: f64) -> (Param<Tensor<2>>, Rotation) {
+        let config = OftConfig::new().with_block_size(4).with_coft_radius(radius);
+        let method = Method::new(&config.into()).unwrap();
+        let rotation = method
+            .rotation("layer", LayerKind::Linear, (24, 10))
+            .unwrap();
+        let device = Device::flex();
+        let values = rotation.initial("layer");
+        let adapter = BoftAdapter::new(rotation.clone(), values, (&device, DType::F32));
+        let weight = Param::from_tensor(Tensor::ones([24, 10], &device));
+        (
+            weight.apply_reparameterization(Attach(Some(adapter))),
+            rotation,
+        )
+    }
+
+    /// If this fails, Burn traverses a reparameterization in another order: `model/walk.rs` puts a weight, the rotation
+    /// and the numbers together by this order.
+    #[test]
+    fn burn_shows_the_weight_then_the_rotation_then_the_numbers() {
+        let (weight, rotation) = adapted(0.5);
+        let mut seen = Seen::default();
+        weight.visit(&mut seen);
+        assert_eq!(
+            seen.lines,
+            [
+                "float of 2 axes",
+                "enter boft of Reparameterization",
+                "enter rotation of Struct:BoftAdapter",
+                "enter (the rotation) of BoftRotation",
+                "enter skew of Struct:BoftAdapter",
+                "float of 3 axes",
+                "enter scale of Struct:BoftAdapter",
+                "enter training of Struct:BoftAdapter",
+            ]
+        );
+        assert_eq!(seen.rotations, [rotation]);
+    }
+
+    #[test]
+    fn a_rotation_keeps_every_digit_on_its_way_through_a_traversal() {
+        for radius in [
+            0.381_889_671_742_117_24,
+            f64::MIN_POSITIVE,
+            6e-5,
+            1.0 / 3.0,
+            1e300,
+        ] {
+            let (weight, rotation) = adapted(radius);
+            let mut seen = Seen::default();
+            weight.visit(&mut seen);
+            assert_eq!(seen.rotations, [rotation]);
+        }
+    }
+}

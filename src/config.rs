@@ -635,6 +635,13 @@ impl AdapterConfig {
         }
     }
 
+    /// Sets the factors and whether there is a scale. OFT has one factor and no scale.
+    pub(crate) fn set_factors_and_scale(&mut self, factors: usize, scale: bool) {
+        if let Self::Boft(config) = self {
+            (config.n_butterfly_factor, config.scale) = (factors, scale);
+        }
+    }
+
     pub(crate) fn init(&self) -> Init {
         match self {
             Self::Boft(config) => config.init,

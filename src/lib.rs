@@ -66,32 +66,27 @@
 
 mod adapter;
 mod config;
-mod error;
 mod linear;
 pub mod model;
 pub mod ops;
-mod peft;
+pub mod peft;
 mod rotation;
 mod select;
-mod value;
+pub mod tensors;
+pub mod value;
 
 pub use adapter::BoftAdapter;
 pub use config::{
     AdapterConfig, Bias, Block, BoftConfig, Cayley, Init, LayerKind, OftConfig, Selection,
     TargetModules,
 };
-pub use error::{AttachError, ConfigError, KeyMapError, LoadError, Mismatch, NameError, SaveError};
 pub use linear::{Linear as BoftLinear, LinearConfig as BoftLinearConfig};
 #[cfg(feature = "train")]
 pub use model::AdapterCheckpointer;
 pub use model::{candidates, diagnose, inject, merge, plan, project, summary, unload};
-pub use peft::{LoadOptions, SaveOptions};
 pub use rotation::{ButterflyPlan, RotationError};
 pub use select::PatternError;
-pub use value::{
-    Adapter, AdapterLayer, ExtractError, KeyMap, LayerMeasure, LoadReport, Place, SavedTensor,
-    Transformers,
-};
+pub use value::{Adapter, KeyMap, Transformers};
 
 /// The README's example, compiled.
 #[cfg(doctest)]

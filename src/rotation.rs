@@ -471,6 +471,35 @@ impl Method {
         self.block_share
     }
 
+    /// Whether the blocks of a layer share their numbers, given whether those of its file do: OFT's settings say it, and
+    /// BOFT's leave it to the file, which may be an old OFT's.
+    pub(crate) fn shares(&self, file: bool) -> bool {
+        match self.family {
+            Family::Boft => file,
+            Family::Oft => self.block_share,
+        }
+    }
+
+    /// The number of factors.
+    pub(crate) fn n_butterfly_factor(&self) -> usize {
+        self.n_butterfly_factor
+    }
+
+    /// Whether an adapter of this method may have so many factors, and a scale.
+    pub(crate) fn allows(&self, factors: usize, scale: bool) -> bool {
+        self.family == Family::Boft || (factors == 1 && !scale)
+    }
+
+    /// Numbers that PEFT stores for a layer of `m` factors of `n` stored blocks of `b` channels.
+    ///
+    /// PEFT's BOFT keeps full squares, and always a scale; its OFT packs as we do.
+    pub(crate) fn stored_by_peft(&self, [m, n, b]: [usize; 3], d_output: usize) -> usize {
+        match self.family {
+            Family::Oft => m * n * (b * (b - 1) / 2),
+            Family::Boft => m * n * b * b + d_output,
+        }
+    }
+
     /// The block size that the configuration asks for on an axis of `d`, before it is adjusted; none where the
     /// count does not divide the axis.
     fn asked_block_size(&self, d: usize) -> Option<usize> {
@@ -669,16 +698,15 @@ impl Rotation {
     }
 
     /// Numbers that PEFT stores for the same rotation.
-    ///
-    /// PEFT's BOFT keeps full squares, and always a scale; its OFT packs as we do.
     pub(crate) fn stored_by_peft(&self) -> usize {
-        match self.method.family {
-            Family::Oft => self.sizes.skew_shape().iter().product(),
-            Family::Boft => {
-                let [m, _, _] = self.sizes.skew_shape();
-                m * self.sizes.d_input() * self.sizes.block_size() + self.sizes.d_output()
-            }
-        }
+        let [m, stored, _] = self.sizes.skew_shape();
+        // A shared block of an old file becomes one block for each that shares it.
+        let n = match self.method.block_share {
+            true => stored,
+            false => self.sizes.block_num(),
+        };
+        let sizes = [m, n, self.sizes.block_size()];
+        self.method.stored_by_peft(sizes, self.sizes.d_output())
     }
 
     /// What the adapter of the layer at `path` starts from.

@@ -1,7 +1,8 @@
 //! The backward pass of every operation.
 //!
-//! An operation's struct names its step in the graph. The step keeps what [`Backward::State`] lists, and Burn
-//! may compute an input that it keeps by its node again instead of storing it.
+//! A unit struct stands for each operation in Burn's graph, and [`Backward::State`] is what the operation keeps for
+//! its backward pass. An input is kept by the identifier of its node, so that under gradient checkpointing Burn can
+//! compute it again instead of storing it.
 
 use burn::backend::autodiff::{
     Autodiff, NodeId,
@@ -42,7 +43,7 @@ impl<B: BoftBackend, C: CheckpointStrategy> BoftBackend for Autodiff<B, C> {
         );
         match Butterfly.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(mut prep) => {
-                // R·t and t·Rᵀ rotate weights, where G = dW'·W'ᵀ; t·R and Rᵀ·t activations, where G = xᵀ·dx.
+                // R·t and t·Rᵀ rotate as weights do, where G = dW'·W'ᵀ; t·R and Rᵀ·t as activations, where G = xᵀ·dx.
                 let kept = match direction == side.weight_direction() {
                     true => Kept::Output(output.clone()),
                     false => Kept::Input(prep.checkpoint(&matrix)),
@@ -103,7 +104,7 @@ impl<B: BoftBackend, C: CheckpointStrategy> BoftBackend for Autodiff<B, C> {
     }
 }
 
-/// The step of [`BoftBackend::boft_cayley`]; its state are the blocks.
+/// [`BoftBackend::boft_cayley`] in the graph. It keeps the blocks.
 #[derive(Debug)]
 struct Cayley;
 
@@ -120,7 +121,7 @@ impl<B: BoftBackend> Backward<B, 1> for Cayley {
     }
 }
 
-/// The step of [`BoftBackend::boft_butterfly`].
+/// [`BoftBackend::boft_butterfly`] in the graph.
 #[derive(Debug)]
 struct Butterfly;
 
@@ -172,7 +173,7 @@ impl<B: BoftBackend> Backward<B, 2> for Butterfly {
     }
 }
 
-/// The step of [`BoftBackend::boft_weight`].
+/// [`BoftBackend::boft_weight`] in the graph.
 #[derive(Debug)]
 struct Weight;
 
@@ -214,8 +215,8 @@ impl<B: BoftBackend> Backward<B, 3> for Weight {
     }
 }
 
-/// The step of [`BoftBackend::boft_linear`]: its parents are the input, the weight, the blocks, the scale and,
-/// where there is one, the bias.
+/// [`BoftBackend::boft_linear`] in the graph. Its parents are the input, the weight, the blocks, the scale and, if
+/// there is one, the bias.
 #[derive(Debug)]
 struct Linear;
 
@@ -228,11 +229,11 @@ struct LinearState<B: Backend> {
     blocks: FloatTensor<B>,
     scale: FloatTensor<B>,
     bias: Option<FloatTensor<B>>,
-    /// Kept for the gradient of the scale only; the operation after the layer mostly keeps it anyway.
+    /// Kept only for the gradient of the scale. The operation after the layer usually keeps it anyway.
     output: Option<FloatTensor<B>>,
 }
 
-/// Computes the layer and prepares its step.
+/// Computes the layer and enters it into the graph, with the nodes that [`Linear`] lists.
 fn rotated_linear<B: BoftBackend, C: CheckpointStrategy, const N: usize>(
     nodes: [NodeGuard; N],
     input: FloatTensor<Autodiff<B, C>>,

@@ -1,4 +1,4 @@
-//! The list of backends: the one place that names them.
+//! The operations that a backend may replace by kernels, and the only list of such backends.
 
 // Burn 0.22 deprecates `NdArray` and still ships it; 0.23 does not.
 #![allow(deprecated)]
@@ -22,16 +22,16 @@ use super::linear::Channels;
 use super::precision::widened;
 use super::{butterfly, cayley, linear};
 
-/// A tensor that an operation may be given.
+/// A tensor that an operation may do without.
 ///
-/// `#[backend_extension]` finds the backend's own tensor in an argument that is a tensor, or whose type derives
-/// [`ExtensionType`]. An `Option<FloatTensor<Self>>` is neither: the macro would hand it on as it is, as a tensor
-/// of the dispatcher.
+/// It stands in for `Option<FloatTensor<Self>>`, which `#[backend_extension]` does not support as an argument: the
+/// macro converts an argument to the backend that runs only if it is a tensor itself or derives
+/// [`ExtensionType`].
 #[derive(Debug, Clone, ExtensionType)]
 pub enum OptionalTensor<B: Backend> {
-    /// The operation does without.
+    /// There is no tensor.
     Absent,
-    /// The operation uses this one.
+    /// There is this one.
     Present(FloatTensor<B>),
 }
 
@@ -45,7 +45,7 @@ impl<B: Backend> From<Option<FloatTensor<B>>> for OptionalTensor<B> {
 }
 
 impl<B: Backend> OptionalTensor<B> {
-    /// The tensor, where there is one.
+    /// The tensor, if there is one.
     pub fn into_option(self) -> Option<FloatTensor<B>> {
         match self {
             Self::Present(tensor) => Some(tensor),
@@ -56,7 +56,9 @@ impl<B: Backend> OptionalTensor<B> {
 
 /// The operations of orthogonal fine-tuning, as a backend runs them.
 ///
-/// `blocks` is a `[m, n, b, b]` tensor of orthogonal blocks, factor by factor.
+/// [`Blocks`](super::Blocks) checks the shapes and calls them; call it rather than this trait. In every operation
+/// `blocks` is a `[m, n, b, b]` tensor of orthogonal blocks in f32 or f64, and the result has the precision of the
+/// first argument unless the operation says otherwise.
 #[backend_extension(
     Flex: cfg(feature = "flex"),
     NdArray: cfg(feature = "ndarray"),
@@ -67,7 +69,10 @@ impl<B: Backend> OptionalTensor<B> {
 pub trait BoftBackend: Backend {
     /// Maps packed skew-symmetric matrices to orthogonal blocks, `C = (I − Q)(I + Q)⁻¹`.
     ///
-    /// From a `[m, n, b(b−1)/2]` tensor to a `[m, n, b, b]` tensor.
+    /// # Shapes
+    ///
+    /// - skew: `[m, n, b(b−1)/2]`, in f32 or f64
+    /// - result: `[m, n, b, b]`
     #[fusion(dtype = skew, shape = {
         let [m, n, _] = skew.dims::<3>();
         Shape::from([m, n, *block_size, *block_size])
@@ -76,7 +81,12 @@ pub trait BoftBackend: Backend {
         cayley::exact::<Self>(skew, block_size)
     }
 
-    /// The gradient of [`boft_cayley`](Self::boft_cayley) with respect to its input, from its output.
+    /// The gradient of [`boft_cayley`](Self::boft_cayley) with respect to its input, from its output alone.
+    ///
+    /// # Shapes
+    ///
+    /// - blocks and their gradient: `[m, n, b, b]`
+    /// - result: `[m, n, b(b−1)/2]`
     #[fusion(dtype = blocks, shape = {
         let [m, n, b, _] = blocks.dims::<4>();
         Shape::from([m, n, b * (b - 1) / 2])
@@ -89,6 +99,10 @@ pub trait BoftBackend: Backend {
     }
 
     /// Rotates a matrix: `R·t` or `t·R`, or with the transpose of `R`.
+    ///
+    /// # Shapes
+    ///
+    /// - matrix: `[d, columns]` for [`Side::Left`], `[rows, d]` for [`Side::Right`]; so is the result
     #[fusion(dtype = matrix, shape = matrix)]
     fn boft_butterfly(
         matrix: FloatTensor<Self>,
@@ -99,7 +113,16 @@ pub trait BoftBackend: Backend {
         butterfly::apply::<Self>(matrix, blocks, side, direction)
     }
 
-    /// Rotates and scales a weight: `R·W·diag(s)` on the left, `diag(s)·W·Rᵀ` on the right.
+    /// Rotates and scales a weight: `R·W·diag(s)` from the left, `diag(s)·W·Rᵀ` from the right.
+    ///
+    /// # Shapes
+    ///
+    /// - weight: `[d, o]` for [`Side::Left`], `[o, d]` for [`Side::Right`]; so is the result
+    /// - scale: `[o]`
+    ///
+    /// # Numerics
+    ///
+    /// 1e-20 is added to a scale of less than 1e-30 in magnitude.
     #[fusion(dtype = weight, shape = weight)]
     fn boft_weight(
         weight: FloatTensor<Self>,
@@ -110,7 +133,18 @@ pub trait BoftBackend: Backend {
         linear::weight::<Self>(weight, blocks, scale, side)
     }
 
-    /// The gradient of the blocks from the two matrices whose product per span is `G`.
+    /// The gradient of the blocks from the two matrices whose product per span is `G`; see the [Gram
+    /// backward](super#the-gram-backward).
+    ///
+    /// # Shapes
+    ///
+    /// - lhs, rhs: two `[d, columns]` for [`Side::Left`], where `G = lhs·rhsᵀ`, or two `[rows, d]` for
+    ///   [`Side::Right`], where `G = lhsᵀ·rhs`
+    /// - result: `[m, n, b, b]`, in the precision of the blocks
+    ///
+    /// # Numerics
+    ///
+    /// `G` is accumulated in f32 or wider, whatever the precision of the two matrices.
     #[fusion(dtype = blocks, shape = blocks)]
     fn boft_block_gradient(
         lhs: FloatTensor<Self>,
@@ -121,10 +155,12 @@ pub trait BoftBackend: Backend {
         butterfly::block_gradient::<Self>(lhs, rhs, blocks, side)
     }
 
-    /// Sums `gradient ⊙ output`, and `gradient`, per output channel: per column on the left, per row on
-    /// the right.
+    /// Sums `gradient ⊙ output`, and `gradient` alone, per output channel.
     ///
-    /// From `[rows, columns]` tensors to two vectors in f32 or wider.
+    /// # Shapes
+    ///
+    /// - gradient, output: `[rows, columns]`
+    /// - results: a number per column for [`Channels::Columns`], per row for [`Channels::Rows`], in f32 or wider
     #[fusion(meta = |gradient, output, channels| {
         let [rows, columns] = output.shape.dims::<2>();
         let sums = TensorSpec {
@@ -145,6 +181,13 @@ pub trait BoftBackend: Backend {
     }
 
     /// Multiplies rows by a rotated and scaled weight and adds a bias, `x·(R·W·diag(s)) + bias`.
+    ///
+    /// # Shapes
+    ///
+    /// - input: `[tokens, d]`
+    /// - weight: `[d, o]`
+    /// - scale, bias: `[o]`
+    /// - result: `[tokens, o]`
     #[fusion(default)]
     fn boft_linear(
         input: FloatTensor<Self>,
@@ -158,6 +201,13 @@ pub trait BoftBackend: Backend {
     }
 
     /// Multiplies two matrices and adds a bias, `x·W + bias`.
+    ///
+    /// # Shapes
+    ///
+    /// - input: `[tokens, d]`
+    /// - weight: `[d, o]`
+    /// - bias: `[o]`
+    /// - result: `[tokens, o]`
     #[fusion(default)]
     fn boft_product(
         input: FloatTensor<Self>,

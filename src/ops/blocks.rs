@@ -9,9 +9,30 @@ use super::precision::widen;
 use super::route::Route;
 use super::{butterfly, cayley, linear};
 
-/// The blocks of a rotation.
+/// The blocks of a rotation `R = F_{m−1} ··· F_1 · F_0`, a `[m, n, b, b]` tensor.
 ///
-/// `R = F_{m−1} ··· F_1 · F_0`, where factor `i` couples half-blocks at distance `2^i`.
+/// Factor `F_i` multiplies each of its `n` blocks by the `b` numbers that the block couples: two halves of `b/2`
+/// neighbours at distance `2^i` halves, so that the blocks of `F_0` lie side by side. `R` is block-diagonal in
+/// *spans* of `b·2^(m−1)` neighbours.
+///
+/// With more than one factor, `b` has to be even and `2^(m−1)` has to divide `n`; every method that needs the
+/// factors panics otherwise.
+///
+/// # Examples
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use burn_boft::ops::{Blocks, Direction, Side};
+///
+/// # let device = Device::flex();
+/// // Two factors of four blocks of 2, each of one number: a rotation of 8 features.
+/// let skew = Tensor::<3>::full([2, 4, 1], 0.1, &device);
+/// let blocks = Blocks::cayley(skew, 2);
+/// let x = Tensor::<2>::ones([3, 8], &device);
+/// let rotated = blocks.rotate(x.clone(), Side::Right, Direction::Forward);
+/// let back = blocks.rotate(rotated, Side::Right, Direction::Back);
+/// assert!((back - x).abs().max().into_scalar::<f32>() < 1e-6);
+/// ```
 ///
 /// # References
 ///
@@ -19,11 +40,12 @@ use super::{butterfly, cayley, linear};
 #[derive(Debug, Clone)]
 pub struct Blocks {
     values: Tensor<4>,
+    /// Whether the rotation is orthogonal, so that the Gram backward holds.
     orthogonal: bool,
 }
 
 impl Blocks {
-    /// The exact Cayley map of packed skew-symmetric matrices.
+    /// The exact Cayley map of packed skew-symmetric matrices, `C = (I − Q)(I + Q)⁻¹`.
     ///
     /// # Shapes
     ///
@@ -31,12 +53,16 @@ impl Blocks {
     ///
     /// # Numerics
     ///
-    /// Half precision is widened to f32. `I + Q` has symmetric part `I`, so the inverse needs no pivoting
-    /// and exists for every finite `Q`.
+    /// Half precision is widened to f32. `I + Q` has symmetric part `I`, so the inverse needs no pivoting and
+    /// exists for every finite `Q`. In f32, `max|RᵀR − I|` stays below 1e-6 for `‖Q‖₂` up to 10.
     ///
     /// # Panics
     ///
-    /// If the last axis is not `b(b−1)/2`, or `b < 2`.
+    /// - If `b < 2`, there is no factor, or the last axis is not `b(b−1)/2`.
+    ///
+    /// # References
+    ///
+    /// Qiu et al., *Controlling Text-to-Image Diffusion by Orthogonal Finetuning*.
     pub fn cayley(skew: Tensor<3>, block_size: usize) -> Self {
         cayley::assert_packed(skew.dims(), block_size);
         let skew = widen(skew);
@@ -52,25 +78,38 @@ impl Blocks {
         }
     }
 
-    /// PEFT's Cayley-Neumann polynomial of packed skew-symmetric matrices.
+    /// PEFT's Cayley-Neumann polynomial of packed skew-symmetric matrices: `I` for fewer than two terms,
+    /// `I + 2Q` for two, else `I + 2Q + ··· + 2Q^(k−1) + Q^k` with `k = max(terms − 1, 3)`.
     ///
-    /// See [`Cayley::Neumann`](crate::Cayley::Neumann) for the polynomial. Not orthogonal, so products
-    /// with these blocks take Burn's own differentiation.
+    /// It approximates the transpose of the exact map and is not orthogonal, so that Burn differentiates the
+    /// products with these blocks.
+    ///
+    /// # Shapes
+    ///
+    /// - skew: a `[m, n, b(b−1)/2]` tensor, the strict upper triangles row by row
     ///
     /// # Panics
     ///
-    /// If the last axis is not `b(b−1)/2`, or `b < 2`.
+    /// - If `b < 2`, there is no factor, or the last axis is not `b(b−1)/2`.
+    ///
+    /// # References
+    ///
+    /// Qiu et al., *Orthogonal Finetuning Made Scalable*; PEFT's `tuners/oft/layer.py`.
     pub fn neumann(skew: Tensor<3>, block_size: usize, terms: usize) -> Self {
         Self::polynomial(skew, block_size, &cayley::neumann_coefficients(terms))
     }
 
     /// A polynomial of packed skew-symmetric matrices, `Σ coefficients[k]·Q^k`.
     ///
-    /// Taken to be no rotation, so products with these blocks take Burn's own differentiation.
+    /// Most polynomials are not orthogonal, so that Burn differentiates the products with these blocks.
+    ///
+    /// # Shapes
+    ///
+    /// - skew: a `[m, n, b(b−1)/2]` tensor, the strict upper triangles row by row
     ///
     /// # Panics
     ///
-    /// If the last axis is not `b(b−1)/2`, or `b < 2`.
+    /// - If `b < 2`, there is no factor, or the last axis is not `b(b−1)/2`.
     pub fn polynomial(skew: Tensor<3>, block_size: usize, coefficients: &[f64]) -> Self {
         cayley::assert_packed(skew.dims(), block_size);
         let skew = widen(skew).into_dispatch();
@@ -81,20 +120,43 @@ impl Blocks {
         }
     }
 
-    /// Repeats a single stored block per factor over `block_num` blocks, as block sharing does.
+    /// Repeats the only block of each factor `block_num` times, as PEFT's block sharing does.
+    ///
+    /// # Panics
+    ///
+    /// - If a factor has more than one block.
     pub fn share(self, block_num: usize) -> Self {
-        let [m, _, b, _] = self.values.dims();
+        let [m, n, b, _] = self.values.dims();
+        assert_eq!(n, 1, "share: {n} blocks per factor, where one is shared");
         Self {
             values: self.values.expand([m, block_num, b, b]),
             ..self
         }
     }
 
-    /// Replaces the blocks where `mask` is one by the identity.
+    /// Replaces the blocks where `mask` is one by the identity, as multiplicative dropout does.
     ///
-    /// `mask` is a `[m, n]` tensor of zeros and ones. A replaced block gets no gradient.
+    /// A replaced block gets no gradient.
+    ///
+    /// # Shapes
+    ///
+    /// - mask: a `[m, n]` tensor of zeros and ones
+    ///
+    /// # Panics
+    ///
+    /// - If the mask does not have a number for every block.
+    ///
+    /// # References
+    ///
+    /// Liu et al., *Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization*; PEFT's
+    /// `MultiplicativeDropoutLayer` in `tuners/boft/layer.py`.
     pub fn replace_by_identity(self, mask: Tensor<2>) -> Self {
         let [m, n, b, _] = self.values.dims();
+        assert_eq!(
+            mask.dims(),
+            [m, n],
+            "replace_by_identity: the mask of [{m}, {n}] blocks"
+        );
         let mask = mask.reshape([m, n, 1, 1]);
         let identity =
             Tensor::<2>::eye(b, &self.values.device()).cast(FloatDType::from(self.values.dtype()));
@@ -116,11 +178,15 @@ impl Blocks {
     ///
     /// - matrix: `[d, columns]` for [`Side::Left`], `[rows, d]` for [`Side::Right`]; so is the result
     ///
+    /// # Numerics
+    ///
+    /// Runs in the precision of the blocks, f32 or f64, and is rounded to that of the matrix once, at the end.
+    ///
     /// # Panics
     ///
-    /// If `d` is not `n·b`.
+    /// - If `d` is not `n·b`.
     pub fn rotate(&self, matrix: Tensor<2>, side: Side, direction: Direction) -> Tensor<2> {
-        self.assert_axis(side.rotated(matrix.dims()), "rotate");
+        self.assert_rotates("rotate", side.rotated(matrix.dims()));
         let kernel = self.has_gram_backward(&matrix);
         let (matrix, blocks) = (matrix.into_dispatch(), self.values().into_dispatch());
         Tensor::from_dispatch(match kernel {
@@ -129,7 +195,9 @@ impl Blocks {
         })
     }
 
-    /// Rotates and scales a weight: `R·W·diag(s)` on the left, `diag(s)·W·Rᵀ` on the right.
+    /// Rotates and scales a weight: `R·W·diag(s)` from the left, `diag(s)·W·Rᵀ` from the right.
+    ///
+    /// The right is for weights that have their outputs in rows, such as those of PyTorch and of convolutions.
     ///
     /// # Shapes
     ///
@@ -138,16 +206,19 @@ impl Blocks {
     ///
     /// # Numerics
     ///
-    /// The rotation of a half-precision weight runs in f32 and is rounded once, at the end.
+    /// Runs in the precision of the blocks, f32 or f64, and is rounded to that of the weight once, at the end.
+    /// Since the gradient of the scale divides by it, 1e-20 is added to a scale of less than 1e-30 in magnitude.
     ///
     /// # Panics
     ///
-    /// If `d` is not `n·b`.
+    /// - If `d` is not `n·b`.
+    /// - If the scale does not have a number for every output.
     pub fn weight(&self, weight: Tensor<2>, scale: Option<Tensor<1>>, side: Side) -> Tensor<2> {
         let Some(scale) = scale else {
             return self.rotate(weight, side, side.weight_direction());
         };
-        self.assert_axis(side.rotated(weight.dims()), "weight");
+        self.assert_rotates("weight", side.rotated(weight.dims()));
+        assert_outputs("weight", "scale", &scale, side.other(weight.dims()));
         let kernel = self.has_gram_backward(&weight);
         let weight = weight.into_dispatch();
         let (blocks, scale) = (self.values().into_dispatch(), scale.into_dispatch());
@@ -157,7 +228,8 @@ impl Blocks {
         })
     }
 
-    /// Applies a rotated linear layer, `y = (x·R·W) ⊙ s + bias`, by the route that [`route`] chooses.
+    /// Applies a rotated linear layer, `y = (x·R·W) ⊙ s + bias`, by a route that [`route`](super::route()) may
+    /// have chosen.
     ///
     /// # Shapes
     ///
@@ -166,15 +238,21 @@ impl Blocks {
     /// - scale, bias: `[o]`
     /// - result: `[…, o]`
     ///
+    /// # Numerics
+    ///
+    /// In f32 both routes stay within 6e-7 of the exact result, relative to its largest number, in the tests. The
+    /// weight route rounds the rotated weight to the precision of the weight.
+    ///
     /// # Memory
     ///
     /// For its backward pass the weight route keeps the input, the output where a scale is trained, and the
-    /// rotated weight where that is no larger than the two, `d·o ≤ T·(d + o)`; a larger one is computed again.
-    /// It never forms a weight-shaped gradient of a frozen weight.
+    /// rotated weight where that is no larger than the two, `d·o ≤ T·(d + o)` for `T` rows of input; a larger one
+    /// is computed again. A frozen weight gets no gradient, so none of its shape is formed.
     ///
     /// # Panics
     ///
-    /// If `d` is not `n·b`.
+    /// - If `d` is not `n·b`, or the last axis of the input is not `d`.
+    /// - If the scale or the bias does not have a number for every output.
     pub fn linear<const D: usize>(
         &self,
         input: Tensor<D>,
@@ -184,8 +262,19 @@ impl Blocks {
         route: Route,
     ) -> Tensor<D> {
         let [d, d_output] = weight.dims();
-        self.assert_axis(d, "linear");
         let mut shape = input.shape();
+        self.assert_rotates("linear", d);
+        assert_eq!(
+            shape[D - 1],
+            d,
+            "linear: the input {:?} does not fit the weight [{d}, {d_output}]",
+            input.dims()
+        );
+        for (name, vector) in [("scale", &scale), ("bias", &bias)] {
+            if let Some(vector) = vector {
+                assert_outputs("linear", name, vector, d_output);
+            }
+        }
         let rows = shape.num_elements() / d;
         shape[D - 1] = d_output;
         let input = input.reshape([rows, d]);
@@ -204,10 +293,10 @@ impl Blocks {
         output.reshape(shape)
     }
 
-    /// The rotation of each span of `b·2^(m−1)` neighbours, a `[d/span, span, span]` tensor.
-    ///
-    /// `R` is block-diagonal in them.
+    /// The rotation of each span, a `[d/span, span, span]` tensor with `span = b·2^(m−1)`.
     pub fn spans(&self) -> Tensor<3> {
+        let [_, n, b, _] = self.values.dims();
+        self.assert_rotates("spans", n * b);
         Tensor::from_dispatch(butterfly::compose::<Dispatch>(
             &self.values().into_dispatch(),
         ))
@@ -240,20 +329,116 @@ impl Blocks {
         self.orthogonal && is_listed(operand.device().as_dispatch())
     }
 
-    fn assert_axis(&self, axis: usize, operation: &str) {
-        let [_, n, b, _] = self.values.dims();
+    /// Panics unless the factors rotate an axis of this length.
+    fn assert_rotates(&self, operation: &str, axis: usize) {
+        let [m, n, b, _] = self.values.dims();
         assert_eq!(
             axis,
             n * b,
             "{operation}: {n} blocks of {b} rotate an axis of {}, not of {axis}",
             n * b
         );
+        let pairs = u32::try_from(m - 1)
+            .ok()
+            .and_then(|stages| 1usize.checked_shl(stages))
+            .is_some_and(|blocks_per_span| n % blocks_per_span == 0);
+        assert!(
+            m == 1 || b % 2 == 0 && pairs,
+            "{operation}: {n} blocks of {b} do not form {m} butterfly factors"
+        );
     }
+}
+
+/// Panics unless a vector has a number for every output.
+fn assert_outputs(operation: &str, name: &str, vector: &Tensor<1>, outputs: usize) {
+    let [count] = vector.dims();
+    assert_eq!(
+        count, outputs,
+        "{operation}: the {name} is a [{count}] tensor, for {outputs} outputs"
+    );
 }
 
 fn with_bias(output: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
     match bias {
         Some(bias) => output + bias.unsqueeze::<2>(),
         None => output,
+    }
+}
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use burn::tensor::Device;
+
+    use super::*;
+
+    /// Two factors of four blocks of 2, which rotate 8 numbers.
+    fn blocks() -> Blocks {
+        Blocks::cayley(zeros([2, 4, 1]), 2)
+    }
+
+    fn zeros<const D: usize>(shape: [usize; D]) -> Tensor<D> {
+        Tensor::zeros(shape, &Device::flex())
+    }
+
+    #[test]
+    #[should_panic = "blocks of 3 have 3 numbers, but the skew tensor is [1, 2, 6]"]
+    fn a_skew_tensor_of_another_block_size_is_refused() {
+        Blocks::cayley(zeros([1, 2, 6]), 3);
+    }
+
+    #[test]
+    #[should_panic = "rotate: 4 blocks of 2 rotate an axis of 8, not of 6"]
+    fn a_matrix_of_another_width_is_not_rotated() {
+        blocks().rotate(zeros([3, 6]), Side::Right, Direction::Forward);
+    }
+
+    #[test]
+    #[should_panic = "spans: 3 blocks of 2 do not form 2 butterfly factors"]
+    fn blocks_without_a_partner_form_no_second_factor() {
+        Blocks::cayley(zeros([2, 3, 1]), 2).spans();
+    }
+
+    #[test]
+    #[should_panic = "rotate: 4 blocks of 3 do not form 2 butterfly factors"]
+    fn blocks_that_have_no_halves_form_no_second_factor() {
+        let blocks = Blocks::cayley(zeros([2, 4, 3]), 3);
+        blocks.rotate(zeros([1, 12]), Side::Right, Direction::Forward);
+    }
+
+    #[test]
+    #[should_panic = "weight: the scale is a [4] tensor, for 5 outputs"]
+    fn a_scale_of_another_length_is_refused() {
+        blocks().weight(zeros([8, 5]), Some(zeros([4])), Side::Left);
+    }
+
+    #[test]
+    #[should_panic = "weight: the scale is a [8] tensor, for 5 outputs"]
+    fn a_scale_of_the_inputs_is_refused() {
+        blocks().weight(zeros([5, 8]), Some(zeros([8])), Side::Right);
+    }
+
+    #[test]
+    #[should_panic = "linear: the input [2, 4] does not fit the weight [8, 5]"]
+    fn an_input_of_another_width_is_refused_although_its_numbers_would_fill_a_row() {
+        blocks().linear(zeros([2, 4]), zeros([8, 5]), None, None, Route::Weight);
+    }
+
+    #[test]
+    #[should_panic = "linear: the bias is a [1] tensor, for 5 outputs"]
+    fn a_bias_of_one_number_is_not_spread_over_the_outputs() {
+        let bias = Some(zeros([1]));
+        blocks().linear(zeros([2, 8]), zeros([8, 5]), None, bias, Route::Activation);
+    }
+
+    #[test]
+    #[should_panic = "share: 4 blocks per factor, where one is shared"]
+    fn several_blocks_cannot_be_shared() {
+        blocks().share(8);
+    }
+
+    #[test]
+    #[should_panic = "replace_by_identity: the mask of [2, 4] blocks"]
+    fn a_mask_of_another_shape_is_refused() {
+        blocks().replace_by_identity(zeros([4, 2]));
     }
 }

@@ -1,4 +1,4 @@
-//! The butterfly: applying a rotation, and the gradient of its blocks.
+//! The butterfly: applying a rotation, and the gradient of its blocks. The portable version.
 
 use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
 
@@ -20,6 +20,14 @@ impl Side {
         match self {
             Self::Left => rows,
             Self::Right => columns,
+        }
+    }
+
+    /// The length of the other axis.
+    pub(super) fn other(self, [rows, columns]: [usize; 2]) -> usize {
+        match self {
+            Self::Left => columns,
+            Self::Right => rows,
         }
     }
 
@@ -52,8 +60,8 @@ impl Direction {
 
 /// Spans up to this size are composed into one matrix each before they meet the operand.
 ///
-/// A composed span reads the operand once, whatever the number of factors, at the price of
-/// `span/(m·b)` times the multiplications.
+/// With a composed span the operand is read once, whatever the number of factors, for `span/(m·b)` times the
+/// multiplications.
 const COMPOSED_SPAN: usize = 64;
 
 /// `op(R)·t` or `t·op(R)`, in the precision of the blocks, returned in the operand's.
@@ -75,7 +83,7 @@ pub(super) fn apply<B: Backend>(
     cast::<B>(from_spans::<B>(spans, side), dtype)
 }
 
-/// `G = lhsᵀ·rhs` per span along the rotated axis, a `[d/span, span, span]` tensor in f32 or wider.
+/// `G` per span along the rotated axis, `lhs·rhsᵀ` or `lhsᵀ·rhs`, a `[d/span, span, span]` tensor in f32 or wider.
 fn gram<B: Backend>(
     lhs: FloatTensor<B>,
     rhs: FloatTensor<B>,
@@ -130,7 +138,7 @@ fn span(&[m, _, b, _]: &[usize; 4]) -> usize {
     b << (m - 1)
 }
 
-/// The rotated axis in front and cut into spans: a `[d/span, span, k]` tensor.
+/// A matrix with its rotated axis in front and cut into spans, a `[d/span, span, k]` tensor.
 fn into_spans<B: Backend>(matrix: FloatTensor<B>, side: Side, span: usize) -> FloatTensor<B> {
     let [rows, columns] = matrix.shape().dims::<2>();
     match side {
@@ -211,8 +219,8 @@ fn rotate_stage<B: Backend>(
 
 /// The stage permutation of the span axis: half-blocks at distance `2^stage` side by side.
 ///
-/// The axis is `[c, 2, 2^stage, b/2]`, and its middle axes trade places. There is no permutation tensor:
-/// a view and one copy do it.
+/// The axis is seen as `[c, 2, 2^stage, b/2]` and its two middle axes are swapped, with a view and one copy instead
+/// of a permutation tensor.
 fn pair<B: Backend>(spans: FloatTensor<B>, stage: usize, b: usize) -> FloatTensor<B> {
     swap_halves::<B>(spans, stage, b, [2, 1 << stage])
 }

@@ -1,4 +1,4 @@
-//! From packed skew-symmetric matrices to blocks.
+//! From packed skew-symmetric matrices to blocks, and back for gradients. The portable version.
 
 use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor, tensor::IntTensor};
 use burn::tensor::{Slice, TensorData};
@@ -9,7 +9,7 @@ use super::precision::{cast, reshape};
 pub(super) fn assert_packed(dims: [usize; 3], block_size: usize) {
     let packed = block_size * block_size.saturating_sub(1) / 2;
     assert!(
-        block_size >= 2 && dims[2] == packed,
+        block_size >= 2 && dims[0] > 0 && dims[2] == packed,
         "blocks of {block_size} have {packed} numbers, but the skew tensor is {dims:?}"
     );
 }
@@ -44,7 +44,7 @@ pub(super) fn exact<B: Backend>(skew: FloatTensor<B>, block_size: usize) -> Floa
 
 /// One Newton-Schulz step towards the nearest orthogonal matrices, `C + ½ C·(I − CᵀC)`.
 ///
-/// Rounding in the sweeps leaves a defect of about `ε·‖Q‖²`; the step squares it away, and leaves an
+/// Rounding in the sweeps leaves an orthogonality defect of about `ε·‖Q‖²`, which the step squares. It leaves an
 /// identity exactly as it is.
 fn orthogonalize<B: Backend>(blocks: FloatTensor<B>, identity: FloatTensor<B>) -> FloatTensor<B> {
     let product = B::float_matmul(B::float_swap_dims(blocks.clone(), 1, 2), blocks.clone());

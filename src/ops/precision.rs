@@ -1,4 +1,4 @@
-//! The precision that numbers are computed in.
+//! The precision that numbers are computed in, and casts and reshapes of a backend's own tensors.
 
 use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
 use burn::tensor::{DType, FloatDType, Shape, Tensor};
@@ -26,7 +26,7 @@ pub(super) fn widen_primitive<B: Backend>(tensor: FloatTensor<B>) -> FloatTensor
     cast::<B>(tensor, dtype)
 }
 
-/// Casts where the precision differs.
+/// Casts a tensor whose precision differs.
 pub(super) fn cast<B: Backend>(tensor: FloatTensor<B>, dtype: DType) -> FloatTensor<B> {
     match tensor.dtype() == dtype {
         true => tensor,

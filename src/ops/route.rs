@@ -1,23 +1,23 @@
-//! The route choice.
+//! The two ways to compute a rotated linear layer, and the choice between them.
 
 use burn::tensor::{DType, Device};
 
 /// How a linear layer with a rotation is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Route {
-    /// Rotate the input, `(x·R)·W`: the weight is only read.
+    /// Rotate the input, `(x·R)·W`. The weight is only read.
     Activation,
-    /// Rotate the weight once, then multiply, `x·(R·W)`: the cost of the rotation does not depend on
-    /// the number of tokens.
+    /// Rotate the weight once, then multiply, `x·(R·W)`. The cost of the rotation does not depend on the number of
+    /// tokens.
     Weight,
 }
 
-/// What follows the forward pass.
+/// Whether a backward pass follows the forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pass {
-    /// Nothing.
+    /// No backward pass follows.
     Inference,
-    /// A backward pass.
+    /// A backward pass follows.
     Training,
 }
 
@@ -52,14 +52,25 @@ impl Base {
 
 /// Chooses the route of a linear layer by the numbers that each moves through memory.
 ///
-/// For a `[d, o]` weight and `T` tokens, beside the product itself:
+/// For a `[d, o]` weight and `T` tokens, in addition to the product itself:
 ///
 /// | | weight route | activation route |
 /// |---|---|---|
 /// | inference | `2·d·o`: rotate and scale the weight | `2·T·d + 2·T·o`: rotate the input, scale the output |
 /// | training | the same | `4·T·d + 5·T·o`: both again in the backward pass, and the scale's gradient |
 ///
-/// The fewer win. A quantized weight cannot be rewritten: there the input is rotated always.
+/// The route with fewer numbers wins. With a quantized weight it is always the activation route, since a rotated
+/// weight could not be stored in its place.
+///
+/// # Examples
+///
+/// ```
+/// use burn_boft::ops::{Base, Pass, Route, route};
+///
+/// // One token through a wide layer: rotate the token. A batch of images: rotate the weight.
+/// assert_eq!(route(1, [4096, 4096], Pass::Inference, Base::Float), Route::Activation);
+/// assert_eq!(route(1028, [384, 1536], Pass::Training, Base::Float), Route::Weight);
+/// ```
 pub fn route(tokens: usize, [d_input, d_output]: [usize; 2], pass: Pass, base: Base) -> Route {
     let weight = 2 * d_input * d_output;
     let activation = match pass {
@@ -74,8 +85,8 @@ pub fn route(tokens: usize, [d_input, d_output]: [usize; 2], pass: Pass, base: B
 
 /// Whether the weight route keeps `R·W·diag(s)` for the backward pass, or computes it again there.
 ///
-/// It keeps a weight of at most the size of the layer's input and output, `d·o ≤ T·(d + o)`: memory then
-/// grows with the tokens, as it does anyway, and never with the model.
+/// It keeps a weight that is no larger than the layer's input and output together, `d·o ≤ T·(d + o)`, so that the
+/// memory kept grows with the tokens, as it does anyway, and not with the model.
 pub(super) fn keeps_weight(tokens: usize, [d_input, d_output]: [usize; 2]) -> bool {
     d_input * d_output <= tokens * (d_input + d_output)
 }

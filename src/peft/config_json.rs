@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use serde::de::{Deserialize, Deserializer, Error as _};
-use serde::ser::{Serialize, Serializer};
+use serde::de::{self, Deserialize, Deserializer};
+use serde::ser::{Error as _, Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
+use super::keys::{ABOUT, BOFT, COMMON, Format, OFT};
 use crate::config::{
     AdapterConfig, Bias, Block, BoftConfig, Cayley, Init, OftConfig, Selection, TargetModules,
 };
-use crate::error::ConfigError;
 
 /// The version whose formats are written.
 const PEFT_VERSION: &str = "0.21.2";
@@ -20,64 +20,86 @@ const EPS: f64 = 6e-5;
 /// PEFT's default number of Neumann terms.
 const TERMS: usize = 5;
 
-/// Keys that say where an adapter comes from, not what it computes; they are carried along.
-pub(crate) const ABOUT: [&str; 4] = [
-    "auto_mapping",
-    "base_model_name_or_path",
-    "revision",
-    "task_type",
-];
+/// The most terms that are computed: further ones are zero in every precision.
+const MOST_TERMS: u64 = 100;
+/// The most factors that blocks of two channels can have before their span is no integer.
+const MOST_FACTORS: u64 = 63;
 
-const COMMON: [&str; 11] = [
-    "bias",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "inference_mode",
-    "init_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "modules_to_save",
-    "peft_type",
-    "peft_version",
-    "target_modules",
-];
-const BOFT: [&str; 4] = [
-    "boft_block_num",
-    "boft_block_size",
-    "boft_dropout",
-    "boft_n_butterfly_factor",
-];
-/// The two patterns are PEFT 0.15's and older; what they changed, the tensors say.
-const OFT: [&str; 10] = [
-    "alpha_pattern",
-    "block_share",
-    "coft",
-    "eps",
-    "module_dropout",
-    "num_cayley_neumann_terms",
-    "oft_block_size",
-    "r",
-    "rank_pattern",
-    "use_cayley_neumann",
-];
+/// Why PEFT's settings are refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// Nothing says what kind of adapter it is.
+    #[error("`peft_type` is missing; PEFT writes \"BOFT\" or \"OFT\" there")]
+    NoPeftType,
+    /// An adapter of another kind.
+    #[error("`peft_type` is {peft_type}, and only BOFT and OFT are supported")]
+    OtherPeftType {
+        /// The kind found.
+        peft_type: String,
+    },
+    /// A value that its field cannot have.
+    #[error("`{field}` is {value}, not {expected}")]
+    Field {
+        /// The field.
+        field: &'static str,
+        /// Its value, as JSON.
+        value: String,
+        /// What it can be.
+        expected: &'static str,
+    },
+    /// Neither a size nor a count of blocks.
+    #[error(
+        "`{size_field}` and `{count_field}` are both 0; one of them must say how blocks are cut"
+    )]
+    NoSize {
+        /// The field of the size.
+        size_field: &'static str,
+        /// The field of the count.
+        count_field: &'static str,
+    },
+    /// Both a size and a count of blocks.
+    #[error("`{size_field}` is {size} and `{count_field}` is {count}; one of them must be 0")]
+    TwoSizes {
+        /// The field of the size.
+        size_field: &'static str,
+        /// The size.
+        size: usize,
+        /// The field of the count.
+        count_field: &'static str,
+        /// The count.
+        count: usize,
+    },
+    /// OFT of PEFT 0.13 or older.
+    #[error(
+        "`oft_block_size` is missing, so PEFT 0.13 or older wrote this OFT adapter, whose rotation is another; \
+         merge it with that version, or train it anew"
+    )]
+    OldOft,
+}
 
-/// Settings read from PEFT's JSON, and what is worth telling about them.
-pub(crate) struct Read {
-    pub(crate) config: AdapterConfig,
-    pub(crate) warnings: Vec<String>,
+/// Settings read from PEFT's JSON.
+pub(super) struct Settings {
+    pub(super) config: AdapterConfig,
+    /// The method, which says how tensors are stored.
+    pub(super) format: Format,
+    /// Whether one stored block serves a layer.
+    pub(super) block_share: bool,
+    /// What is read as it is and may surprise.
+    pub(super) warnings: Vec<String>,
 }
 
 /// Reads PEFT's settings.
-pub(crate) fn read(object: &Map<String, Value>) -> Result<Read, ConfigError> {
+pub(super) fn read(object: &Map<String, Value>) -> Result<Settings, ConfigError> {
     let fields = Fields(object);
-    let (config, own): (AdapterConfig, &[&str]) = match object.get("peft_type") {
-        None | Some(Value::Null) => return Err(ConfigError::NoPeftType),
-        Some(Value::String(name)) if name == "BOFT" => (read_boft(&fields)?.into(), &BOFT),
-        Some(Value::String(name)) if name == "OFT" => (read_oft(&fields)?.into(), &OFT),
-        Some(other) => {
-            let peft_type = other.as_str().map_or(other.to_string(), str::to_string);
-            return Err(ConfigError::OtherPeftType { peft_type });
-        }
+    let format = fields.format()?;
+    let config = match format {
+        Format::Boft => read_boft(&fields)?.into(),
+        Format::Oft => read_oft(&fields)?.into(),
+    };
+    let own: &[&str] = match format {
+        Format::Boft => &BOFT,
+        Format::Oft => &OFT,
     };
     let mut warnings = Vec::new();
     let unknown: Vec<_> = object
@@ -92,17 +114,28 @@ pub(crate) fn read(object: &Map<String, Value>) -> Result<Read, ConfigError> {
             "settings that are not known are ignored: {unknown}"
         ));
     }
-    if let AdapterConfig::Oft(_) = config
-        && fields.number("module_dropout", 0.0)? != 0.0
-        && !fields.is_before((0, 16))
-    {
+    let has_dropout = || Ok::<_, ConfigError>(fields.number("module_dropout", 0.0)? != 0.0);
+    if format == Format::Oft && has_dropout()? && !fields.is_before((0, 16)) {
         warnings.push("`module_dropout` has no effect in PEFT 0.16 and later, nor here".into());
     }
-    Ok(Read { config, warnings })
+    Ok(Settings {
+        config,
+        format,
+        block_share: format == Format::Oft && fields.flag("block_share", false)?,
+        warnings,
+    })
+}
+
+/// The method of a configuration, which says how its tensors are stored.
+pub(super) fn format(config: &AdapterConfig) -> Format {
+    match config {
+        AdapterConfig::Boft(_) => Format::Boft,
+        AdapterConfig::Oft(_) => Format::Oft,
+    }
 }
 
 /// What is worth telling where layers are computed with the polynomial of PEFT 0.16.
-pub(crate) fn warn_of_old_series(
+pub(super) fn warn_of_old_series(
     config: &AdapterConfig,
     object: &Map<String, Value>,
 ) -> Option<String> {
@@ -126,14 +159,19 @@ fn read_boft(fields: &Fields) -> Result<BoftConfig, ConfigError> {
     let count = fields.count("boft_block_num", 0)?;
     let mut config = BoftConfig::new();
     config.block = block(("boft_block_size", size), ("boft_block_num", count))?;
-    config.n_butterfly_factor = fields.count("boft_n_butterfly_factor", 1)?;
+    config.n_butterfly_factor = fields.up_to(
+        MOST_FACTORS,
+        "boft_n_butterfly_factor",
+        1,
+        "a whole number from 0 to 63",
+    )?;
     config.dropout = fields.number("boft_dropout", 0.0)?;
     config.init = fields.init()?;
     config.selection = fields.selection()?;
     Ok(config)
 }
 
-fn read_oft(fields: &Fields) -> Result<OftConfig, ConfigError> {
+pub(super) fn read_oft(fields: &Fields) -> Result<OftConfig, ConfigError> {
     if !fields.0.contains_key("oft_block_size") {
         return Err(ConfigError::OldOft);
     }
@@ -141,16 +179,11 @@ fn read_oft(fields: &Fields) -> Result<OftConfig, ConfigError> {
     let count = fields.count("r", 0)?;
     let mut config = OftConfig::new();
     config.block = block(("oft_block_size", size), ("r", count))?;
-    let terms = fields.read(
+    let terms = fields.up_to(
+        MOST_TERMS,
         "num_cayley_neumann_terms",
         TERMS,
         "a whole number from 0 to 100",
-        |value| {
-            value
-                .as_u64()
-                .filter(|terms| *terms <= 100)
-                .map(|terms| terms as usize)
-        },
     )?;
     config.cayley = match fields.flag("use_cayley_neumann", true)? {
         false => Cayley::Exact,
@@ -187,9 +220,22 @@ fn block(
 }
 
 /// A JSON object that is read field by field, a missing field being its default.
-struct Fields<'a>(&'a Map<String, Value>);
+pub(super) struct Fields<'a>(pub(super) &'a Map<String, Value>);
 
 impl Fields<'_> {
+    /// The method that `peft_type` names.
+    fn format(&self) -> Result<Format, ConfigError> {
+        match self.0.get("peft_type") {
+            None | Some(Value::Null) => Err(ConfigError::NoPeftType),
+            Some(Value::String(name)) if name == Format::Boft.peft_type() => Ok(Format::Boft),
+            Some(Value::String(name)) if name == Format::Oft.peft_type() => Ok(Format::Oft),
+            Some(other) => {
+                let peft_type = other.as_str().map_or(other.to_string(), str::to_string);
+                Err(ConfigError::OtherPeftType { peft_type })
+            }
+        }
+    }
+
     fn read<T>(
         &self,
         field: &'static str,
@@ -215,7 +261,20 @@ impl Fields<'_> {
         })
     }
 
-    fn number(&self, field: &'static str, default: f64) -> Result<f64, ConfigError> {
+    fn up_to(
+        &self,
+        most: u64,
+        field: &'static str,
+        default: usize,
+        expected: &'static str,
+    ) -> Result<usize, ConfigError> {
+        self.read(field, default, expected, |value| {
+            let number = value.as_u64().filter(|number| *number <= most)?;
+            usize::try_from(number).ok()
+        })
+    }
+
+    pub(super) fn number(&self, field: &'static str, default: f64) -> Result<f64, ConfigError> {
         self.read(field, default, "a number", Value::as_f64)
     }
 
@@ -332,16 +391,28 @@ fn shortened(value: &Value) -> String {
     }
 }
 
-/// PEFT's settings, key by key, with what is carried along.
-pub(crate) fn write(
-    config: &AdapterConfig,
-    about: &Map<String, Value>,
-) -> BTreeMap<&'static str, Value> {
-    let selection = config.selection();
-    let (peft_type, only) = match config {
-        AdapterConfig::Boft(_) => ("BOFT", "boft_only"),
-        AdapterConfig::Oft(_) => ("OFT", "oft_only"),
+/// Refuses settings that [`read`] would not read back as they are.
+pub(crate) fn check(config: &AdapterConfig) -> Result<(), ConfigError> {
+    let number = match config {
+        AdapterConfig::Boft(config) => ("boft_dropout", config.dropout),
+        AdapterConfig::Oft(config) => ("eps", config.coft_radius.unwrap_or(EPS)),
     };
+    if let (field, value) = number
+        && !value.is_finite()
+    {
+        return Err(ConfigError::Field {
+            field,
+            value: value.to_string(),
+            expected: "a finite number",
+        });
+    }
+    read(&write(config, &Map::new())).map(drop)
+}
+
+/// PEFT's settings, key by key, with what is carried along.
+pub(super) fn write(config: &AdapterConfig, about: &Map<String, Value>) -> Map<String, Value> {
+    let selection = config.selection();
+    let format = format(config);
     let list = |names: &[String]| match names {
         [] => Value::Null,
         names => json!(names),
@@ -356,7 +427,7 @@ pub(crate) fn write(
             json!(match selection.bias {
                 Bias::None => "none",
                 Bias::All => "all",
-                Bias::AdapterOnly => only,
+                Bias::AdapterOnly => format.bias_only(),
             }),
         ),
         ("exclude_modules", json_modules(&selection.exclude_modules)),
@@ -372,7 +443,7 @@ pub(crate) fn write(
             },
         ),
         ("modules_to_save", list(&selection.modules_to_save)),
-        ("peft_type", json!(peft_type)),
+        ("peft_type", json!(format.peft_type())),
         ("target_modules", json_modules(&selection.target_modules)),
     ]);
     let mut version = PEFT_VERSION;
@@ -409,7 +480,10 @@ pub(crate) fn write(
         }
     }
     fields.insert("peft_version", json!(version));
+    let fields = fields.into_iter();
     fields
+        .map(|(key, value)| (key.to_string(), value))
+        .collect()
 }
 
 /// PEFT's pair of size and count, of which one is 0.
@@ -431,6 +505,7 @@ fn json_modules(modules: &Option<TargetModules>) -> Value {
 
 impl Serialize for AdapterConfig {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        check(self).map_err(S::Error::custom)?;
         serializer.collect_map(write(self, &Map::new()))
     }
 }
@@ -440,7 +515,7 @@ impl<'de> Deserialize<'de> for AdapterConfig {
         let object = Map::deserialize(deserializer)?;
         read(&object)
             .map(|read| read.config)
-            .map_err(D::Error::custom)
+            .map_err(de::Error::custom)
     }
 }
 
@@ -457,7 +532,7 @@ macro_rules! by_adapter_config {
             fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
                 match AdapterConfig::deserialize(deserializer)? {
                     AdapterConfig::$variant(config) => Ok(config),
-                    _ => Err(D::Error::custom(concat!("peft_type is not ", $name))),
+                    _ => Err(de::Error::custom(concat!("peft_type is not ", $name))),
                 }
             }
         }
@@ -471,7 +546,7 @@ by_adapter_config!(OftConfig, Oft, "OFT");
 mod tests {
     use super::*;
 
-    fn parse(json: Value) -> Result<Read, ConfigError> {
+    fn parse(json: Value) -> Result<Settings, ConfigError> {
         read(json.as_object().unwrap())
     }
 
@@ -485,7 +560,7 @@ mod tests {
         }
     }
 
-    fn oft(fields: Value) -> Result<Read, ConfigError> {
+    fn oft(fields: Value) -> Result<Settings, ConfigError> {
         let mut json = json!({"peft_type": "OFT", "oft_block_size": 32});
         let object = json.as_object_mut().unwrap();
         object.extend(fields.as_object().unwrap().clone());
@@ -545,6 +620,43 @@ mod tests {
                     assert_eq!(&serde_json::from_str::<OftConfig>(&json).unwrap(), oft);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn settings_that_could_not_be_read_back_are_not_written() {
+        let boft = BoftConfig::new;
+        let oft = OftConfig::new;
+        let huge = Cayley::Neumann { terms: 101 };
+        for (config, expected) in [
+            (
+                AdapterConfig::from(oft().with_block_num(0)),
+                "`oft_block_size` and `r` are both 0; one of them must say how blocks are cut",
+            ),
+            (
+                boft().with_block_size(0).into(),
+                "`boft_block_size` and `boft_block_num` are both 0; one of them must say how blocks are cut",
+            ),
+            (
+                oft().with_coft_radius(f64::NAN).into(),
+                "`eps` is NaN, not a finite number",
+            ),
+            (
+                boft().with_dropout(f64::INFINITY).into(),
+                "`boft_dropout` is inf, not a finite number",
+            ),
+            (
+                boft().with_n_butterfly_factor(usize::MAX).into(),
+                "`boft_n_butterfly_factor` is 18446744073709551615, not a whole number from 0 to 63",
+            ),
+            (
+                oft().with_cayley(huge).into(),
+                "`num_cayley_neumann_terms` is 101, not a whole number from 0 to 100",
+            ),
+        ] {
+            assert_eq!(check(&config).unwrap_err().to_string(), expected);
+            let error = serde_json::to_string(&config).unwrap_err();
+            assert_eq!(error.to_string(), expected);
         }
     }
 
@@ -687,6 +799,10 @@ mod tests {
             (
                 json!({"boft_block_size": 4.5}),
                 "`boft_block_size` is 4.5, not a whole number, 0 or more",
+            ),
+            (
+                json!({"boft_n_butterfly_factor": u64::MAX}),
+                "`boft_n_butterfly_factor` is 18446744073709551615, not a whole number from 0 to 63",
             ),
             (
                 json!({"boft_block_size": 0}),

@@ -1,12 +1,11 @@
-//! The model's names for what a file holds, and layers that are one here and several there.
+//! The model's names for what a file holds, and layers that the model fuses and the file stores separately.
 
 use std::collections::BTreeMap;
 
-use burn::tensor::TensorData;
-
-use crate::error::{KeyMapError, Mismatch};
-use crate::value::keymap::{KeyMap, Part};
-use crate::value::layer::{AdapterLayer, SavedTensor, data, values};
+use crate::tensors::concatenate;
+use crate::value::keymap::{KeyMap, KeyMapError, Part};
+use crate::value::layer::{AdapterLayer, SavedTensor};
+use crate::value::mismatch::{Mismatch, PartsError, Wrong};
 
 /// Renames everything to the model's names, and joins the parts of fused layers.
 pub(super) fn to_model_names(
@@ -15,66 +14,124 @@ pub(super) fn to_model_names(
     tensors: &mut Vec<SavedTensor>,
     mismatch: &mut Mismatch,
 ) -> Result<(), KeyMapError> {
-    let mut seen = BTreeMap::new();
-    let mut claim = |file: &str, model: &str| match seen.insert(model.to_string(), file.to_string())
-    {
-        Some(first) if first != file => Err(KeyMapError::Collision {
-            first,
-            second: file.to_string(),
-            name: model.to_string(),
-        }),
-        _ => Ok(()),
+    let mut renamer = Renamer {
+        names,
+        claimed: BTreeMap::new(),
+        mismatch,
     };
-    let mut parts: BTreeMap<String, Parts<AdapterLayer>> = BTreeMap::new();
-    for mut layer in std::mem::take(layers) {
-        if let Some(part) = names.part(&layer.path) {
-            parts
-                .entry(part.whole.clone())
-                .or_default()
-                .add(part, layer);
-            continue;
-        }
-        let path = names.model_path(&layer.path)?;
-        claim(&layer.path, &path)?;
-        layer.path = path;
-        layers.push(layer);
-    }
-    for (whole, parts) in parts {
-        let path = names.model_path(&whole)?;
-        claim(&parts.names[0], &path)?;
-        match parts.join(&whole, |parts| fuse_layers(parts, path)) {
-            Ok(layer) => layers.push(layer),
-            Err(why) => mismatch.wrong.push(why),
-        }
-    }
-    let mut parts: BTreeMap<(String, String), Parts<SavedTensor>> = BTreeMap::new();
-    for mut tensor in std::mem::take(tensors) {
-        if let Some(part) = names.part(&tensor.module) {
-            let key = (part.whole.clone(), tensor.name.clone());
-            parts.entry(key).or_default().add(part, tensor);
-            continue;
-        }
-        let module = names.model_path(&tensor.module)?;
-        claim(&tensor.module, &module)?;
-        tensor.module = module;
-        tensors.push(tensor);
-    }
-    for ((whole, name), parts) in parts {
-        let module = names.model_path(&whole)?;
-        claim(&parts.names[0], &module)?;
-        match parts.join(&whole, |parts| {
-            let data = parts.iter().map(|part| &part.data);
-            Ok(SavedTensor {
-                module,
-                name,
-                data: concatenate(data).ok_or("their shapes differ")?,
-            })
-        }) {
-            Ok(tensor) => tensors.push(tensor),
-            Err(why) => mismatch.wrong.push(why),
-        }
-    }
+    *layers = renamer.rename(std::mem::take(layers))?;
+    *tensors = renamer.rename(std::mem::take(tensors))?;
     Ok(())
+}
+
+/// Something that belongs to a module, whole or in part.
+trait OfModule: Sized {
+    /// The path of the module.
+    fn module(&mut self) -> &mut String;
+
+    /// What tells several things of one module apart.
+    fn name(&self) -> String;
+
+    /// The thing of the whole module that these are of the parts of, in order.
+    fn join(parts: Vec<Self>) -> Result<Self, PartsError>;
+}
+
+impl OfModule for AdapterLayer {
+    fn module(&mut self) -> &mut String {
+        &mut self.path
+    }
+
+    fn name(&self) -> String {
+        String::new()
+    }
+
+    /// The adapter of a fused layer: one rotation, and the scales one after the other.
+    fn join(parts: Vec<Self>) -> Result<Self, PartsError> {
+        let first = &parts[0];
+        let is_alike = |part: &Self| {
+            (part.block_size, part.block_share, &part.skew)
+                == (first.block_size, first.block_share, &first.skew)
+        };
+        if !parts.iter().all(is_alike) {
+            return Err(PartsError::Rotations);
+        }
+        let scales: Option<Vec<_>> = parts.iter().map(|part| part.scale.as_ref()).collect();
+        let scale = scales
+            .map(|scales| concatenate(scales).ok_or(PartsError::Shapes))
+            .transpose()?;
+        Ok(Self {
+            d_output: parts.iter().map(|part| part.d_output).sum(),
+            scale,
+            ..first.clone()
+        })
+    }
+}
+
+impl OfModule for SavedTensor {
+    fn module(&mut self) -> &mut String {
+        &mut self.module
+    }
+
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn join(parts: Vec<Self>) -> Result<Self, PartsError> {
+        let data = concatenate(parts.iter().map(|part| &part.data)).ok_or(PartsError::Shapes)?;
+        Ok(Self::new(&parts[0].module, &parts[0].name, data))
+    }
+}
+
+/// Gives things the model's names.
+struct Renamer<'a> {
+    names: &'a KeyMap,
+    /// The module of the file that each module of the model stands for.
+    claimed: BTreeMap<String, String>,
+    mismatch: &'a mut Mismatch,
+}
+
+impl Renamer<'_> {
+    fn rename<T: OfModule>(&mut self, things: Vec<T>) -> Result<Vec<T>, KeyMapError> {
+        let mut renamed = Vec::new();
+        let mut fused: BTreeMap<(String, String), Parts<T>> = BTreeMap::new();
+        for mut thing in things {
+            let module = thing.module().clone();
+            match self.names.part(&module) {
+                Some(part) => {
+                    let whole = (part.whole.clone(), thing.name());
+                    fused.entry(whole).or_default().add(part, thing);
+                }
+                None => {
+                    *thing.module() = self.claim(&module, &module)?;
+                    renamed.push(thing);
+                }
+            }
+        }
+        for ((whole, _), parts) in fused {
+            let path = self.claim(&parts.names[0], &whole)?;
+            match parts.join(&whole) {
+                Ok(mut thing) => {
+                    *thing.module() = path;
+                    renamed.push(thing);
+                }
+                Err(wrong) => self.mismatch.wrong.push(wrong),
+            }
+        }
+        Ok(renamed)
+    }
+
+    /// The model's name of `path`, for this module of the file and no other.
+    fn claim(&mut self, file: &str, path: &str) -> Result<String, KeyMapError> {
+        let model = self.names.model_path(path)?;
+        match self.claimed.insert(model.clone(), file.to_string()) {
+            Some(first) if first != file => Err(KeyMapError::Collision {
+                first,
+                second: file.to_string(),
+                name: model,
+            }),
+            _ => Ok(model),
+        }
+    }
 }
 
 /// Parts of one fused layer.
@@ -92,97 +149,29 @@ impl<T> Default for Parts<T> {
     }
 }
 
-impl<T> Parts<T> {
-    fn add(&mut self, part: Part, value: T) {
+impl<T: OfModule> Parts<T> {
+    fn add(&mut self, part: Part, thing: T) {
         self.names = part.parts;
-        self.found.insert(part.index, value);
+        self.found.insert(part.index, thing);
     }
 
-    fn join<U>(
-        self,
-        whole: &str,
-        join: impl FnOnce(Vec<T>) -> Result<U, &'static str>,
-    ) -> Result<U, String> {
+    fn join(self, whole: &str) -> Result<T, Wrong> {
         let Self { names, found } = self;
         let absent: Vec<_> = (0..names.len())
             .filter(|index| !found.contains_key(index))
-            .map(|index| format!("`{}`", names[index]))
+            .map(|index| names[index].clone())
             .collect();
         if !absent.is_empty() {
-            let absent = absent.join(", ");
-            return Err(format!(
-                "`{whole}` is one layer here and {} in the file, which has nothing for {absent}",
-                names.len()
-            ));
+            return Err(Wrong::AbsentParts {
+                path: whole.to_string(),
+                parts: names.len(),
+                absent,
+            });
         }
-        let listed: Vec<_> = names.iter().map(|name| format!("`{name}`")).collect();
-        let listed = listed.join(" and ");
-        join(found.into_values().collect())
-            .map_err(|why| format!("{listed} are one layer here, `{whole}`, and {why}"))
+        T::join(found.into_values().collect()).map_err(|reason| Wrong::Parts {
+            path: whole.to_string(),
+            parts: names,
+            reason,
+        })
     }
-}
-
-/// The adapter of a fused layer: one rotation, and the scales one after the other.
-fn fuse_layers(parts: Vec<AdapterLayer>, path: String) -> Result<AdapterLayer, &'static str> {
-    let first = &parts[0];
-    let alike = |part: &AdapterLayer| {
-        (part.block_size, part.block_share, &part.skew)
-            == (first.block_size, first.block_share, &first.skew)
-    };
-    if !parts.iter().all(alike) {
-        return Err(
-            "one layer has one rotation where theirs differ; merge the adapter in PEFT instead",
-        );
-    }
-    let scales: Option<Vec<_>> = parts.iter().map(|part| part.scale.as_ref()).collect();
-    let scale = match scales {
-        Some(scales) => {
-            Some(concatenate(scales.into_iter()).ok_or("their scales differ in precision")?)
-        }
-        None => None,
-    };
-    Ok(AdapterLayer {
-        path,
-        kind: first.kind,
-        d_output: parts.iter().map(|part| part.d_output).sum(),
-        scale,
-        ..first.clone()
-    })
-}
-
-/// Joins tensors along their first axis.
-fn concatenate<'a>(parts: impl Iterator<Item = &'a TensorData>) -> Option<TensorData> {
-    let parts: Vec<_> = parts.collect();
-    let (dtype, shape) = (parts.first()?.dtype(), parts.first()?.shape().to_vec());
-    let alike = |part: &&TensorData| {
-        part.dtype() == dtype && part.rank() > 0 && part.shape()[1..] == shape[1..]
-    };
-    if shape.is_empty() || !parts.iter().all(alike) {
-        return None;
-    }
-    let mut shape = shape;
-    shape[0] = parts.iter().map(|part| part.shape()[0]).sum();
-    let values = parts.iter().flat_map(|part| part.iter::<f64>()).collect();
-    Some(data(values, shape, dtype))
-}
-
-/// Splits a tensor along its first axis into equal parts.
-pub(super) fn split_rows(tensor: &TensorData, parts: usize) -> Option<Vec<TensorData>> {
-    if parts == 1 {
-        return Some(vec![tensor.clone()]);
-    }
-    let mut shape = tensor.shape().to_vec();
-    let rows = *shape.first()?;
-    if !rows.is_multiple_of(parts) {
-        return None;
-    }
-    shape[0] = rows / parts;
-    let values = values(tensor);
-    let each = (values.len() / parts).max(1);
-    let split = values.chunks(each);
-    Some(
-        split
-            .map(|part| data(part.to_vec(), shape.clone(), tensor.dtype()))
-            .collect(),
-    )
 }

@@ -1,140 +1,197 @@
-//! PEFT's tensors read: their keys, their shapes, and those of older versions.
+//! PEFT's tensors, read.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use burn::tensor::{DType, TensorData};
 use serde_json::{Map, Value};
 
-use super::config_json::warn_of_old_series;
+use super::config_json::{self, ConfigError, Settings};
+use super::folder::Folder;
 use super::fused::to_model_names;
-use crate::config::LayerKind;
-use crate::config::is_saved;
-use crate::config::{AdapterConfig, Bias, Block, BoftConfig, OftConfig, Selection, TargetModules};
-use crate::error::{KeyMapError, Mismatch};
-use crate::rotation::{factors, fits};
+use super::keys::{Format, Layout, Leaf, PREFIX, is_stray, key, leaf};
+use super::legacy::{self, Squares};
+use super::scale;
+use crate::config::{AdapterConfig, Bias, LayerKind, Selection, TargetModules, is_saved};
+use crate::tensors::{from_values, is_finite, values, widened};
 use crate::value::LoadReport;
-use crate::value::keymap::{KeyMap, ends_with, join, split};
-use crate::value::layer::{AdapterLayer, SavedTensor, block_size, data, pack, values, wide};
+use crate::value::keymap::{KeyMap, KeyMapError, ends_with};
+use crate::value::layer::{AdapterLayer, SavedTensor, block_size, check_sizes, pack};
+use crate::value::mismatch::{Mismatch, Missing, SizeError, Unexpected, Wrong};
 use crate::value::reconcile::{check_biases, reconcile};
 
-/// What every key starts with.
-pub(super) const PREFIX: &str = "base_model.model.";
-
-/// The tensors of a file, understood.
-pub(crate) struct Parsed {
-    pub(crate) config: AdapterConfig,
-    pub(crate) layers: Vec<AdapterLayer>,
-    pub(crate) tensors: Vec<SavedTensor>,
+/// An adapter's file, understood.
+pub(super) struct Parsed {
+    pub(super) config: AdapterConfig,
+    pub(super) layers: Vec<AdapterLayer>,
+    pub(super) tensors: Vec<SavedTensor>,
 }
 
-/// What a key says.
-enum Leaf<'a> {
-    BoftR,
-    BoftS,
-    /// The dense permutations of PEFT 0.11 and 0.12.
-    BoftP,
-    OftR,
-    /// The squares and the scale of PEFT 0.14 to 0.15.2.
-    SquareR,
-    SquareS,
-    Embedding,
-    /// A parameter of an adapted layer.
-    Base(&'a str),
-    /// A parameter of another module.
-    Other(&'a str),
+/// What reading found beside the adapter.
+#[derive(Default)]
+pub(super) struct Findings {
+    pub(super) report: LoadReport,
+    pub(super) mismatch: Mismatch,
 }
 
-/// The module and the tensor that a key without its prefix names.
-fn leaf(key: &str) -> (&str, Leaf<'_>) {
-    let (front, name) = split(key);
-    let (outer, inner) = split(front);
-    match (inner, name) {
-        (_, "boft_R") => (front, Leaf::BoftR),
-        (_, "boft_s") => (front, Leaf::BoftS),
-        (_, "boft_P") => (front, Leaf::BoftP),
-        (_, "oft_r") => (front, Leaf::SquareR),
-        (_, "oft_s") => (front, Leaf::SquareS),
-        ("oft_R", "weight") => (outer, Leaf::OftR),
-        ("oft_embedding_R", "weight") => (outer, Leaf::Embedding),
-        ("base_layer", name) => (outer, Leaf::Base(name)),
-        (_, name) => (front, Leaf::Other(name)),
+/// How a file is read, decided from its settings and its keys before any tensor is.
+pub(super) struct Reader {
+    config: AdapterConfig,
+    layout: Layout,
+    block_share: bool,
+    /// For files of PEFT 0.14 to 0.15.2.
+    squares: Option<Squares>,
+    /// What is said where the Neumann series is an old one.
+    old_series: Option<String>,
+}
+
+impl Reader {
+    /// Chooses how a file with these settings and keys is read.
+    pub(super) fn new<'a>(
+        json: &Map<String, Value>,
+        keys: impl Iterator<Item = &'a String>,
+        report: &mut LoadReport,
+    ) -> Result<Self, ConfigError> {
+        let Settings {
+            config,
+            format,
+            block_share,
+            warnings,
+        } = config_json::read(json)?;
+        report.warnings.extend(warnings);
+        let layout = Layout::of(format, keys);
+        let (config, squares) = match layout {
+            Layout::Squares => {
+                let (config, squares) = legacy::settings(json)?;
+                (config.into(), Some(squares))
+            }
+            Layout::Boft | Layout::Oft => (config, None),
+        };
+        Ok(Self {
+            old_series: config_json::warn_of_old_series(&config, json),
+            config,
+            layout,
+            block_share,
+            squares,
+        })
     }
+
+    /// The settings of the file, in its own names.
+    pub(super) fn selection(&self) -> &Selection {
+        self.config.selection()
+    }
+
+    /// Reads the tensors of a file. What is amiss goes to the findings.
+    pub(super) fn read(
+        mut self,
+        files: Folder,
+        names: &KeyMap,
+        findings: &mut Findings,
+    ) -> Result<Parsed, KeyMapError> {
+        let Folder {
+            tensors, metadata, ..
+        } = files;
+        let selection = self.selection().clone();
+        let adapted = adapted(tensors.keys());
+        let mut sorted = Sorted::default();
+        for (key, data) in tensors {
+            sorted.sort(key, data, self.layout, &selection, findings);
+        }
+        let Sorted {
+            slots,
+            mut tensors,
+            saved,
+        } = sorted;
+        let slots = slots.into_iter();
+        let mut layers: Vec<_> = slots
+            .filter_map(|(path, slots)| self.layer(path, slots, findings))
+            .collect();
+        let Findings { report, mismatch } = findings;
+        if layers.is_empty() && mismatch.is_empty() {
+            let tensor = self.layout.rotation();
+            mismatch.missing.push(Missing::AllLayers { tensor });
+        }
+        report.warnings.extend(self.old_series);
+        // A file without any layer is reported as that.
+        if !adapted.is_empty() {
+            warn_of_lost(&selection, &adapted, &tensors, &saved, report);
+        }
+        check_biases(&layers, &tensors, mismatch);
+        scale::restore(&mut layers, &metadata);
+        reconcile(&mut self.config, &layers, report);
+        to_model_names(names, &mut layers, &mut tensors, mismatch)?;
+        let lost = lost_modules(&selection, &saved);
+        let own = self.config.selection_mut();
+        name_in_model(own, names, &layers, saved.iter().chain(lost))?;
+        Ok(Parsed {
+            config: self.config,
+            layers,
+            tensors,
+        })
+    }
+
+    /// Reads one layer, and says what may surprise about it.
+    fn layer(&self, path: String, slots: Slots, findings: &mut Findings) -> Option<AdapterLayer> {
+        let Findings { report, mismatch } = findings;
+        let named = |tensor| key(&path, tensor);
+        let mut missing = |tensor| {
+            mismatch
+                .missing
+                .push(Missing::Tensor { key: named(tensor) })
+        };
+        let layer = match (self.layout, slots.rotation, slots.scale) {
+            (layout, None, _) => {
+                missing(layout.rotation());
+                return None;
+            }
+            (Layout::Oft, Some(r), _) => read_oft(path.clone(), &r, self.block_share),
+            (Layout::Boft, Some(r), s) => {
+                if s.is_none() {
+                    missing("boft_s");
+                }
+                read_boft(path.clone(), &r, s.as_ref())
+            }
+            (Layout::Squares, Some(r), Some(s)) => {
+                let squares = self.squares.as_ref()?;
+                let layer = squares.read(&path, &r, &s);
+                if layer.is_ok() {
+                    report.converted.push(squares.note(&path));
+                }
+                layer
+            }
+            (Layout::Squares, Some(_), None) => Err(Wrong::OldRotation {
+                key: named("oft_r"),
+            }),
+        };
+        let layer = layer.map_err(|wrong| mismatch.wrong.push(wrong)).ok()?;
+        report.warnings.extend(surprises(&layer));
+        Some(layer)
+    }
+}
+
+/// What is read as it is and may surprise.
+fn surprises(layer: &AdapterLayer) -> impl Iterator<Item = String> {
+    let path = &layer.path;
+    let idle = (!layer.rotates()).then(|| {
+        let rest = match layer.is_identity() {
+            true => "nothing is attached there",
+            false => "its scale can be merged, and not attached",
+        };
+        format!("`{path}` has blocks of one channel, which do not rotate; {rest}")
+    });
+    let mut numbers = [Some(&layer.skew), layer.scale.as_ref()]
+        .into_iter()
+        .flatten();
+    let infinite = numbers
+        .any(|numbers| !is_finite(numbers))
+        .then(|| format!("the adapter of `{path}` holds NaN or infinity"));
+    idle.into_iter().chain(infinite)
 }
 
 /// The tensors of one adapted layer.
 #[derive(Default)]
 struct Slots {
-    boft: (Option<TensorData>, Option<TensorData>),
-    oft: Option<TensorData>,
-    square: (Option<TensorData>, Option<TensorData>),
-}
-
-/// Reads the tensors of a file. What is amiss goes to `mismatch`.
-pub(crate) fn parse(
-    config: AdapterConfig,
-    json: &Map<String, Value>,
-    tensors: BTreeMap<String, TensorData>,
-    names: &KeyMap,
-    (report, mismatch): (&mut LoadReport, &mut Mismatch),
-) -> Result<Parsed, KeyMapError> {
-    let selection = config.selection().clone();
-    let is_boft = matches!(config, AdapterConfig::Boft(_));
-    let adapted = adapted(tensors.keys());
-    let mut sorted = Sorted::default();
-    for (key, data) in tensors {
-        sorted.sort(key, data, is_boft, &selection, report, mismatch);
-    }
-    let mut reader = LayerReader {
-        config,
-        json,
-        report,
-        mismatch,
-        squares: false,
-    };
-    let Sorted {
-        slots,
-        mut tensors,
-        saved,
-    } = sorted;
-    let mut layers: Vec<_> = slots
-        .into_iter()
-        .filter_map(|(path, slots)| reader.read(path, slots))
-        .collect();
-    if layers.is_empty() && reader.mismatch.is_empty() {
-        let what = if is_boft { "boft_R" } else { "oft_R.weight" };
-        let missing = format!("the file holds no `{what}` at all");
-        reader.mismatch.missing.push(missing);
-    }
-    if reader.squares {
-        for layer in layers.iter().filter(|layer| layer.scale.is_none()) {
-            let key = join(&layer.path, "oft_R.weight");
-            let why = format!("`{PREFIX}{key}` beside layers of PEFT 0.14 to 0.15.2");
-            reader.mismatch.wrong.push(why);
-        }
-    }
-    let mut config = reader.config;
-    let (report, mismatch) = (reader.report, reader.mismatch);
-    // Of squares the map is exact, whatever a version that had no polynomial does not say.
-    report.warnings.extend(warn_of_old_series(&config, json));
-    // A file without any layer is told as that.
-    if !adapted.is_empty() {
-        warn_of_lost(&selection, &adapted, &tensors, &saved, report);
-    }
-    check_biases(&layers, &tensors, mismatch);
-    reconcile(&mut config, &layers, report);
-    to_model_names(names, &mut layers, &mut tensors, mismatch)?;
-    let lost = lost_modules(&selection, &saved);
-    name_in_model(
-        config.selection_mut(),
-        names,
-        &layers,
-        saved.iter().chain(lost),
-    )?;
-    Ok(Parsed {
-        config,
-        layers,
-        tensors,
-    })
+    rotation: Option<TensorData>,
+    scale: Option<TensorData>,
 }
 
 /// Tensors by what they belong to.
@@ -147,52 +204,50 @@ struct Sorted {
 }
 
 impl Sorted {
+    /// Puts one tensor where it belongs, or says why it belongs nowhere.
     fn sort(
         &mut self,
         key: String,
         data: TensorData,
-        is_boft: bool,
+        layout: Layout,
         selection: &Selection,
-        report: &mut LoadReport,
-        mismatch: &mut Mismatch,
+        Findings { report, mismatch }: &mut Findings,
     ) {
-        let mut refuse = |why: &str| mismatch.unexpected.push(format!("`{key}`: {why}"));
-        let Some(rest) = key.strip_prefix(PREFIX) else {
-            return refuse("keys of an adapter start with `base_model.model.`");
+        let Some((module, leaf)) = leaf(&key) else {
+            let prefix = PREFIX;
+            return mismatch.unexpected.push(Unexpected::Prefix { key, prefix });
         };
-        let (module, leaf) = leaf(rest);
-        let integers = data.dtype() == DType::I64;
-        if integers && !rest.ends_with("num_batches_tracked") {
-            return refuse("it holds integers");
+        if data.dtype() == DType::I64 && !key.ends_with("num_batches_tracked") {
+            return mismatch.unexpected.push(Unexpected::Integers { key });
         }
-        let mut slots = |slot: fn(&mut Slots) -> &mut Option<TensorData>| {
-            *slot(self.slots.entry(module.to_string()).or_default()) = Some(data.clone());
-        };
         match leaf {
-            Leaf::BoftP => {
-                return report.converted.push(format!(
-                    "`{key}` is left out: PEFT 0.12 and older stored the permutation, which follows from the sizes"
-                ));
+            Leaf::Rotation(found) | Leaf::Scale(found) if found == layout => {
+                let slots = self.slots.entry(module.to_string()).or_default();
+                let slot = match leaf {
+                    Leaf::Rotation(_) => &mut slots.rotation,
+                    _ => &mut slots.scale,
+                };
+                *slot = Some(data);
             }
-            Leaf::BoftR if is_boft => slots(|slots| &mut slots.boft.0),
-            Leaf::BoftS if is_boft => slots(|slots| &mut slots.boft.1),
-            Leaf::OftR if !is_boft => slots(|slots| &mut slots.oft),
-            Leaf::SquareR if !is_boft => slots(|slots| &mut slots.square.0),
-            Leaf::SquareS if !is_boft => slots(|slots| &mut slots.square.1),
-            Leaf::BoftR | Leaf::BoftS => return refuse("a BOFT tensor in an OFT adapter"),
-            Leaf::OftR | Leaf::SquareR | Leaf::SquareS => {
-                return refuse("an OFT tensor in a BOFT adapter");
+            Leaf::Rotation(found) | Leaf::Scale(found) => {
+                return match (found.format(), layout.format()) {
+                    (Format::Oft, Format::Oft) => {
+                        mismatch.wrong.push(Wrong::MixedVersions { key });
+                    }
+                    (found, expected) => mismatch.unexpected.push(Unexpected::Method {
+                        key,
+                        found: found.article(),
+                        expected: expected.article(),
+                    }),
+                };
             }
+            Leaf::Permutation => return report.converted.push(legacy::permutation_note(&key)),
             Leaf::Embedding => {
-                return refuse(
-                    "an adapter of an embedding; only linear layers and convolutions are adapted",
-                );
+                return mismatch.unexpected.push(Unexpected::Embedding { key });
             }
             Leaf::Base("bias") if selection.bias != Bias::None => self.save(module, "bias", data),
-            Leaf::Base("bias") => {
-                return refuse("the bias of an adapted layer, where the configuration trains none");
-            }
-            Leaf::Base(_) => return refuse("a base weight; only adapters and biases are read"),
+            Leaf::Base("bias") => return mismatch.unexpected.push(Unexpected::Bias { key }),
+            Leaf::Base(_) => return mismatch.unexpected.push(Unexpected::BaseWeight { key }),
             Leaf::Other("bias") if is_stray(module) && selection.bias == Bias::All => {
                 return report.converted.push(format!(
                     "`{key}` is left out: a copy that PEFT keeps beside the module it saves"
@@ -206,28 +261,20 @@ impl Sorted {
                 None if name == "bias" && selection.bias == Bias::All => {
                     self.save(module, name, data);
                 }
-                None => {
-                    return refuse(
-                        "neither an adapter, nor a trained bias, nor part of a module to save",
-                    );
-                }
+                None => return mismatch.unexpected.push(Unexpected::Unclaimed { key }),
             },
         }
         report.applied.push(key);
     }
 
     fn save(&mut self, module: &str, name: &str, data: TensorData) {
-        self.tensors.push(SavedTensor {
-            module: module.to_string(),
-            name: name.to_string(),
-            data,
-        });
+        self.tensors.push(SavedTensor::new(module, name, data));
     }
 }
 
 /// The modules that the keys of a file adapt, whether or not their tensors can be used.
 fn adapted<'a>(keys: impl Iterator<Item = &'a String>) -> BTreeSet<String> {
-    let module = |key: &'a String| match leaf(key.strip_prefix(PREFIX)?) {
+    let module = |key: &'a String| match leaf(key)? {
         (_, Leaf::Base(_) | Leaf::Other(_)) => None,
         (module, _) => Some(module.to_string()),
     };
@@ -283,11 +330,6 @@ fn lost_modules<'a>(
     names.filter(move |name| !(is_found(name) || has_head && HEADS.contains(&name.as_str())))
 }
 
-/// Whether PEFT's wrapper of a saved module put this path into the file.
-fn is_stray(module: &str) -> bool {
-    matches!(split(module).1, "modules_to_save" | "original_module")
-}
-
 /// The entry of `modules_to_save` that a module of a file goes back to, spelt so that it matches at dots.
 fn saved_by(modules_to_save: &[String], module: &str) -> Option<String> {
     if let Some(name) = modules_to_save
@@ -304,264 +346,93 @@ fn saved_by(modules_to_save: &[String], module: &str) -> Option<String> {
         .map(str::to_string)
 }
 
-/// Reads layers one by one.
-struct LayerReader<'a> {
-    config: AdapterConfig,
-    json: &'a Map<String, Value>,
-    report: &'a mut LoadReport,
-    mismatch: &'a mut Mismatch,
-    /// Whether the configuration was made BOFT for the squares of PEFT 0.14 to 0.15.2.
-    squares: bool,
-}
-
-impl LayerReader<'_> {
-    fn read(&mut self, path: String, slots: Slots) -> Option<AdapterLayer> {
-        let key = |name: &str| format!("`{PREFIX}{}`", join(&path, name));
-        let layer = match slots {
-            Slots {
-                square: (Some(r), Some(s)),
-                oft: None,
-                ..
-            } => self.read_squares(&path, r, s),
-            Slots {
-                square: (Some(_), None),
-                ..
-            } => Err(format!(
-                "{} without `oft_s`: PEFT 0.13 or older wrote it, whose rotation is another; merge it with that \
-                 version, or train it anew",
-                key("oft_r")
-            )),
-            Slots {
-                square: (None, Some(_)),
-                ..
-            } => {
-                self.mismatch.missing.push(key("oft_r"));
-                return None;
-            }
-            Slots {
-                square: (Some(_), Some(_)),
-                oft: Some(_),
-                ..
-            } => Err(format!(
-                "{} and {} in one layer",
-                key("oft_r"),
-                key("oft_R.weight")
-            )),
-            Slots { oft: Some(r), .. } => self.read_oft(path.clone(), r),
-            Slots {
-                boft: (Some(r), s), ..
-            } => {
-                if s.is_none() {
-                    self.mismatch.missing.push(key("boft_s"));
-                }
-                read_boft(path.clone(), r, s)
-            }
-            Slots { .. } => {
-                self.mismatch.missing.push(key("boft_R"));
-                return None;
-            }
-        };
-        let layer = layer.map_err(|why| self.mismatch.wrong.push(why)).ok()?;
-        if !layer.rotates() {
-            let rest = match layer.is_identity() {
-                true => "nothing is attached there",
-                false => "its scale can be merged, and not attached",
-            };
-            self.report.warnings.push(format!(
-                "`{path}` has blocks of one channel, which do not rotate; {rest}"
-            ));
-        }
-        let numbers = [Some(&layer.skew), layer.scale.as_ref()];
-        if numbers
-            .into_iter()
-            .flatten()
-            .any(|data| data.iter::<f64>().any(|value| !value.is_finite()))
-        {
-            let why = format!("the adapter of `{path}` holds NaN or infinity");
-            self.report.warnings.push(why);
-        }
-        Some(layer)
-    }
-
-    fn read_oft(&mut self, path: String, r: TensorData) -> Result<AdapterLayer, String> {
-        let share = matches!(&self.config, AdapterConfig::Oft(config) if config.block_share);
-        let shape = r.shape().to_vec();
-        let wrong = |why: String| {
-            let key = join(&path, "oft_R.weight");
-            format!("`{PREFIX}{key}` is {shape:?}: {why}")
-        };
+/// OFT's packed blocks.
+fn read_oft(path: String, r: &TensorData, block_share: bool) -> Result<AdapterLayer, Wrong> {
+    let sizes = |shape: &[usize]| {
         let [rows, packed] = shape[..] else {
-            return Err(wrong("blocks and packed numbers are two axes".into()));
+            let expected = "blocks and packed numbers are two axes";
+            return Err(SizeError::Axes { expected });
         };
-        let b = block_size(packed)
-            .ok_or_else(|| wrong(format!("no block has {packed} numbers, b(b−1)/2")))?;
-        if rows == 0 || (share && rows != 1) {
-            let expected = if share { "one block" } else { "blocks" };
-            return Err(wrong(format!("{expected} expected, {rows} found")));
+        let numbers = packed;
+        let b = block_size(packed).ok_or(SizeError::Packed { numbers })?;
+        if rows == 0 || (block_share && rows != 1) {
+            return Err(SizeError::Blocks {
+                expected: if block_share { "one block" } else { "blocks" },
+                found: rows,
+            });
         }
-        let dtype = wide(r.dtype());
-        Ok(AdapterLayer {
-            path,
-            kind: None,
-            block_size: b,
-            block_share: share,
-            d_output: None,
-            skew: data(values(&r), vec![1, rows, packed], dtype),
-            scale: None,
-        })
-    }
-
-    /// OFT of PEFT 0.14 to 0.15.2 is BOFT with one factor.
-    fn read_squares(
-        &mut self,
-        path: &str,
-        r: TensorData,
-        s: TensorData,
-    ) -> Result<AdapterLayer, String> {
-        let oft = match &self.config {
-            AdapterConfig::Oft(config) => config.clone(),
-            AdapterConfig::Boft(_) => oft_of_squares(self.json, &self.config),
-        };
-        let shape = r.shape().to_vec();
-        let wrong = |why: &str| {
-            let key = join(path, "oft_r");
-            format!("`{PREFIX}{key}` is {shape:?}: {why}")
-        };
-        let [rows, b, columns] = shape[..] else {
-            return Err(wrong("blocks of rows and columns are three axes"));
-        };
-        if b != columns || b == 0 || rows == 0 {
-            return Err(wrong("blocks must be squares"));
-        }
-        if oft.block_share && rows != 1 {
-            return Err(wrong("a shared block is one"));
-        }
-        let (scale, _) = read_scale(path, "oft_s", &s)?;
-        let o = scale.len();
-        let mut squares = values(&r);
-        if let Some(eps) = oft.coft_radius {
-            let blocks = match (oft.block_share, oft.block) {
-                (false, _) => rows,
-                (true, Block::Count(count)) => count,
-                (true, Block::Size(_)) => {
-                    return Err(wrong(
-                        "the radius of a shared block depends on the number of blocks, which the file does not hold",
-                    ));
-                }
-            };
-            project_squares(
-                &mut squares,
-                rows,
-                b,
-                eps * (o.div_ceil(blocks) as f64).powi(2),
-            );
-        }
-        self.report.converted.push(format!(
-            "`{path}` has the squares of PEFT 0.14 to 0.15.2: it is BOFT with one factor{}",
-            match oft.coft_radius {
-                Some(_) => ", its numbers scaled back to the radius of that time",
-                None => "",
-            }
-        ));
-        if !self.squares {
-            self.squares = true;
-            let dropout = self.json.get("module_dropout").and_then(Value::as_f64);
-            let mut config = BoftConfig::new().with_dropout(dropout.unwrap_or(0.0));
-            config.block = oft.block;
-            config.init = oft.init;
-            config.selection = oft.selection;
-            self.config = config.into();
-        }
-        let dtype = wide(r.dtype());
-        Ok(AdapterLayer {
-            path: path.to_string(),
-            // That version wrote (out, 1) for convolutions as well.
-            kind: None,
-            block_size: b,
-            block_share: oft.block_share,
-            d_output: Some(o),
-            skew: data(pack(&squares, b), vec![1, rows, b * (b - 1) / 2], dtype),
-            scale: Some(data(scale, vec![o], dtype)),
-        })
-    }
-}
-
-/// The settings of squares, read again after the configuration was made BOFT.
-fn oft_of_squares(json: &Map<String, Value>, config: &AdapterConfig) -> OftConfig {
-    super::config_json::read(json)
-        .ok()
-        .and_then(|read| match read.config {
-            AdapterConfig::Oft(config) => Some(config),
-            AdapterConfig::Boft(_) => None,
-        })
-        .unwrap_or_else(|| OftConfig {
-            selection: config.selection().clone(),
-            ..OftConfig::new()
-        })
-}
-
-/// COFT of PEFT 0.14 to 0.15.2: every square within the radius, its symmetric part counted.
-fn project_squares(squares: &mut [f64], rows: usize, b: usize, eps: f64) {
-    let radius = eps / (rows as f64).sqrt();
-    for square in squares.chunks_exact_mut(b * b) {
-        let norm = square.iter().map(|x| x * x).sum::<f64>().sqrt();
-        if norm > radius {
-            square.iter_mut().for_each(|x| *x *= radius / norm);
-        }
-    }
-}
-
-fn read_boft(path: String, r: TensorData, s: Option<TensorData>) -> Result<AdapterLayer, String> {
-    let shape = r.shape().to_vec();
-    let wrong = |why: String| {
-        let key = join(&path, "boft_R");
-        format!("`{PREFIX}{key}` is {shape:?}: {why}")
+        check_sizes([1, rows, b])?;
+        Ok([rows, packed, b])
     };
-    let [m, n, b, columns] = shape[..] else {
-        return Err(wrong(
-            "factors, blocks, rows and columns are four axes".into(),
-        ));
+    let [rows, packed, b] = sizes(r.shape()).map_err(|reason| Wrong::Tensor {
+        key: key(&path, Layout::Oft.rotation()),
+        shape: r.shape().to_vec(),
+        reason,
+    })?;
+    let skew = from_values(values(r), [1, rows, packed], widened(r.dtype()));
+    Ok(AdapterLayer {
+        path,
+        kind: None,
+        block_size: b,
+        block_share,
+        d_output: None,
+        skew,
+        scale: None,
+    })
+}
+
+/// BOFT's squares, and its scale where there is one.
+fn read_boft(path: String, r: &TensorData, s: Option<&TensorData>) -> Result<AdapterLayer, Wrong> {
+    let sizes = |shape: &[usize]| {
+        let [m, n, b, columns] = shape[..] else {
+            let expected = "factors, blocks, rows and columns are four axes";
+            return Err(SizeError::Axes { expected });
+        };
+        if b != columns || b == 0 || m == 0 || n == 0 {
+            let expected = "factors and blocks of squares expected";
+            return Err(SizeError::Squares { expected });
+        }
+        check_sizes([m, n, b])?;
+        Ok([m, n, b])
     };
-    if b != columns || b == 0 || m == 0 || n == 0 {
-        return Err(wrong("factors and blocks of squares expected".into()));
-    }
-    if b > 1 && !n.checked_mul(b).is_some_and(|d| fits(d, b, m)) {
-        return Err(wrong(format!(
-            "{} of block size {b} and {n} blocks do not fit",
-            factors(m)
-        )));
-    }
-    let scale = s.map(|s| read_scale(&path, "boft_s", &s)).transpose()?;
-    let dtype = wide(r.dtype());
+    let [m, n, b] = sizes(r.shape()).map_err(|reason| Wrong::Tensor {
+        key: key(&path, Layout::Boft.rotation()),
+        shape: r.shape().to_vec(),
+        reason,
+    })?;
+    let scale = s.map(|s| read_scale(key(&path, "boft_s"), s)).transpose()?;
+    let dtype = widened(r.dtype());
+    let skew = from_values(pack(&values(r), b), [m, n, b * (b - 1) / 2], dtype);
     Ok(AdapterLayer {
         path,
         kind: scale.as_ref().and_then(|(_, kind)| *kind),
         block_size: b,
         block_share: false,
         d_output: scale.as_ref().map(|(scale, _)| scale.len()),
-        skew: data(pack(&values(&r), b), vec![m, n, b * (b - 1) / 2], dtype),
+        skew,
         scale: scale.map(|(scale, _)| {
-            let shape = vec![scale.len()];
-            data(scale, shape, dtype)
+            let shape = [scale.len()];
+            from_values(scale, shape, dtype)
         }),
     })
 }
 
 /// A scale, and the kind of layer that its shape means: (out, 1) is linear, (1, out) a convolution.
-fn read_scale(
-    path: &str,
-    name: &str,
+pub(super) fn read_scale(
+    key: String,
     s: &TensorData,
-) -> Result<(Vec<f64>, Option<LayerKind>), String> {
+) -> Result<(Vec<f64>, Option<LayerKind>), Wrong> {
     let kind = match **s.shape() {
         [1, 1] => None,
         [o, 1] if o > 0 => Some(LayerKind::Linear),
         [1, o] if o > 0 => Some(LayerKind::Conv2d),
-        ref shape => {
-            let key = join(path, name);
-            return Err(format!(
-                "`{PREFIX}{key}` is {shape:?}: (outputs, 1) or (1, outputs) expected"
-            ));
+        _ => {
+            let expected = "(outputs, 1) or (1, outputs) expected";
+            return Err(Wrong::Tensor {
+                key,
+                shape: s.shape().to_vec(),
+                reason: SizeError::Axes { expected },
+            });
         }
     };
     Ok((values(s), kind))

@@ -6,18 +6,33 @@ use burn::module::{Module, Reparameterization};
 use burn::tensor::{DType, TensorData};
 
 use super::Adapter;
-use super::keymap::{KeyMap, join};
-use super::layer::{AdapterLayer, data, values};
+use super::keymap::{KeyMap, KeyMapError, join};
+use super::layer::AdapterLayer;
+use super::mismatch::{Mismatch, Missing, Unexpected, Wrong};
 use super::report::LoadReport;
 use crate::adapter::BoftAdapter;
 use crate::config::{Bias, LayerKind, Selection};
-use crate::error::{AttachError, Mismatch};
 use crate::model::{
-    InjectError, Misfit, Placement, Unsupported, Walk, it_has, nearest, trained, unload, verdicts,
-    walk,
+    InjectError, Misfit, Placement, Unsupported, Walk, nearest, trained, unload, verdicts, walk,
 };
 use crate::rotation::{Method, Rotation, Values};
 use crate::select::{Decision, Selector};
+use crate::tensors::transposed;
+
+/// Why [`Adapter::attach`](crate::Adapter::attach) refuses. The model passed in is unchanged.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum AttachError {
+    /// The adapter and the model do not fit.
+    #[error(transparent)]
+    Mismatch(#[from] Mismatch),
+    /// The settings do not work in any model, or the model cannot be adapted.
+    #[error(transparent)]
+    Inject(#[from] InjectError),
+    /// Names cannot be mapped.
+    #[error(transparent)]
+    KeyMap(#[from] KeyMapError),
+}
 
 impl Adapter {
     /// Attaches the adapter to a model: its rotations to the layers, its biases and saved modules in place.
@@ -89,14 +104,16 @@ impl Adapter {
                 Some((parameter, Ok(kind))) => {
                     fit.layer(layer, &method, *kind, &parameter.stored.shape());
                 }
-                Some((_, Err(reason))) => fit.no_layer(&layer.path, &format!(", {reason}")),
+                Some((_, Err(reason))) => {
+                    fit.no_layer(&layer.path, Some(reason.clone()), Vec::new());
+                }
                 None => {
                     let paths = layers.iter().filter(|(_, (_, verdict))| verdict.is_ok());
                     let nearest = match fit.mismatch.unexpected.len() < SUGGESTIONS {
                         true => nearest(&layer.path, paths.map(|(path, _)| *path)),
                         false => Vec::new(),
                     };
-                    fit.no_layer(&layer.path, &it_has(&nearest));
+                    fit.no_layer(&layer.path, None, nearest);
                 }
             }
         }
@@ -126,10 +143,9 @@ impl Adapter {
             else {
                 // Burn's norms do not count batches.
                 if tensor.name != "num_batches_tracked" {
-                    fit.mismatch.unexpected.push(format!(
-                        "`{}`, which the model has no parameter for",
-                        join(&tensor.module, &tensor.name)
-                    ));
+                    fit.mismatch.unexpected.push(Unexpected::Parameter {
+                        path: join(&tensor.module, &tensor.name),
+                    });
                 }
                 continue;
             };
@@ -141,30 +157,30 @@ impl Adapter {
             };
             match data {
                 _ if matches!(dtype, DType::QFloat(_)) => {
-                    fit.unusable.insert(path.to_string());
-                    fit.mismatch.wrong.push(format!(
-                        "`{path}` is quantized and would have to be rewritten"
-                    ));
+                    let path = path.to_string();
+                    fit.unusable(Wrong::Quantized { path: path.clone() }, path);
                 }
                 Some(data) if **data.shape() == shape => {
                     if data.dtype().size() > dtype.size() {
                         fit.warnings.push(format!(
-                            "`{path}` is {dtype:?} in the model, and rounded from {:?}",
-                            data.dtype()
+                            "`{path}` is {} in the model, and rounded from {}",
+                            dtype.name(),
+                            data.dtype().name()
                         ));
                     }
                     fit.tensors.insert(path.to_string(), data);
                 }
                 _ => {
-                    fit.unusable.insert(path.to_string());
-                    fit.mismatch.wrong.push(format!(
-                        "`{path}` is {shape:?} in the model, {:?} in the file",
-                        &**tensor.data.shape()
-                    ));
+                    let wrong = Wrong::Parameter {
+                        path: path.to_string(),
+                        model: shape,
+                        file: tensor.data.shape().to_vec(),
+                    };
+                    fit.unusable(wrong, path.to_string());
                 }
             }
         }
-        fit.mismatch.wrong.sort();
+        fit.mismatch.sort_wrong();
     }
 
     /// Finds what the configuration promises and the file has not.
@@ -178,8 +194,7 @@ impl Adapter {
         let layers = self.layers.iter().map(|layer| layer.path.as_str());
         let present: HashSet<_> = layers.collect();
         for path in missing_layers(&selector, names, walk, selection, &present)? {
-            let missing = format!("the adapter of `{path}`, which `target_modules` names");
-            fit.mismatch.missing.push(missing);
+            fit.mismatch.missing.push(Missing::Layer { path });
         }
         for parameter in &walk.parameters {
             let path = parameter.path();
@@ -190,16 +205,14 @@ impl Adapter {
             let owner = parameter.owner();
             let is_bias = parameter.is_bias() && selection.bias != Bias::None;
             if is_bias && selector.trains(owner, true, present.contains(owner)) {
-                fit.mismatch.missing.push(format!(
-                    "`{path}`, a bias that the configuration trains; PEFT 0.20 and older trained some and did not save \
-                     them"
-                ));
+                let path = path.to_string();
+                fit.mismatch.missing.push(Missing::Bias { path });
                 continue;
             }
             let owners = names.file_names(owner)?;
             if owners.iter().any(|owner| selector.saves(owner)) {
-                let missing = format!("`{path}`, a part of a module to save");
-                fit.mismatch.missing.push(missing);
+                let path = path.to_string();
+                fit.mismatch.missing.push(Missing::Saved { path });
             }
         }
         Ok(())
@@ -254,15 +267,9 @@ struct Fit {
 impl Fit {
     fn layer(&mut self, layer: &AdapterLayer, method: &Method, kind: LayerKind, shape: &[usize]) {
         let path = &layer.path;
-        if let Some(other) = layer.kind.filter(|other| *other != kind) {
-            let (other, kind) = (other.in_words(), kind.in_words());
-            self.mismatch.wrong.push(format!(
-                "the adapter of `{path}` is for {other}, the model has {kind}"
-            ));
-            return;
-        }
         let (d_input, d_output) = kind.axes(shape);
-        match layer.butterfly(d_input, d_output) {
+        let butterfly = layer.check_kind(kind);
+        match butterfly.and_then(|()| layer.butterfly(d_input, d_output)) {
             Ok(butterfly) => {
                 let rotation = method.with_sizes(kind, butterfly, layer.scale.is_some());
                 let values = Values {
@@ -271,17 +278,25 @@ impl Fit {
                 };
                 self.layers.insert(path.clone(), (rotation, values));
             }
-            Err(why) => {
-                let why = format!("the adapter of `{path}`: {why}");
-                self.mismatch.wrong.push(why);
+            Err(reason) => {
+                let path = path.clone();
+                self.mismatch.wrong.push(Wrong::Fit { path, reason });
             }
         }
     }
 
-    fn no_layer(&mut self, path: &str, why: &str) {
-        self.mismatch.unexpected.push(format!(
-            "an adapter of `{path}`, where the model has no linear layer or convolution{why}"
-        ));
+    fn no_layer(&mut self, path: &str, reason: Option<Unsupported>, nearest: Vec<String>) {
+        self.mismatch.unexpected.push(Unexpected::Layer {
+            path: path.to_string(),
+            reason,
+            nearest,
+        });
+    }
+
+    /// Notes a tensor that does not fit the parameter at this path.
+    fn unusable(&mut self, wrong: Wrong, path: String) {
+        self.unusable.insert(path);
+        self.mismatch.wrong.push(wrong);
     }
 
     fn report(&self) -> LoadReport {
@@ -323,19 +338,4 @@ impl Fit {
         };
         placement.place(model)
     }
-}
-
-/// The transpose of a matrix.
-pub(super) fn transposed(matrix: &TensorData) -> Option<TensorData> {
-    let [rows, columns] = **matrix.shape() else {
-        return None;
-    };
-    let numbers = values(matrix);
-    let transpose = (0..columns).flat_map(|column| (0..rows).map(move |row| (row, column)));
-    let transpose = transpose.map(|(row, column)| numbers[row * columns + column]);
-    Some(data(
-        transpose.collect(),
-        vec![columns, rows],
-        matrix.dtype(),
-    ))
 }

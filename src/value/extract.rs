@@ -7,12 +7,12 @@ use burn::tensor::TensorData;
 use serde_json::Map;
 
 use super::Adapter;
-use super::attach::transposed;
-use super::layer::{AdapterLayer, SavedTensor, data, is_float, values, wide};
+use super::layer::{AdapterLayer, SavedTensor};
 use crate::config::{AdapterConfig, Bias, LayerKind, Selection, TargetModules};
 use crate::model::{InjectError, Misfit, Parameter, Walk, trained, verdicts, walk};
 use crate::rotation::{Method, Rotation, named};
 use crate::select::{Decision, PatternError, Selector, endings};
+use crate::tensors::{from_values, is_float, transposed, values, widened};
 
 /// Why [`Adapter::extract`] refuses.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -451,7 +451,7 @@ fn layer(
     scale: Option<TensorData>,
 ) -> AdapterLayer {
     let sizes = rotation.sizes();
-    let dtype = wide(skew.dtype());
+    let dtype = widened(skew.dtype());
     let [m, mut stored, packed] = sizes.skew_shape();
     let mut numbers = values(&skew);
     let share = rotation.method().block_share();
@@ -466,7 +466,7 @@ fn layer(
         block_size: sizes.block_size(),
         block_share: sizes.block_share() && share,
         d_output: Some(sizes.d_output()),
-        skew: data(numbers, vec![m, stored, packed], dtype),
-        scale: scale.map(|scale| data(values(&scale), vec![sizes.d_output()], dtype)),
+        skew: from_values(numbers, vec![m, stored, packed], dtype),
+        scale: scale.map(|scale| from_values(values(&scale), vec![sizes.d_output()], dtype)),
     }
 }

@@ -1,8 +1,52 @@
 //! [`KeyMap`]: the names of one model in Python and in Rust.
 
+use std::ops::Range;
+
 use fancy_regex::Regex;
 
-use crate::error::KeyMapError;
+/// Why a [`KeyMap`](crate::KeyMap) is refused, or has no answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum KeyMapError {
+    /// A pattern that does not compile.
+    #[error("the key pattern `{pattern}` cannot be used: {reason}")]
+    Pattern {
+        /// The pattern as given.
+        pattern: String,
+        /// Why it is refused.
+        reason: String,
+    },
+    /// A pattern without an answer for a path.
+    #[error("the key pattern `{pattern}` has no answer for `{path}`: {reason}")]
+    Undecided {
+        /// The pattern as given.
+        pattern: String,
+        /// The module's path.
+        path: String,
+        /// Why there is none, such as a search that backtracks without end.
+        reason: String,
+    },
+    /// Two modules would get one name.
+    #[error("the key map gives `{first}` and `{second}` the same name, `{name}`")]
+    Collision {
+        /// The first path.
+        first: String,
+        /// The second path.
+        second: String,
+        /// The name of both.
+        name: String,
+    },
+    /// What is written would not be read back.
+    #[error("the key map writes `{path}` as `{written}`, and reads that as `{read}`")]
+    OneWay {
+        /// The path in the model.
+        path: String,
+        /// Its name in the file.
+        written: String,
+        /// What that name is read as.
+        read: String,
+    },
+}
 
 /// The generation of transformers whose module names a file has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,15 +73,19 @@ pub enum Transformers {
 ///     .with_to_model(r"^transformer\.h\.(\d+)\.attn\b", "blocks.$1.attention")?
 ///     .with_to_file(r"^blocks\.(\d+)\.attention\b", "transformer.h.$1.attn")?;
 /// # drop(names);
-/// # Ok::<(), burn_boft::KeyMapError>(())
+/// # Ok::<(), burn_boft::value::KeyMapError>(())
 /// ```
 #[derive(Debug, Clone, Default)]
 pub struct KeyMap {
+    /// Names that files of a known model may have, to those of the model.
+    known: Vec<(Regex, String)>,
     to_model: Vec<(Regex, String)>,
     to_file: Vec<(Regex, String)>,
     /// Other names that a file may have for a path of the model.
     aliases: Vec<(Regex, String)>,
     fused: Vec<Fused>,
+    /// Starts of paths that are there or not, depending on what is around the model.
+    prefixes: Vec<String>,
 }
 
 /// Where a module may be, by [`KeyMap::places`].
@@ -47,6 +95,23 @@ pub struct Place {
     pub module: String,
     /// Which part, of how many equal shares of the output: `(0, 1)` is the whole.
     pub part: (usize, usize),
+}
+
+impl Place {
+    /// Which of the outputs of the module are meant, of `d_output` in all. None where they do not split evenly.
+    ///
+    /// ```
+    /// use burn_boft::value::Place;
+    ///
+    /// let second_half = Place { module: "mlp.weights_in".into(), part: (1, 2) };
+    /// assert_eq!(second_half.rows(20), Some(10..20));
+    /// assert_eq!(second_half.rows(21), None);
+    /// ```
+    pub fn rows(&self, d_output: usize) -> Option<Range<usize>> {
+        let (index, count) = self.part;
+        let each = d_output.checked_div(count)?;
+        (each * count == d_output).then(|| index * each..(index + 1) * each)
+    }
 }
 
 /// A layer of the model that is several layers in the file, halves of its output one after the other.
@@ -100,7 +165,9 @@ impl KeyMap {
         let new_names = version == Transformers::V5;
         let aliases: Vec<_> = NAMES.iter().map(|(old, new)| rule(old, new)).collect();
         Self {
-            to_model: NAMES.iter().map(|(old, new)| rule(new, old)).collect(),
+            known: NAMES.iter().map(|(old, new)| rule(new, old)).collect(),
+            to_model: Vec::new(),
+            prefixes: vec!["dinov2.".to_string()],
             to_file: match new_names {
                 true => aliases.clone(),
                 false => Vec::new(),
@@ -159,29 +226,71 @@ impl KeyMap {
         self
     }
 
-    /// Where a module may be when it is not said whose naming is in use: its own name first.
+    /// Adds a start of paths, with its dot, that may be there or not: transformers puts `dinov2.` before the names of a
+    /// backbone that has a head.
+    ///
+    /// [`KeyMap::places`] looks for modules with it and without it; names that are read and written stay as they are.
+    pub fn with_optional_prefix(mut self, prefix: impl Into<String>) -> Self {
+        self.prefixes.push(prefix.into());
+        self
+    }
+
+    /// Where a module may be when it is not said whose naming is in use.
+    ///
+    /// The first place is the name that the patterns of [`KeyMap::with_to_model`] give it, its own name where there are
+    /// none. Then come the names that a known model has for it, and all of them with or without the optional prefixes.
     ///
     /// # Errors
     ///
     /// [`KeyMapError::Undecided`] where a pattern has no answer.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use burn_boft::{KeyMap, Transformers};
+    ///
+    /// let names = KeyMap::dinov2(Transformers::V5);
+    /// let places = names.places("encoder.layer.0.mlp.up_proj")?;
+    /// // The second half of a layer that older files have in one piece.
+    /// assert_eq!(places[1].module, "encoder.layer.0.mlp.weights_in");
+    /// assert_eq!(places[1].part, (1, 2));
+    /// # Ok::<(), burn_boft::value::KeyMapError>(())
+    /// ```
     pub fn places(&self, module: &str) -> Result<Vec<Place>, KeyMapError> {
         let place = |module: String, part| Place { module, part };
-        let mut places = vec![place(module.to_string(), (0, 1))];
-        for name in [self.model_path(module)?, apply(&self.aliases, module)?] {
+        let module = apply(&self.to_model, module)?;
+        let mut places = vec![place(module.clone(), (0, 1))];
+        for rules in [&self.known, &self.aliases] {
+            let name = apply(rules, &module)?;
             if name != module {
                 places.push(place(name, (0, 1)));
             }
         }
-        if let Some(part) = self.part(module) {
-            let whole = self.model_path(&part.whole)?;
+        if let Some(part) = self.part(&module) {
+            let whole = apply(&self.known, &part.whole)?;
             places.push(place(whole, (part.index, part.parts.len())));
+        }
+        for prefix in &self.prefixes {
+            let toggled = |path: &String| match path.strip_prefix(prefix) {
+                Some(rest) => rest.to_string(),
+                None => format!("{prefix}{path}"),
+            };
+            let others: Vec<_> = places
+                .iter()
+                .map(|Place { module, part }| place(toggled(module), *part))
+                .collect();
+            places.extend(others);
         }
         Ok(places)
     }
 
     /// The path in the model of a module of the file, or of the whole that it is a part of.
-    pub(crate) fn model_path(&self, file: &str) -> Result<String, KeyMapError> {
-        apply(&self.to_model, file)
+    ///
+    /// # Errors
+    ///
+    /// [`KeyMapError::Undecided`] where a pattern has no answer.
+    pub fn model_path(&self, file: &str) -> Result<String, KeyMapError> {
+        apply(&self.to_model, &apply(&self.known, file)?)
     }
 
     /// The module that a module of the file is a part of.
@@ -203,7 +312,12 @@ impl KeyMap {
     }
 
     /// The paths in the file of a module of the model: one, or those of its parts.
-    pub(crate) fn file_paths(&self, model: &str) -> Result<Vec<String>, KeyMapError> {
+    ///
+    /// # Errors
+    ///
+    /// [`KeyMapError::Undecided`] where a pattern has no answer, and [`KeyMapError::OneWay`] where the module would be
+    /// read back under another name.
+    pub fn file_paths(&self, model: &str) -> Result<Vec<String>, KeyMapError> {
         let path = apply(&self.to_file, model)?;
         let parts = self
             .fused
@@ -243,7 +357,8 @@ impl KeyMap {
 
     /// Whether it leaves every name as it is.
     pub(crate) fn is_identity(&self) -> bool {
-        self.to_model.is_empty() && self.to_file.is_empty() && self.fused.is_empty()
+        let rules = [&self.known, &self.to_model, &self.to_file];
+        rules.into_iter().all(Vec::is_empty) && self.fused.is_empty()
     }
 }
 
@@ -278,8 +393,8 @@ fn holder(path: &str) -> &str {
     split(path).0
 }
 
-/// The path of a module by the path of what holds it.
-pub(crate) fn join(front: &str, name: &str) -> String {
+/// The path of a module, or of a tensor, by the path of what holds it. The root has the empty path.
+pub fn join(front: &str, name: &str) -> String {
     match (front, name) {
         ("", name) => name.to_string(),
         (front, "") => front.to_string(),
@@ -375,8 +490,26 @@ mod tests {
             ),
             ("mlp.weights_in", vec![whole("mlp.weights_in")]),
         ] {
-            assert_eq!(names.places(&path(ending)).unwrap(), expected);
+            let places = names.places(&path(ending)).unwrap();
+            let (places, others) = places.split_at(expected.len());
+            assert_eq!(places, expected);
+            // And all of them without the prefix.
+            for (place, other) in places.iter().zip(others) {
+                assert_eq!(place.module, format!("dinov2.{}", other.module));
+                assert_eq!(place.part, other.part);
+            }
+            assert_eq!(others.len(), expected.len());
         }
+        let names = names.with_to_model("^model\\.", "").unwrap();
+        let places = names.places("model.encoder.attention.q_proj").unwrap();
+        let modules: Vec<_> = places.iter().map(|place| place.module.as_str()).collect();
+        let expected = [
+            "encoder.attention.q_proj",
+            "encoder.attention.attention.query",
+            "dinov2.encoder.attention.q_proj",
+            "dinov2.encoder.attention.attention.query",
+        ];
+        assert_eq!(modules, expected);
     }
 
     #[test]

@@ -1,11 +1,12 @@
 //! [`AdapterLayer`] and [`SavedTensor`]: the numbers of an adapter, on the host.
 
-use burn::tensor::{DType, TensorData};
+use burn::tensor::TensorData;
 
+use super::mismatch::{FitError, Mismatch, SizeError, Wrong};
 use crate::config::LayerKind;
-use crate::error::Mismatch;
 use crate::ops::upper_triangle;
-use crate::rotation::{ButterflyPlan, factors, fits};
+use crate::rotation::{ButterflyPlan, fits};
+use crate::tensors::{is_float, transposed, widened};
 
 /// One adapted layer of an [`Adapter`](crate::Adapter).
 #[derive(Debug, Clone, PartialEq)]
@@ -20,6 +21,11 @@ pub struct AdapterLayer {
 }
 
 impl AdapterLayer {
+    /// Where a record of the adapted model keeps the skew of a layer, behind the layer's path and a dot.
+    pub const SKEW: &str = "weight.boft.skew";
+    /// Where a record of the adapted model keeps the scale of a layer, behind the layer's path and a dot.
+    pub const SCALE: &str = "weight.boft.scale";
+
     /// A layer of packed numbers: `skew` is `[m, n, b(b−1)/2]`, `scale` is `[o]`.
     ///
     /// # Errors
@@ -32,34 +38,25 @@ impl AdapterLayer {
         scale: Option<TensorData>,
     ) -> Result<Self, Mismatch> {
         let path = path.into();
-        let wrong = |data: &TensorData, why: String| Mismatch {
-            wrong: vec![format!(
-                "the adapter of `{path}` has numbers {:?} {:?}: {why}",
-                &**data.shape(),
-                data.dtype()
-            )],
-            ..Mismatch::default()
+        let wrong = |data: &TensorData, reason| {
+            Mismatch::from(Wrong::Layer {
+                path: path.clone(),
+                shape: data.shape().to_vec(),
+                dtype: data.dtype().name(),
+                reason,
+            })
         };
         for data in [Some(&skew), scale.as_ref()].into_iter().flatten() {
             if !is_float(data.dtype()) {
-                return Err(wrong(data, "an adapter computes with floats".into()));
+                return Err(wrong(data, SizeError::NotFloat));
             }
         }
-        let [m, n, packed] = skew.shape()[..] else {
-            let why = "factors, blocks and packed numbers are three axes";
-            return Err(wrong(&skew, why.into()));
-        };
-        let b = block_size(packed)
-            .ok_or_else(|| wrong(&skew, format!("no block has {packed} numbers, b(b−1)/2")))?;
-        let is_rotation = || b == 1 || n.checked_mul(b).is_some_and(|d| fits(d, b, m));
-        if m == 0 || n == 0 || !is_rotation() {
-            let why = format!("{} of block size {b} and {n} blocks do not fit", factors(m));
-            return Err(wrong(&skew, why));
-        }
+        let b = sizes(skew.shape()).map_err(|reason| wrong(&skew, reason))?;
         if let Some(scale) = scale.as_ref().filter(|scale| scale.rank() != 1) {
-            return Err(wrong(scale, "a scale has one axis".into()));
+            let expected = "a scale has one axis";
+            return Err(wrong(scale, SizeError::Axes { expected }));
         }
-        let dtype = wide(skew.dtype());
+        let dtype = widened(skew.dtype());
         Ok(Self {
             path,
             kind,
@@ -121,8 +118,7 @@ impl AdapterLayer {
     /// Whether its sizes leave the weight as it is: blocks of one channel, which PEFT's OFT makes where no other
     /// size fits, and no scale but ones.
     pub fn is_identity(&self) -> bool {
-        let is_one = |scale: &TensorData| scale.iter::<f64>().all(|scale| scale == 1.0);
-        !self.rotates() && self.scale.as_ref().is_none_or(is_one)
+        !self.rotates() && !self.scales()
     }
 
     /// Whether blocks have more than one channel.
@@ -130,42 +126,84 @@ impl AdapterLayer {
         self.block_size > 1
     }
 
-    /// The sizes of the rotation in a layer of these widths, or why there are none.
+    /// Whether there is a scale other than ones.
+    pub(crate) fn scales(&self) -> bool {
+        let is_one = |scale: &TensorData| scale.iter::<f64>().all(|scale| scale == 1.0);
+        self.scale.as_ref().is_some_and(|scale| !is_one(scale))
+    }
+
+    /// The numbers that are free to change: the packed skew, and the scale.
+    pub fn effective(&self) -> usize {
+        self.skew.num_elements() + self.scale.as_ref().map_or(0, TensorData::num_elements)
+    }
+
+    /// The kind of the layer whose weight this is, if the adapter fits it.
+    ///
+    /// # Shapes
+    ///
+    /// - `weight`: as PyTorch has it, `[d_output, d_input]` or `[d_output, c_in/groups, kh, kw]`
+    ///
+    /// # Errors
+    ///
+    /// [`FitError`]: a layer of the other kind, or of other sizes.
+    pub fn check_fit(&self, weight: &[usize]) -> Result<LayerKind, FitError> {
+        let kind = match weight.len() {
+            2 => LayerKind::Linear,
+            4 => LayerKind::Conv2d,
+            axes => return Err(FitError::Axes { axes }),
+        };
+        self.check_kind(kind)?;
+        self.check_widths(weight[1..].iter().product(), weight[0])?;
+        Ok(kind)
+    }
+
+    /// Refuses a layer of the other kind.
+    pub(crate) fn check_kind(&self, layer: LayerKind) -> Result<(), FitError> {
+        match self.kind {
+            Some(adapter) if adapter != layer => Err(FitError::Kind { adapter, layer }),
+            _ => Ok(()),
+        }
+    }
+
+    fn check_widths(&self, d_input: usize, d_output: usize) -> Result<(), FitError> {
+        let (b, m) = (self.block_size, self.n_butterfly_factor());
+        if let Some(adapter) = self.d_input().filter(|d| *d != d_input) {
+            let layer = d_input;
+            return Err(FitError::Inputs { adapter, layer });
+        }
+        if self.rotates() && !fits(d_input, b, m) || d_input == 0 {
+            return Err(FitError::Blocks {
+                n_butterfly_factor: m,
+                block_size: b,
+                d_input,
+            });
+        }
+        match self.d_output.filter(|o| *o != d_output) {
+            Some(adapter) => Err(FitError::Outputs {
+                adapter,
+                layer: d_output,
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// The sizes of the rotation in a layer of these widths.
     pub(crate) fn butterfly(
         &self,
         d_input: usize,
         d_output: usize,
-    ) -> Result<ButterflyPlan, String> {
+    ) -> Result<ButterflyPlan, FitError> {
         if !self.rotates() {
-            return Err(
-                "its blocks of one channel do not rotate, and a scale alone is not attached; merge it with the tool \
-                 `burn-boft`, or in PEFT"
-                    .to_string(),
-            );
+            return Err(FitError::ScaleAlone);
         }
+        self.check_widths(d_input, d_output)?;
         let (b, m) = (self.block_size, self.n_butterfly_factor());
-        match self.d_input() {
-            Some(d) if d != d_input => {
-                return Err(format!(
-                    "it rotates {d} input features, the layer has {d_input}"
-                ));
-            }
-            _ => {}
-        }
-        if !fits(d_input, b, m) {
-            let factors = factors(m);
-            return Err(format!(
-                "{factors} of block size {b} and {d_input} input features do not fit"
-            ));
-        }
-        match self.d_output {
-            Some(o) if o != d_output => {
-                return Err(format!("it scales {o} outputs, the layer has {d_output}"));
-            }
-            _ => {}
-        }
         let sizes = ButterflyPlan::new((d_input, d_output), b, m);
-        let sizes = sizes.ok_or_else(|| format!("{} numbers are too many", factors(m)))?;
+        let sizes = sizes.ok_or(FitError::Blocks {
+            n_butterfly_factor: m,
+            block_size: b,
+            d_input,
+        })?;
         Ok(sizes.with_block_share(self.block_share))
     }
 }
@@ -181,7 +219,63 @@ pub struct SavedTensor {
     pub(crate) data: TensorData,
 }
 
+/// What owns a tensor, as far as names and orientation differ between PyTorch and Burn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum TensorOwner {
+    /// A linear layer: Burn has the transpose of PyTorch's weight.
+    Linear,
+    /// A normalisation layer: Burn says `gamma` and `beta` where PyTorch says `weight` and `bias`.
+    Norm,
+    /// Any other module: names and orientation are the same.
+    Other,
+}
+
+/// PyTorch's and Burn's names of the parameters of norms.
+const NORM_NAMES: [(&str, &str); 2] = [("weight", "gamma"), ("bias", "beta")];
+
 impl SavedTensor {
+    /// A tensor of a Burn module, which gets PyTorch's name and orientation.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use burn::tensor::TensorData;
+    /// use burn_boft::value::{SavedTensor, TensorOwner};
+    ///
+    /// let weight = TensorData::new(vec![1f32, 2., 3., 4., 5., 6.], [3, 2]);
+    /// let tensor = SavedTensor::from_burn("head", "weight", weight.clone(), TensorOwner::Linear);
+    /// assert_eq!(tensor.data().shape().to_vec(), [2, 3]);
+    /// assert_eq!(tensor.to_burn(TensorOwner::Linear), ("weight", weight));
+    ///
+    /// let gamma = TensorData::new(vec![1f32; 4], [4]);
+    /// let tensor = SavedTensor::from_burn("norm", "gamma", gamma, TensorOwner::Norm);
+    /// assert_eq!(tensor.name(), "weight");
+    /// ```
+    pub fn from_burn(
+        module: impl Into<String>,
+        name: &str,
+        data: TensorData,
+        owner: TensorOwner,
+    ) -> Self {
+        let norm = NORM_NAMES.iter().find(|(_, burn)| *burn == name);
+        let torch = match (owner, norm) {
+            (TensorOwner::Norm, Some((torch, _))) => torch,
+            _ => name,
+        };
+        Self::new(module, torch, turned(data, name, owner))
+    }
+
+    /// Burn's name of the tensor, and its numbers in Burn's orientation.
+    pub fn to_burn(&self, owner: TensorOwner) -> (&str, TensorData) {
+        let norm = NORM_NAMES.iter().find(|(torch, _)| *torch == self.name);
+        let name = match (owner, norm) {
+            (TensorOwner::Norm, Some((_, burn))) => burn,
+            _ => self.name.as_str(),
+        };
+        (name, turned(self.data.clone(), &self.name, owner))
+    }
+
     /// A tensor of a module, named and turned as PyTorch's is.
     pub fn new(module: impl Into<String>, name: impl Into<String>, data: TensorData) -> Self {
         Self {
@@ -204,6 +298,51 @@ impl SavedTensor {
     /// Its numbers.
     pub fn data(&self) -> &TensorData {
         &self.data
+    }
+}
+
+/// No layer is wider; an empty tensor could claim any width.
+pub(crate) const WIDEST: usize = 1 << 24;
+
+/// The block size of packed numbers of this shape, `[m, n, b(b−1)/2]`.
+fn sizes(skew: &[usize]) -> Result<usize, SizeError> {
+    let [m, n, numbers] = skew[..] else {
+        let expected = "factors, blocks and packed numbers are three axes";
+        return Err(SizeError::Axes { expected });
+    };
+    let b = block_size(numbers).ok_or(SizeError::Packed { numbers })?;
+    check_sizes([m, n, b])?;
+    Ok(b)
+}
+
+/// Refuses factors, blocks and block sizes that no layer has.
+pub(crate) fn check_sizes([m, n, b]: [usize; 3]) -> Result<(), SizeError> {
+    let (block_num, block_size) = (n, b);
+    let d = n.checked_mul(b).filter(|d| *d <= WIDEST);
+    let d = d.ok_or(SizeError::Width {
+        block_num,
+        block_size,
+    })?;
+    // Blocks of one channel do not rotate, and more factors need halves of blocks.
+    let is_rotation = match b {
+        1 => m == 1,
+        _ => m > 0 && fits(d, b, m),
+    };
+    match n > 0 && is_rotation {
+        true => Ok(()),
+        false => Err(SizeError::Factors {
+            n_butterfly_factor: m,
+            block_num,
+            block_size,
+        }),
+    }
+}
+
+/// The weight of a linear layer turned from PyTorch's orientation to Burn's or back, and any other tensor as it is.
+fn turned(data: TensorData, name: &str, owner: TensorOwner) -> TensorData {
+    match owner {
+        TensorOwner::Linear if name == "weight" => transposed(&data).unwrap_or(data),
+        _ => data,
     }
 }
 
@@ -234,27 +373,4 @@ pub(crate) fn unpack(packed: &[f64], b: usize) -> Vec<f64> {
         }
     }
     squares
-}
-
-/// The numbers of float data, widened.
-pub(crate) fn values(data: &TensorData) -> Vec<f64> {
-    data.iter::<f64>().collect()
-}
-
-/// Data of a float precision.
-pub(crate) fn data(values: Vec<f64>, shape: Vec<usize>, dtype: DType) -> TensorData {
-    TensorData::new(values, shape).convert_dtype(dtype)
-}
-
-/// Whether a precision is one of floats that files hold.
-pub(crate) fn is_float(dtype: DType) -> bool {
-    matches!(dtype, DType::F64 | DType::F32 | DType::F16 | DType::BF16)
-}
-
-/// The precision that adapters compute in: f32 or f64.
-pub(crate) fn wide(dtype: DType) -> DType {
-    match dtype {
-        DType::F64 => DType::F64,
-        _ => DType::F32,
-    }
 }

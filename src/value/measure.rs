@@ -3,10 +3,11 @@
 use burn::tensor::{Device, Tensor};
 
 use super::Adapter;
-use super::layer::{AdapterLayer, values};
+use super::layer::AdapterLayer;
 use crate::config::LayerKind;
 use crate::model;
 use crate::rotation::Method;
+use crate::tensors::values;
 
 /// One rotation of an adapter, made by [`Adapter::measure`].
 #[derive(Debug, Clone, PartialEq)]
@@ -14,6 +15,10 @@ use crate::rotation::Method;
 pub struct LayerMeasure {
     /// The layer's dotted path.
     pub path: String,
+    /// Numbers that are free to change: the packed skew, and the scale.
+    pub effective: usize,
+    /// Numbers that PEFT stores for the same layer: its BOFT keeps full squares, and a scale in any case.
+    pub stored_by_peft: usize,
     /// `max|RᵀR − I|`.
     pub orthogonality_defect: f64,
     /// `‖Q‖₂`, the largest over all blocks.
@@ -40,8 +45,13 @@ impl Adapter {
         let [orthogonality_defect, skew_norm, largest_angle] =
             self.measure_rotation(layer, device).unwrap_or([0.0; 3]);
         let scale = layer.scale.as_ref().map(values);
+        let [m, n, _] = layer.skew.shape().dims::<3>();
+        let sizes = [m, n, layer.block_size];
         LayerMeasure {
             path: layer.path.clone(),
+            effective: layer.effective(),
+            stored_by_peft: Method::unchecked(&self.config)
+                .stored_by_peft(sizes, layer.d_output.unwrap_or(0)),
             orthogonality_defect,
             skew_norm,
             largest_angle,
@@ -57,7 +67,7 @@ impl Adapter {
         if !values(&layer.skew).iter().all(|value| value.is_finite()) {
             return Some([f64::NAN; 3]);
         }
-        let method = Method::new(&self.config).ok()?;
+        let method = Method::unchecked(&self.config);
         let rotation = method.with_sizes(LayerKind::Linear, butterfly, layer.scale.is_some());
         let skew = Tensor::<3>::from_data(layer.skew.clone(), (device, layer.skew.dtype()));
         let defect = model::defect(&rotation.blocks(skew.clone()));

@@ -1,26 +1,34 @@
-//! [`Adapter`]: a trained adapter as a value, in and out of PEFT's files.
+//! [`Adapter`]: a trained adapter as a value.
+//!
+//! An adapter is made of [`AdapterLayer`]s and [`SavedTensor`]s on the host. It comes out of a model with
+//! [`Adapter::extract`] or out of a file with [`Adapter::load`], and goes into a model with [`Adapter::attach`]. What does
+//! not fit is a [`Mismatch`]; a [`KeyMap`] says how the names of a file and of a model correspond.
 
 mod attach;
 mod extract;
 pub(crate) mod keymap;
 pub(crate) mod layer;
 mod measure;
+pub(crate) mod mismatch;
 pub(crate) mod reconcile;
 mod report;
 
 use burn::tensor::{DType, Device, Tensor};
 use serde_json::{Map, Value};
 
+pub use attach::AttachError;
 pub use extract::ExtractError;
-pub use keymap::{KeyMap, Place, Transformers};
-pub use layer::{AdapterLayer, SavedTensor};
+pub use keymap::{KeyMap, KeyMapError, Place, Transformers, join};
+pub use layer::{AdapterLayer, SavedTensor, TensorOwner};
 pub use measure::LayerMeasure;
+pub use mismatch::{FitError, Mismatch, Missing, PartsError, SizeError, Unexpected, Wrong};
 pub use report::LoadReport;
 
 use crate::config::{AdapterConfig, LayerKind, Selection};
-use crate::error::Mismatch;
 use crate::ops::Blocks;
+use crate::peft::check_settings;
 use crate::rotation::Method;
+use crate::tensors::is_float;
 
 /// A trained adapter as a value: its settings, and the numbers of every layer on the host.
 ///
@@ -60,24 +68,23 @@ impl Adapter {
     ) -> Result<Self, Mismatch> {
         let mut config = config.into();
         let mut mismatch = Mismatch::default();
-        if let AdapterConfig::Oft(oft) = &config {
-            for layer in &mut layers {
-                let [m, rows, _] = layer.skew.shape().dims::<3>();
-                if m != 1 || layer.scale.is_some() || (oft.block_share && rows != 1) {
-                    mismatch.wrong.push(format!(
-                        "the adapter of `{}` has a scale, several factors or blocks that are not shared, and the \
-                         settings say OFT without",
-                        layer.path
-                    ));
-                }
-                layer.block_share = oft.block_share;
+        let method = Method::unchecked(&config);
+        for layer in &mut layers {
+            let [m, rows, _] = layer.skew.shape().dims::<3>();
+            let is_shared = method.block_share() && rows != 1;
+            if is_shared || !method.allows(m, layer.scale.is_some()) {
+                let path = layer.path.clone();
+                mismatch.wrong.push(Wrong::NotOft { path });
             }
+            layer.block_share = method.shares(layer.block_share);
         }
         for tensor in &tensors {
-            let (module, name, dtype) = (&tensor.module, &tensor.name, tensor.data.dtype());
-            if !layer::is_float(dtype) && dtype != DType::I64 {
-                let why = format!("`{module}.{name}` is {dtype:?}, which no file keeps");
-                mismatch.wrong.push(why);
+            let dtype = tensor.data.dtype();
+            if !is_float(dtype) && dtype != DType::I64 {
+                mismatch.wrong.push(Wrong::Kept {
+                    path: join(&tensor.module, &tensor.name),
+                    dtype: dtype.name(),
+                });
             }
         }
         reconcile::check_biases(&layers, &tensors, &mut mismatch);
@@ -85,6 +92,7 @@ impl Adapter {
             return Err(mismatch);
         }
         reconcile::reconcile(&mut config, &layers, &mut LoadReport::default());
+        check_settings(&config).map_err(Wrong::from)?;
         let mut adapter = Self {
             config,
             layers,
@@ -150,15 +158,16 @@ impl Adapter {
         if !layer.rotates() {
             return Ok(None);
         }
-        let butterfly = layer.butterfly(d_input, d_output).map_err(|why| Mismatch {
-            wrong: vec![format!("the adapter of `{}`: {why}", layer.path)],
-            ..Mismatch::default()
-        })?;
-        let method = Method::new(&self.config).map_err(|errors| Mismatch {
-            wrong: errors.iter().map(ToString::to_string).collect(),
-            ..Mismatch::default()
+        let butterfly = layer.butterfly(d_input, d_output);
+        let butterfly = butterfly.map_err(|reason| Wrong::Fit {
+            path: layer.path.clone(),
+            reason,
         })?;
         let kind = layer.kind.unwrap_or(LayerKind::Linear);
+        let method = Method::new(&self.config).map_err(|errors| Mismatch {
+            wrong: errors.into_iter().map(Wrong::from).collect(),
+            ..Mismatch::default()
+        })?;
         let rotation = method.with_sizes(kind, butterfly, layer.scale.is_some());
         let skew = Tensor::<3>::from_data(layer.skew.clone(), (device, layer.skew.dtype()));
         Ok(Some(rotation.blocks(skew)))

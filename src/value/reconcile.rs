@@ -1,9 +1,9 @@
 //! What the numbers of an adapter say against its configuration: the numbers decide.
 
 use super::layer::{AdapterLayer, SavedTensor};
+use super::mismatch::{Mismatch, Wrong};
 use super::report::LoadReport;
 use crate::config::{AdapterConfig, Block};
-use crate::error::Mismatch;
 use crate::rotation::{Method, factors};
 
 /// Biases of layers that are not adapted belong to `Bias::All`.
@@ -18,10 +18,11 @@ pub(crate) fn check_biases(
             && tensor.name == "bias"
             && **tensor.data.shape() != [o]
         {
-            let (module, shape) = (&tensor.module, &**tensor.data.shape());
-            mismatch.wrong.push(format!(
-                "the bias of `{module}` is {shape:?}, where its adapter has {o} outputs"
-            ));
+            mismatch.wrong.push(Wrong::Bias {
+                path: tensor.module.clone(),
+                shape: tensor.data.shape().to_vec(),
+                d_output: o,
+            });
         }
     }
 }
@@ -32,33 +33,32 @@ pub(crate) fn reconcile(
     layers: &[AdapterLayer],
     report: &mut LoadReport,
 ) {
-    if let AdapterConfig::Boft(boft) = config {
-        let said = boft.n_butterfly_factor;
-        let differ = layers
-            .iter()
-            .filter(|layer| layer.n_butterfly_factor() != said);
-        for layer in differ {
-            let (path, m) = (&layer.path, layer.n_butterfly_factor());
-            report.converted.push(format!(
-                "`{path}` has {}, not the {said} of the configuration: PEFT without its CUDA kernel trains one \
-                 and does not say so",
-                factors(m)
-            ));
-        }
-        if let Some(m) = same(layers.iter().map(AdapterLayer::n_butterfly_factor)) {
-            boft.n_butterfly_factor = m;
-        }
+    let said = Method::unchecked(config).n_butterfly_factor();
+    let differ = layers
+        .iter()
+        .filter(|layer| layer.n_butterfly_factor() != said);
+    for layer in differ {
+        let (path, m) = (&layer.path, layer.n_butterfly_factor());
+        report.converted.push(format!(
+            "`{path}` has {}, not the {said} of the configuration: PEFT without its CUDA kernel trains one and does not \
+             say so",
+            factors(m)
+        ));
     }
+    if !layers.is_empty() {
+        let m = same(layers.iter().map(AdapterLayer::n_butterfly_factor)).unwrap_or(said);
+        let is_scaled = layers.iter().any(|layer| layer.scale.is_some());
+        config.set_factors_and_scale(m, is_scaled);
+    }
+    let method = Method::unchecked(config);
     let mut differ = false;
     for layer in layers {
         let (b, d) = (layer.block_size, layer.d_input());
-        let expected = expected_block_size(config, d);
-        if expected.is_some_and(|expected| expected != b) {
+        if let Some(expected) = expected_block_size(&method, d).filter(|expected| *expected != b) {
             differ = true;
             let path = &layer.path;
             report.converted.push(format!(
-                "`{path}` has blocks of {b}, not those of {} that the configuration means",
-                expected.unwrap_or_default()
+                "`{path}` has blocks of {b}, not those of {expected} that the configuration means"
             ));
         }
     }
@@ -68,17 +68,12 @@ pub(crate) fn reconcile(
 }
 
 /// The block size that PEFT makes of the configuration for an axis, as far as it is known.
-pub(crate) fn expected_block_size(config: &AdapterConfig, d_input: Option<usize>) -> Option<usize> {
-    let method = Method::new(config).ok()?;
+pub(crate) fn expected_block_size(method: &Method, d_input: Option<usize>) -> Option<usize> {
     match d_input {
-        // A search for divisors, as long as PEFT's: not for the width of a layer that rotates nothing.
-        Some(d) if d <= MAX_WIDTH => method.block_size(d),
-        _ => method.fixed_block_size(),
+        Some(d) => method.block_size(d),
+        None => method.fixed_block_size(),
     }
 }
-
-/// Wider than any layer; an empty tensor can claim any width.
-const MAX_WIDTH: usize = 1 << 20;
 
 fn same<T: PartialEq>(mut values: impl Iterator<Item = T>) -> Option<T> {
     let first = values.next()?;

@@ -6,9 +6,8 @@ use std::io::{BufRead, BufReader, Lines};
 use std::path::Path;
 use std::process::{Child, ChildStderr, Command, Stdio};
 
-use burn_boft::{
-    Adapter, AdapterConfig, BoftLinear, Cayley, Init, KeyMap, OftConfig, SaveOptions, inject,
-};
+use burn_boft::peft::SaveOptions;
+use burn_boft::{Adapter, AdapterConfig, BoftLinear, Cayley, Init, KeyMap, OftConfig, inject};
 
 use super::support::*;
 

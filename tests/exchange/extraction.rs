@@ -1,9 +1,8 @@
 //! Taking an adapter out of a model.
 
 use burn::module::{Module, ParamGroup};
-use burn_boft::{
-    Adapter, AdapterConfig, Bias, BoftLinear, Cayley, ExtractError, OftConfig, inject,
-};
+use burn_boft::value::ExtractError;
+use burn_boft::{Adapter, AdapterConfig, Bias, BoftLinear, Cayley, OftConfig, inject};
 
 use super::support::*;
 use crate::common::host;

@@ -42,7 +42,9 @@ fn loading_refuses_a_broken_adapter_config() {
     );
     assert_eq!(
         refused("[1]"),
-        format!("…/{CONFIG} is not a JSON object: it holds another kind of value")
+        format!(
+            "…/{CONFIG} is not a JSON object: invalid type: sequence, expected a map at line 1 column 0"
+        )
     );
     assert_eq!(
         refused(r#"{"peft_type": "LORA"}"#),

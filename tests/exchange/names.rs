@@ -4,10 +4,8 @@ use std::collections::BTreeSet;
 
 use burn::module::Module;
 use burn::tensor::DType;
-use burn_boft::{
-    Adapter, Bias, BoftConfig, BoftLinear, KeyMap, LoadError, LoadOptions, SaveOptions,
-    Transformers, inject,
-};
+use burn_boft::peft::{LoadError, LoadOptions, SaveOptions};
+use burn_boft::{Adapter, Bias, BoftConfig, BoftLinear, KeyMap, Transformers, inject};
 use serde_json::json;
 
 use super::dinov2::Encoder;
@@ -166,10 +164,10 @@ fn two_different_rotations_cannot_be_loaded_into_one_fused_layer() {
     };
     assert_eq!(
         mismatch.to_string(),
-        "wrong: `encoder.layer.0.mlp.gate_proj` and `encoder.layer.0.mlp.up_proj` are one layer here, \
+        "wrong: `encoder.layer.0.mlp.gate_proj` and `encoder.layer.0.mlp.up_proj` are one layer in the model, \
          `encoder.layer.0.mlp.weights_in`, and one layer has one rotation where theirs differ; merge the adapter in \
          PEFT instead\n\
-         wrong: `encoder.layer.1.mlp.weights_in` is one layer here and 2 in the file, which has nothing for \
+         wrong: `encoder.layer.1.mlp.weights_in` is one layer in the model and 2 in the file, which has nothing for \
          `encoder.layer.1.mlp.up_proj`"
     );
     // Without the map the two layers stay apart, and each may have its own rotation.

@@ -12,9 +12,9 @@ use crate::common::peft::{Eval, Model, SetBase, Tensors, UseModel, linear, read,
 use crate::common::{assert_close, host};
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_boft::{
-    Adapter, BoftLinear, KeyMap, LoadOptions, LoadReport, SaveOptions, Transformers, merge,
-};
+use burn_boft::peft::{LoadOptions, SaveOptions};
+use burn_boft::value::LoadReport;
+use burn_boft::{Adapter, BoftLinear, KeyMap, Transformers, merge};
 
 /// Tolerances, relative to the largest number in a tensor.
 const FORWARD: f64 = 1e-5;

@@ -1,7 +1,8 @@
 //! Adapters made of tensors that the user computed.
 
 use burn::tensor::TensorData;
-use burn_boft::{Adapter, AdapterConfig, AdapterLayer, BoftLinear, SavedTensor};
+use burn_boft::value::{AdapterLayer, SavedTensor};
+use burn_boft::{Adapter, AdapterConfig, BoftLinear};
 
 use super::support::*;
 use crate::common::models::distance;
@@ -59,16 +60,16 @@ fn parts_of_wrong_shapes_are_refused() {
             "0 factors of block size 4 and 3 blocks do not fit",
         ),
     ] {
-        let expected = format!("{of} {shape:?} F32: {why}");
+        let expected = format!("{of} {shape:?} f32: {why}");
         assert_eq!(refused(data(shape), None), expected);
     }
     assert_eq!(
         refused(data(&[1, 6, 6]), Some(data(&[16, 1]))),
-        format!("{of} [16, 1] F32: a scale has one axis")
+        format!("{of} [16, 1] f32: a scale has one axis")
     );
     assert_eq!(
         refused(TensorData::new(vec![1i64; 6], [1, 1, 6]), None),
-        format!("{of} [1, 1, 6] I64: an adapter computes with floats")
+        format!("{of} [1, 1, 6] i64: an adapter computes with floats")
     );
     let scaled = layer(data(&[1, 6, 6]), Some(data(&[16]))).unwrap();
     let bias = SavedTensor::new("hidden", "bias", data(&[15]));
@@ -78,7 +79,7 @@ fn parts_of_wrong_shapes_are_refused() {
         error.to_string(),
         "wrong: the adapter of `hidden` has a scale, several factors or blocks that are not shared, and the settings say \
          OFT without\n\
-         wrong: `head.flag` is Bool(Native), which no file keeps\n\
+         wrong: `head.flag` is bool, which no file keeps\n\
          wrong: the bias of `hidden` is [15], where its adapter has 16 outputs"
     );
     let adapter = Adapter::from_parts(boft(), vec![scaled], Vec::new()).unwrap();

@@ -4,7 +4,8 @@ use std::fs;
 
 use burn::module::Module;
 use burn::tensor::{DType, Device, FloatDType};
-use burn_boft::{Adapter, BoftConfig, BoftLinear, LoadOptions, SaveOptions, inject};
+use burn_boft::peft::{LoadOptions, SaveOptions};
+use burn_boft::{Adapter, BoftConfig, BoftLinear, inject};
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
 use serde_json::json;

@@ -4,7 +4,9 @@ use std::fs;
 
 use burn::module::Module;
 use burn::tensor::DType;
-use burn_boft::{Adapter, Bias, BoftLinear, LoadOptions};
+use burn_boft::peft::LoadOptions;
+use burn_boft::value::Missing;
+use burn_boft::{Adapter, Bias, BoftLinear};
 use serde_json::json;
 
 use super::support::*;
@@ -156,10 +158,7 @@ fn loading_warns_once_of_each_name_without_tensors() {
     let (_, report) = Adapter::load_with(nothing.path(), &partial).unwrap();
     assert_eq!(
         (report.missing, report.warnings),
-        (
-            vec!["the file holds no `boft_R` at all".to_string()],
-            Vec::new()
-        )
+        (vec![Missing::AllLayers { tensor: "boft_R" }], Vec::new())
     );
 }
 

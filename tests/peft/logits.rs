@@ -7,7 +7,8 @@ use std::error::Error;
 use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
-use burn_boft::{Adapter, KeyMap, LoadOptions, Transformers};
+use burn_boft::peft::LoadOptions;
+use burn_boft::{Adapter, KeyMap, Transformers};
 use dinov2::embedded;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};

@@ -1,6 +1,6 @@
 """Merges adapters into a sharded transformers model with `burn-boft merge` and with PEFT, and compares.
 
-    cargo build --release --features cli
+    cargo build --release -p burn-boft-cli
     python tests/peft/merge.py
 
 One line per case; the exit code is 1 if any failed.

@@ -4,7 +4,8 @@ use std::path::Path;
 
 use burn::module::{Param, ParamGroup};
 use burn::prelude::*;
-use burn_boft::{Adapter, KeyMap, SaveOptions, Transformers, summary};
+use burn_boft::peft::SaveOptions;
+use burn_boft::{Adapter, KeyMap, Transformers, summary};
 
 use crate::backbone::Backbone;
 use crate::cli::Adapt;

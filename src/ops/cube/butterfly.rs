@@ -85,7 +85,7 @@ fn compose(blocks: CubeTensor, sizes: Sizes, direction: Direction) -> CubeTensor
     rotations
 }
 
-/// Where in the span entry `index` of a block lies: half-blocks at distance `2^stage`.
+/// The place in the span of entry `index` of a block, whose halves are `2^stage` halves apart.
 #[cube]
 pub(super) fn coupled(
     block: usize,
@@ -103,7 +103,7 @@ pub(super) fn coupled(
     place
 }
 
-/// `op(R)` of every span: a unit per column, which no other unit touches.
+/// `op(R)` of every span. Each unit computes one column, which no other unit touches.
 #[cube(launch)]
 fn compose_kernel(
     blocks: &[f32],
@@ -160,7 +160,7 @@ fn compose_kernel(
     sync_cube();
 }
 
-/// `op(R)·t` for a `[d, columns]` matrix with a scale per column: a unit per column of a span.
+/// `op(R)·t` for a `[d, columns]` matrix with a scale per column. Each unit computes one column of a span.
 #[cube(launch)]
 fn rotate_rows_kernel<F: Float>(
     matrix: &Tensor<F>,
@@ -202,7 +202,7 @@ fn rotate_rows_kernel<F: Float>(
     sync_cube();
 }
 
-/// `t·op(R)` for a `[rows, d]` matrix with a scale per row: a unit per column, over `tile` rows.
+/// `t·op(R)` for a `[rows, d]` matrix with a scale per row. Each unit computes `tile` rows of one column.
 #[cube(launch)]
 fn rotate_columns_kernel<F: Float>(
     matrix: &Tensor<F>,
@@ -255,7 +255,7 @@ fn rotate_columns_kernel<F: Float>(
     sync_cube();
 }
 
-/// The rule of the portable version.
+/// The rule for tiny scales, stated at [`crate::ops::linear::away_from_zero`].
 #[cube]
 fn away_from_zero(scale: f32) -> f32 {
     let is_zero = f32::abs(scale) * comptime!(MAGNIFICATION as f32) < 1.0f32;

@@ -1,7 +1,7 @@
-//! The Cayley map and its backward pass: one unit per row of a block, blocks in shared memory, in f32.
+//! The Cayley map and its backward pass in f32. Each unit works on one row of a block in shared memory.
 //!
-//! Rows in shared memory are one number longer than the block, so that units that walk their own rows
-//! meet different banks.
+//! Rows in shared memory are one number longer than those of the block, so that units that walk along their own
+//! rows use different memory banks.
 
 use burn::backend::TensorMetadata;
 use burn::tensor::DType;
@@ -70,7 +70,7 @@ fn cayley_kernel(
     let matrix = place * b * line;
     let own = matrix + row * line;
 
-    // Places beyond the last block work on an identity, so that all units meet at the barriers.
+    // Units beyond the last block work on an identity, so that all units reach the barriers.
     for column in 0..b {
         let mut value = 0.0f32;
         if row == column {
@@ -86,7 +86,7 @@ fn cayley_kernel(
         matrices[own + column] = value;
     }
     for k in 0..b {
-        // The sweep's row, scaled; every unit then updates its own row by it.
+        // One unit scales the row of the sweep; then every unit updates its own row with it.
         if row == k {
             let pivot = matrices[own + k];
             for column in 0..b {
@@ -135,7 +135,7 @@ fn cayley_kernel(
             blocks[(block * b + row) * b + column] = matrices[own + column] + 0.5f32 * correction;
         }
     }
-    // A runtime may hand the shared memory on as soon as a cube ends.
+    // A runtime may give the shared memory to the next cube as soon as a unit of this one ends.
     sync_cube();
 }
 

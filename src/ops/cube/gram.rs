@@ -32,7 +32,7 @@ pub(super) fn gram(
     };
     let Sizes { span, count, .. } = sizes;
     let width = UNITS / span * span;
-    // Fixed sums, but for what would exceed the cubes of an axis.
+    // Partial sums have a fixed length unless that would take more cubes than an axis has.
     let tiles = (PARTIAL_SUM / MULTIPLIED_ROWS).max(summed.div_ceil(MULTIPLIED_ROWS * CUBES));
     let parts = summed.div_ceil(tiles * MULTIPLIED_ROWS);
     let (lhs, rhs) = (untile(lhs), untile(rhs));
@@ -75,8 +75,8 @@ pub(super) fn block_gradient(partial: CubeTensor, blocks: CubeTensor, sizes: Siz
 
 /// Partial `G = lhsᵀ·rhs` per span, each over `tiles` tiles of the summed axis.
 ///
-/// `channels` is the rotated axis. A unit per column of `G`; tiles are read along the axis that lies in
-/// memory without gaps.
+/// `channels` is the rotated axis. Each unit computes one column of `G`; tiles are read along the axis whose
+/// numbers are neighbours in memory.
 #[cube(launch)]
 fn gram_kernel<F: Float>(
     lhs: &Tensor<F>,
@@ -146,9 +146,9 @@ fn gram_kernel<F: Float>(
     }
 }
 
-/// The gradient of the blocks from partial sums of `G`: a unit per row, then per column, of a span.
+/// The gradient of the blocks from partial sums of `G`. Each unit works on a row of a span, then on a column.
 ///
-/// Per factor, from the last: `H = G·F_i`, whose coupled entries are `∂L/∂C`, then `G ← F_iᵀ·H`.
+/// For each factor, from the last to the first: `H = G·F_i`, whose coupled entries are `∂L/∂C`, then `G ← F_iᵀ·H`.
 #[cube(launch)]
 fn block_gradient_kernel(
     partial: &[f32],

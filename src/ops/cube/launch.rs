@@ -1,4 +1,4 @@
-//! What every launch needs: the sizes that the kernels serve, cubes, units and results.
+//! What every launch needs: the sizes that the kernels serve, the counts of cubes and units, empty results.
 
 use burn::backend::TensorMetadata;
 use burn::tensor::{DType, Shape};
@@ -9,11 +9,11 @@ use burn_cubecl::tensor::CubeTensor;
 
 /// Spans beyond this size go to the portable version, factor by factor.
 const LARGEST_SPAN: usize = 64;
-/// Units of a cube, where the kernel does not fix them.
+/// Units of a cube, unless the kernel needs another count.
 pub(super) const UNITS: usize = 128;
 /// Bytes of shared memory that every device has.
 const SHARED_MEMORY: usize = 16 << 10;
-/// Terms of one partial sum.
+/// Numbers that one partial sum adds up.
 pub(super) const PARTIAL_SUM: usize = 512;
 /// The most cubes along an axis.
 pub(super) const CUBES: usize = 65_535;
@@ -30,7 +30,7 @@ pub(super) struct Sizes {
 }
 
 impl Sizes {
-    /// The sizes, where the kernels serve them.
+    /// The sizes, if the kernels serve them.
     pub(super) fn of(blocks: &CubeTensor) -> Option<Self> {
         let [m, n, b, _] = blocks.shape().dims::<4>();
         let span = b << (m - 1);
@@ -39,7 +39,7 @@ impl Sizes {
         served.then_some(Self { m, b, span, count })
     }
 
-    /// Spans of one cube, and the units that they take.
+    /// The spans that one cube works on, and how many units they need.
     pub(super) fn per_cube(self) -> (usize, usize) {
         let shared = SHARED_MEMORY / (4 * self.span * (self.span + 1));
         let spans = (UNITS / self.span).min(shared).max(1);
@@ -47,14 +47,14 @@ impl Sizes {
     }
 }
 
-/// Blocks of one cube of the Cayley kernels, where two of each fit its shared memory.
+/// The blocks that one cube of the Cayley kernels works on, if two copies of each fit its shared memory.
 pub(super) fn blocks_per_cube(skew: &CubeTensor, b: usize, count: usize) -> Option<usize> {
     let per_cube = (SHARED_MEMORY / (8 * b * (b + 1))).min(UNITS / b);
     let served = skew.dtype == DType::F32 && per_cube > 0 && count.div_ceil(per_cube) <= CUBES;
     served.then_some(per_cube)
 }
 
-/// How the kernels name the precision of an operand, where they serve it.
+/// The precision of an operand as the kernels name it, if they serve it.
 pub(super) fn element(operand: &CubeTensor) -> Option<ElemType> {
     matches!(operand.dtype, DType::F32 | DType::F16 | DType::BF16)
         .then(|| burn::backend::cubecl::dtype_to_storage_type(operand.dtype))

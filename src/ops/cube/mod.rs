@@ -1,7 +1,7 @@
 //! GPU kernels: one CubeCL source for CUDA, ROCm, Metal, Vulkan and WebGPU.
 //!
-//! Operands of f32, f16 and bf16, spans up to [`LARGEST_SPAN`](launch::LARGEST_SPAN), blocks in f32. Everything else takes the
-//! portable versions.
+//! They serve operands of f32, f16 and bf16, spans of up to [`LARGEST_SPAN`](launch::LARGEST_SPAN) numbers, and
+//! blocks in f32. Everything else takes the portable versions.
 
 mod butterfly;
 mod cayley;

@@ -1,4 +1,4 @@
-//! Sums over rows.
+//! Sums per output channel.
 //!
 //! Operands may have any strides and any float precision; sums run in f32.
 
@@ -37,7 +37,7 @@ pub(super) fn column_sums(
     (products, sums)
 }
 
-/// Partial `Σ gradient ⊙ output` and `Σ gradient` per column, each over `rows` rows: a unit per column.
+/// Partial `Σ gradient ⊙ output` and `Σ gradient` per column, each over `rows` rows. Each unit sums one column.
 #[cube(launch)]
 fn column_sums_kernel<F: Float>(
     gradient: &Tensor<F>,

@@ -106,7 +106,7 @@ pub(super) fn rotate_rows<E: Real>(
 fn written<E: Real>(len: usize, write: impl FnOnce(&mut [MaybeUninit<E>])) -> Vec<E> {
     let mut values = Vec::with_capacity(len);
     write(&mut values.spare_capacity_mut()[..len]);
-    // SAFETY: the two callers write whole rows: every span of them, and every tile of a span.
+    // SAFETY: both callers write every span of every row, and in it every tile.
     unsafe { values.set_len(len) };
     values
 }

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::real::Real;
 use crate::ops::cayley::upper_triangle;
 
-/// Blocks per task: enough work to be worth a thread.
+/// The blocks of one task, enough work to be worth a thread.
 fn blocks_per_task(b: usize) -> usize {
     (32_768 / (b * b * b)).max(1)
 }

@@ -174,7 +174,7 @@ pub(super) fn block_gradient<E: Real>(mut gram: Vec<f64>, blocks: &[E], sizes: S
     output
 }
 
-/// One span of [`block_gradient`]: every factor's blocks after each other.
+/// One span of [`block_gradient`]. Its output lists the blocks of each factor, factor by factor.
 struct BlockGradient<'a, E> {
     gram: &'a mut [f64],
     blocks: &'a [E],

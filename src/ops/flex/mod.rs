@@ -1,4 +1,6 @@
-//! CPU kernels: f32 and f64 natively, other precisions through the portable versions' casts.
+//! CPU kernels in f32 and f64.
+//!
+//! Operands of other precisions are cast as the portable versions cast them, or take those versions.
 
 mod butterfly;
 mod cayley;
@@ -36,7 +38,7 @@ fn tensor<E: Real>(values: Vec<E>, shape: impl Into<Shape>) -> FlexTensor {
     )
 }
 
-/// The tensor with its numbers in a row.
+/// A tensor whose numbers are contiguous in memory.
 struct Contiguous(FlexTensor);
 
 impl Contiguous {
@@ -61,7 +63,7 @@ fn has_kernel(tensor: &FlexTensor) -> bool {
     matches!(tensor.dtype(), DType::F32 | DType::F64) && !matches!(Arch::new(), Arch::Scalar)
 }
 
-/// The rotation as the kernels read it, where they serve its span.
+/// The sizes of a rotation, if the kernels serve its precision and span.
 fn spans_of(blocks: &FlexTensor) -> Option<Sizes> {
     let sizes = Sizes::new(blocks.shape().dims::<4>());
     (has_kernel(blocks) && sizes.span <= LARGEST_SPAN).then_some(sizes)

@@ -1,6 +1,7 @@
-//! The product of two matrices, with the bias as what it starts from.
+//! The product of two matrices, added to the bias.
 //!
-//! The same `gemm` that Burn calls, on memory that is neither cleared nor copied before.
+//! It calls the same `gemm` as Burn does, but lets it start from the bias and write to memory that nobody cleared or
+//! copied before.
 
 use burn::backend::TensorMetadata;
 use burn::backend::flex::FlexTensor;
@@ -9,10 +10,10 @@ use rayon::prelude::*;
 
 use super::real::Real;
 
-/// Multiplications from which on a product is shared among threads.
+/// A product of at least this many multiplications is shared among threads.
 const SHARED_WORK: usize = 192 * 192 * 192;
 
-/// Rows that one task starts from the bias.
+/// Rows that one task fills with the bias.
 const FILLED_ROWS: usize = 64;
 
 /// `lhs·rhs + bias` of a `[m, k]` and a `[k, n]` tensor with any strides.
@@ -67,7 +68,7 @@ pub(super) fn product<E: Real>(lhs: &FlexTensor, rhs: &FlexTensor, bias: Option<
     output
 }
 
-/// Where the numbers of a matrix lie.
+/// Where the numbers of a matrix lie in memory.
 struct Matrix<E> {
     start: *const E,
     row_stride: isize,
@@ -77,7 +78,7 @@ struct Matrix<E> {
 impl<E: Real> Matrix<E> {
     /// # Panics
     ///
-    /// If the matrix reaches beyond its storage.
+    /// - If the matrix reaches beyond its storage.
     fn new(tensor: &FlexTensor) -> Self {
         let [rows, columns] = tensor.shape().dims::<2>();
         let layout = tensor.layout();

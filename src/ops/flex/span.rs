@@ -1,4 +1,4 @@
-//! A span on its own: its sizes, where its blocks act, and products with one factor.
+//! One span: its sizes, the indices that its blocks couple, and products with one factor.
 
 use super::real::Real;
 use crate::ops::butterfly::Direction;
@@ -28,17 +28,17 @@ impl Sizes {
         self.n * self.b / self.span
     }
 
-    /// Spans whose small matrices are enough work to be worth a thread.
+    /// The spans of one task, enough work to be worth a thread.
     pub(super) fn spans_per_task(self) -> usize {
         (32_768 / (self.m * self.b * self.span * self.span)).max(1)
     }
 
-    /// The place of a factor's block among all blocks, in numbers.
+    /// The index of the first number of a factor's block.
     pub(super) fn offset(self, stage: usize, block: usize) -> usize {
         (stage * self.n + block) * self.b * self.b
     }
 
-    /// Where in the span entry `index` of a block lies: half-blocks at distance `2^stage`.
+    /// The place in the span of entry `index` of a block, whose halves are `2^stage` halves apart.
     pub(super) fn coupled(self, stage: usize, block: usize, index: usize) -> usize {
         if stage == 0 {
             return block * self.b + index;

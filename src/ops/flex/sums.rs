@@ -1,4 +1,4 @@
-//! Sums over rows and columns, always in the same order.
+//! Sums per output channel, whose order does not depend on the number of threads.
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -122,7 +122,7 @@ pub(super) fn row_sums<E: Real>(gradient: &[E], output: &[E], columns: usize) ->
     [products, sums]
 }
 
-/// Numbers that one task adds up.
+/// Sums that one task computes.
 const SUMMED: usize = 1 << 12;
 
 /// Adds partial sums, in f64 and always in the same order.

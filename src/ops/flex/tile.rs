@@ -1,8 +1,8 @@
-//! Tiles of matrices that stay in registers, and the rows that a task takes.
+//! Tiles of matrices that stay in registers, and the number of rows that a task takes.
 
 use super::real::Real;
 
-/// Independent sums of a dot product.
+/// Independent sums that a dot product or a column sum runs in.
 pub(super) const LANES: usize = 16;
 
 /// Rows that one task rotates, and that one partial sum covers.
@@ -10,12 +10,12 @@ pub(super) const LANES: usize = 16;
 /// Fixed, so that sums do not depend on the number of threads.
 pub(super) const ROWS: usize = 128;
 
-/// Rows that pass by a span before the next span's turn: as many as a small cache holds.
+/// Rows processed per span before moving to the next span, as many as a small cache holds.
 pub(super) const PASSING_ROWS: usize = 16;
 
 /// Runs a kernel with the sides of the tile that stays in registers as constants: `$lines` by `$line`.
 ///
-/// The tile divides the span, and is of sizes that the compiler turns into vectors.
+/// The sides divide the span, and are lengths for which the compiler uses vector instructions.
 macro_rules! with_tile {
     ($span:expr, $lines:ident, $line:ident => $run:expr) => {
         match $span {
@@ -35,7 +35,7 @@ macro_rules! with_tile {
 
 pub(super) use with_tile;
 
-/// `N` numbers from a place on.
+/// `N` numbers, from index `start` on.
 #[inline(always)]
 pub(super) fn line<E, const N: usize>(values: &[E], start: usize) -> &[E; N] {
     values[start..start + N]

@@ -1,0 +1,214 @@
+//! `convert`: an adapter in another form.
+
+use burn::tensor::TensorData;
+use burn_boft::peft::LoadOptions;
+use burn_boft::value::AdapterLayer;
+use burn_boft::{Adapter, AdapterConfig, BoftConfig, Cayley, LayerKind, OftConfig};
+
+use crate::base::Base;
+use crate::changes::check_shape;
+use crate::cli::{Convert, To};
+use crate::error::Error;
+use crate::merge::load;
+use crate::names::{Names, join};
+use crate::output::{Form, OutputFolder, check_free, check_outside};
+use crate::terminal::{plural, print};
+use crate::{lora, record, settings};
+
+pub fn run(options: &Convert) -> Result<(), Error> {
+    let names = Names::parse(&options.maps)?;
+    let base = options.base.as_deref().map(Base::open).transpose()?;
+    let form = match options.to {
+        Some(To::Record) => Form::File,
+        _ => Form::Folder,
+    };
+    check_free(&options.output, form)?;
+    check_outside(&options.output, &options.input)?;
+    if let Some(rank) = options.to_lora {
+        let adapter = read(options, &Names::default(), base.as_ref())?;
+        let base = base.ok_or_else(|| needs_base("--to-lora"))?;
+        return lora::write(&adapter, &base, &names, rank as usize, &options.output);
+    }
+    let adapter = read(options, &names, base.as_ref())?;
+    let adapter = match options.to {
+        Some(To::Oft) => to_oft(&adapter)?,
+        Some(To::Boft) => to_boft(&adapter, base.as_ref())?,
+        Some(To::Peft) => with_kinds(adapter, base.as_ref())?,
+        _ => adapter,
+    };
+    match options.to {
+        Some(To::Record) => record::write(&adapter, base.as_ref(), &options.output)?,
+        _ => {
+            let folder = OutputFolder::create(&options.output)?;
+            adapter
+                .save(folder.temporary())
+                .map_err(|error| folder.named(error.into()))?;
+            folder.finish()?;
+        }
+    }
+    print(&format!(
+        "{}: {}\n",
+        options.output.display(),
+        plural(adapter.layers().len(), "layer")
+    ))
+}
+
+fn needs_base(what: &str) -> Error {
+    Error::Settings(format!(
+        "{what} needs --base, the model that the adapter is for"
+    ))
+}
+
+/// Reads the adapter, which is a folder or a record.
+fn read(options: &Convert, names: &Names, base: Option<&Base>) -> Result<Adapter, Error> {
+    let input = &options.input;
+    if input.is_file() {
+        let settings = options
+            .config
+            .as_deref()
+            .map(settings::read_file)
+            .transpose()?;
+        return record::read(input, settings, base);
+    }
+    if options.config.is_some() {
+        let refused = "--config is for a record; a folder has its own settings".to_string();
+        return Err(Error::Settings(refused));
+    }
+    let load_options = LoadOptions::new().with_key_map(names.to_key_map()?);
+    load(input, &load_options)
+}
+
+/// The adapter with the kind of every layer that has a scale: of old versions the file does not tell.
+fn with_kinds(adapter: Adapter, base: Option<&Base>) -> Result<Adapter, Error> {
+    let is_unknown = |layer: &AdapterLayer| layer.kind().is_none() && layer.d_output() > Some(1);
+    let Some(unknown) = adapter.layers().iter().find(|layer| is_unknown(layer)) else {
+        return Ok(adapter);
+    };
+    let base = base.ok_or_else(|| record::unknown_kind(unknown.path()))?;
+    assemble(&adapter, adapter.config().clone(), |layer| {
+        Place::find(layer, base)?.layer(layer)
+    })
+}
+
+/// The layer of the model that an adapter's layer is for.
+struct Place {
+    kind: LayerKind,
+    d_input: usize,
+    d_output: usize,
+}
+
+impl Place {
+    fn find(layer: &AdapterLayer, base: &Base) -> Result<Self, Error> {
+        let key = join(layer.path(), "weight");
+        let refuse = |why: String| Error::tensor(&base.path, &key, why);
+        let (shard, entry) = base.entry(&key).ok_or_else(|| {
+            refuse(
+                "is not there, and the adapter has a layer of that name; --map bridges names"
+                    .into(),
+            )
+        })?;
+        let shape = &entry.shape;
+        let d_output = shape.first().copied().unwrap_or(1);
+        let kind = check_shape(layer, shape, d_output).map_err(|why| {
+            let why = format!("is {shape:?}, and the adapter of `{}` {why}", layer.path());
+            Error::tensor(&shard.path, &key, why)
+        })?;
+        shard.check_numbers(entry)?;
+        Ok(Self {
+            kind,
+            d_input: shape[1..].iter().product(),
+            d_output,
+        })
+    }
+
+    /// The layer as BOFT's: with its kind, a scale, and the numbers of a shared block as often as there are blocks.
+    fn layer(&self, layer: &AdapterLayer) -> Result<AdapterLayer, Error> {
+        let (skew, dtype) = (layer.skew().clone(), layer.skew().dtype());
+        let skew = match layer.block_share() {
+            false => skew,
+            true => {
+                let numbers: Vec<f64> = skew.iter::<f64>().collect();
+                let blocks = self.d_input / layer.block_size();
+                TensorData::new(numbers.repeat(blocks), [1, blocks, numbers.len()])
+                    .convert_dtype(dtype)
+            }
+        };
+        let ones = || TensorData::new(vec![1.0f32; self.d_output], [self.d_output]);
+        let scale = layer.scale().cloned().unwrap_or_else(ones);
+        Ok(AdapterLayer::new(
+            layer.path(),
+            Some(self.kind),
+            skew,
+            Some(scale),
+        )?)
+    }
+}
+
+/// BOFT with one factor and a scale of ones is OFT with the exact map.
+fn to_oft(adapter: &Adapter) -> Result<Adapter, Error> {
+    let AdapterConfig::Boft(config) = adapter.config() else {
+        return Err(Error::Settings("the adapter is OFT already".into()));
+    };
+    let mut oft = OftConfig::new();
+    (oft.block, oft.init, oft.selection) = (config.block, config.init, config.selection.clone());
+    // Of PEFT 0.14 and 0.15, whose squares are read as BOFT, one block may serve a layer.
+    oft.block_share = adapter.layers().iter().any(AdapterLayer::block_share);
+    assemble(adapter, oft.into(), |layer| {
+        let refuse = |why: String| Error::Settings(format!("`{}` {why}", layer.path()));
+        if layer.n_butterfly_factor() != 1 {
+            let m = layer.n_butterfly_factor();
+            return Err(refuse(format!(
+                "has {m} factors, and OFT has one; convert it with --to-lora, or merge it"
+            )));
+        }
+        let mut scales = layer
+            .scale()
+            .into_iter()
+            .flat_map(|scale| scale.iter::<f64>());
+        if let Some(scale) = scales.find(|scale| *scale != 1.0) {
+            return Err(refuse(format!(
+                "has a scale of {scale}, and OFT has none; convert it with --to-lora, or merge it"
+            )));
+        }
+        let skew = layer.skew().clone();
+        Ok(AdapterLayer::new(layer.path(), None, skew, None)?)
+    })
+}
+
+/// OFT with the exact map is BOFT with one factor and a scale of ones.
+fn to_boft(adapter: &Adapter, base: Option<&Base>) -> Result<Adapter, Error> {
+    let AdapterConfig::Oft(config) = adapter.config() else {
+        return Err(Error::Settings("the adapter is BOFT already".into()));
+    };
+    let refuse = |why: &str| {
+        Err(Error::Settings(format!(
+            "{why}; convert it with --to-lora, or merge it"
+        )))
+    };
+    if config.cayley != Cayley::Exact {
+        return refuse(
+            "the adapter's Neumann polynomial is not orthogonal, and BOFT's map is exact",
+        );
+    }
+    if config.coft_radius.is_some() {
+        return refuse("the adapter is bound to a COFT radius, and BOFT has none");
+    }
+    let base = base.ok_or_else(|| needs_base("--to boft"))?;
+    let mut boft = BoftConfig::new();
+    (boft.block, boft.init, boft.selection) = (config.block, config.init, config.selection.clone());
+    assemble(adapter, boft.into(), |layer| {
+        Place::find(layer, base)?.layer(layer)
+    })
+}
+
+/// The adapter with other settings and layers, and all else that it has.
+fn assemble(
+    adapter: &Adapter,
+    config: AdapterConfig,
+    layer: impl FnMut(&AdapterLayer) -> Result<AdapterLayer, Error>,
+) -> Result<Adapter, Error> {
+    let layers = adapter.layers().iter().map(layer);
+    let layers = layers.collect::<Result<Vec<_>, _>>()?;
+    let tensors = adapter.tensors().to_vec();
+    Ok(Adapter::from_parts(config, layers, tensors)?.with_about(adapter.about()))
+}

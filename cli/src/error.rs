@@ -1,0 +1,156 @@
+//! Everything that can end the program.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use burn_boft::peft::{LoadError, SaveError};
+use burn_boft::value::Mismatch;
+use thiserror::Error;
+
+use crate::interrupt;
+
+/// Problems that a message lists, and its longest length.
+pub const LINE_PARTS: usize = 3;
+const LINE_LENGTH: usize = 1000;
+
+/// Everything that can end the program.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// Options that contradict each other or the files.
+    #[error("{0}")]
+    Settings(String),
+
+    /// A file or folder that is not there or cannot be read.
+    #[error("{path} cannot be read: {source}", path = path.display())]
+    Read { path: PathBuf, source: io::Error },
+
+    /// A file or folder that is not what it should be.
+    #[error("{path}: {reason}", path = path.display())]
+    Malformed { path: PathBuf, reason: String },
+
+    /// An adapter that cannot be loaded.
+    #[error(transparent)]
+    Adapter(#[from] LoadError),
+
+    /// An adapter and a base that do not fit, every reason on a line of its own.
+    #[error("{}", .0.join("\n"))]
+    Fit(Vec<String>),
+
+    /// A tensor of a file that cannot be used.
+    #[error("{path}: `{key}` {reason}", path = path.display())]
+    Tensor {
+        path: PathBuf,
+        key: String,
+        reason: String,
+    },
+
+    /// A result that has no place.
+    #[error("{path} {reason}", path = path.display())]
+    Output { path: PathBuf, reason: String },
+
+    /// A result that cannot be written.
+    #[error("{path} cannot be written: {source}", path = path.display())]
+    Write { path: PathBuf, source: io::Error },
+
+    /// Somebody asked the program to stop before the result was complete.
+    #[error("interrupted before the output was complete; nothing was written")]
+    Interrupted,
+
+    /// Numbers that make no adapter.
+    #[error(transparent)]
+    Mismatch(#[from] Mismatch),
+
+    /// An adapter that PEFT's format cannot hold.
+    #[error(transparent)]
+    Save(SaveError),
+}
+
+impl From<SaveError> for Error {
+    fn from(error: SaveError) -> Self {
+        match error {
+            SaveError::Io { path, source } => Self::write(&path)(source),
+            error => Self::Save(error),
+        }
+    }
+}
+
+impl Error {
+    /// What reading this path failed with.
+    pub fn read(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_path_buf();
+        move |source| Self::Read { path, source }
+    }
+
+    /// What writing this path failed with.
+    pub fn write(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_path_buf();
+        move |source| Self::Write {
+            path,
+            source: plain(source),
+        }
+    }
+
+    /// What is wrong with this file.
+    pub fn malformed(path: &Path, reason: impl Into<String>) -> Self {
+        let (path, reason) = (path.to_path_buf(), reason.into());
+        Self::Malformed { path, reason }
+    }
+
+    /// What is wrong with this tensor.
+    pub fn tensor(path: &Path, key: &str, reason: impl Into<String>) -> Self {
+        Self::Tensor {
+            path: path.to_path_buf(),
+            key: key.to_string(),
+            reason: reason.into(),
+        }
+    }
+
+    /// The exit code: 2 where the input is at fault, 130 after an interrupt, 1 otherwise.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Write { .. } => 1,
+            Self::Interrupted => interrupt::EXIT_CODE,
+            _ => 2,
+        }
+    }
+
+    /// The message as one line of readable length, whatever its parts wrote.
+    pub fn line(&self) -> String {
+        let text = self.to_string();
+        let parts: Vec<&str> = text
+            .lines()
+            .map(str::trim)
+            .filter(|part| !part.is_empty())
+            .collect();
+        let mut line = parts[..parts.len().min(LINE_PARTS)].join("; ");
+        if let Some((end, _)) = line.char_indices().nth(LINE_LENGTH) {
+            line.truncate(end);
+            line.push('…');
+        }
+        if parts.len() > LINE_PARTS {
+            line.push_str(&format!("; and {} more", parts.len() - LINE_PARTS));
+        }
+        line
+    }
+}
+
+/// What the system said, without the temporary path that an error of `tempfile` names.
+fn plain(error: io::Error) -> io::Error {
+    match error.get_ref() {
+        Some(_) => error.kind().into(),
+        None => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_of_several_lines_becomes_one() {
+        let line = |text: &str| Error::Settings(text.to_string()).line();
+        assert_eq!(line("first\n  second\n\n"), "first; second");
+        assert_eq!(line("a\nb\nc\nd\ne"), "a; b; c; and 2 more");
+        assert_eq!(line(&"é".repeat(2000)).chars().count(), LINE_LENGTH + 1);
+    }
+}

@@ -1,0 +1,220 @@
+//! `inspect`: what an adapter is, and how far it turns.
+
+use burn::tensor::Device;
+use burn_boft::peft::LoadOptions;
+use burn_boft::value::{AdapterLayer, LayerMeasure};
+use burn_boft::{Adapter, AdapterConfig, Cayley, LayerKind, TargetModules};
+use serde_json::{Value, json};
+
+use crate::cli::Inspect;
+use crate::error::Error;
+use crate::merge::load;
+use crate::output::{Form, check_free};
+use crate::plot;
+use crate::settings;
+use crate::terminal::{plural, print, shown};
+
+pub fn run(options: &Inspect) -> Result<(), Error> {
+    if let Some(path) = &options.plot {
+        check_free(path, Form::File)?;
+    }
+    let adapter = load(&options.adapter, &LoadOptions::new())?;
+    let json = settings::read(&options.adapter)?;
+    let about = About::new(&adapter, &json);
+    let rows: Vec<_> = adapter
+        .layers()
+        .iter()
+        .zip(adapter.measure(&Device::flex()))
+        .map(|(layer, measure)| Row::new(layer, measure))
+        .collect();
+    if let Some(path) = &options.plot {
+        let angles: Vec<_> = rows
+            .iter()
+            .map(|row| (shown(&row.measure.path), row.measure.largest_angle))
+            .collect();
+        plot::angles(path, &angles)?;
+    }
+    match options.json {
+        true => print(&format!("{:#}\n", to_json(&about, &rows))),
+        false => print(&to_text(&about, &rows)),
+    }
+}
+
+/// What holds for the whole adapter.
+struct About {
+    method: String,
+    targets: String,
+    base_model: Option<String>,
+    peft_version: Option<String>,
+    tensors: usize,
+}
+
+impl About {
+    fn new(adapter: &Adapter, json: &serde_json::Map<String, Value>) -> Self {
+        let method = match adapter.config() {
+            AdapterConfig::Oft(config) => {
+                oft(config.cayley, config.coft_radius, config.block_share)
+            }
+            _ => "BOFT".to_string(),
+        };
+        let text = |key: &str| json.get(key).and_then(Value::as_str).map(str::to_string);
+        Self {
+            method,
+            targets: match &adapter.config().selection().target_modules {
+                None => "none".into(),
+                Some(TargetModules::AllLinear) => "all-linear".into(),
+                Some(TargetModules::Regex(regex)) => format!("regex {regex}"),
+                Some(TargetModules::Names(names)) => names.join(", "),
+            },
+            base_model: adapter.base_model().map(str::to_string),
+            peft_version: text("peft_version"),
+            tensors: adapter.tensors().len(),
+        }
+    }
+}
+
+fn oft(cayley: Cayley, radius: Option<f64>, share: bool) -> String {
+    let mut parts = vec![match cayley {
+        Cayley::Neumann { terms } => format!("OFT, Neumann polynomial of {terms} terms"),
+        Cayley::Neumann016 { terms } => {
+            format!("OFT, Neumann polynomial of PEFT 0.16 with {terms} terms")
+        }
+        _ => "OFT, exact Cayley map".into(),
+    }];
+    parts.extend(radius.map(|radius| format!("COFT radius {radius}")));
+    parts.extend(share.then(|| "one block per layer".into()));
+    parts.join(", ")
+}
+
+/// One layer.
+struct Row {
+    kind: &'static str,
+    block_size: usize,
+    blocks: usize,
+    factors: usize,
+    stored: usize,
+    effective: usize,
+    measure: LayerMeasure,
+}
+
+impl Row {
+    fn new(layer: &AdapterLayer, measure: LayerMeasure) -> Self {
+        let [m, n, free] = layer.skew().shape().dims::<3>();
+        let b = layer.block_size();
+        let scale = layer.scale().map_or(0, |scale| scale.num_elements());
+        // PEFT's BOFT, the adapter with a scale, keeps whole squares.
+        let stored = match layer.scale() {
+            Some(_) => m * n * b * b,
+            None => m * n * free,
+        };
+        Self {
+            kind: match layer.kind() {
+                Some(LayerKind::Linear) => "linear",
+                Some(LayerKind::Conv2d) => "conv2d",
+                None => "-",
+            },
+            block_size: b,
+            blocks: n,
+            factors: m,
+            stored: stored + scale,
+            effective: m * n * free + scale,
+            measure,
+        }
+    }
+}
+
+fn to_text(about: &About, rows: &[Row]) -> String {
+    let sum = |count: fn(&Row) -> usize| rows.iter().map(count).sum::<usize>();
+    let unknown = || "-".to_string();
+    let width = rows
+        .iter()
+        .map(|row| row.measure.path.chars().count())
+        .max()
+        .unwrap_or(0)
+        .max(5);
+    let head = [
+        ("method", about.method.clone()),
+        ("targets", about.targets.clone()),
+        (
+            "base model",
+            about.base_model.clone().unwrap_or_else(unknown),
+        ),
+        ("PEFT", about.peft_version.clone().unwrap_or_else(unknown)),
+        ("layers", rows.len().to_string()),
+        (
+            "parameters",
+            format!(
+                "{} stored, {} effective",
+                sum(|row| row.stored),
+                sum(|row| row.effective)
+            ),
+        ),
+        ("saved beside", plural(about.tensors, "tensor")),
+    ];
+    let mut text: String = head
+        .iter()
+        .map(|(what, value)| format!("{what:12}  {}\n", shown(value)))
+        .collect();
+    text.push_str(&format!(
+        "\n{:width$}  {:6}  {:>5}  {:>6}  {:>7}  {:>9}  {:>9}  {:>8}  {:>9}  {:>9}  {}\n",
+        "layer",
+        "kind",
+        "block",
+        "blocks",
+        "factors",
+        "stored",
+        "effective",
+        "‖Q‖₂",
+        "defect",
+        "angle/rad",
+        "scale"
+    ));
+    for row in rows {
+        let LayerMeasure {
+            path,
+            orthogonality_defect,
+            skew_norm,
+            largest_angle,
+            scale_range,
+            ..
+        } = &row.measure;
+        let scale =
+            scale_range.map_or_else(unknown, |(low, high)| format!("{low:.4} to {high:.4}"));
+        text.push_str(&format!(
+            "{:width$}  {:6}  {:>5}  {:>6}  {:>7}  {:>9}  {:>9}  {skew_norm:>8.4}  {orthogonality_defect:>9.2e}  {largest_angle:>9.4}  {scale}\n",
+            shown(path), row.kind, row.block_size, row.blocks, row.factors, row.stored, row.effective
+        ));
+    }
+    text
+}
+
+fn to_json(about: &About, rows: &[Row]) -> Value {
+    let layers: Vec<_> = rows
+        .iter()
+        .map(|row| {
+            json!({
+                "path": row.measure.path,
+                "kind": Some(row.kind).filter(|kind| *kind != "-"),
+                "block_size": row.block_size,
+                "blocks": row.blocks,
+                "factors": row.factors,
+                "stored": row.stored,
+                "effective": row.effective,
+                "skew_norm": row.measure.skew_norm,
+                "orthogonality_defect": row.measure.orthogonality_defect,
+                "largest_angle": row.measure.largest_angle,
+                "scale_range": row.measure.scale_range.map(|(low, high)| [low, high]),
+            })
+        })
+        .collect();
+    json!({
+        "method": about.method,
+        "targets": about.targets,
+        "base_model": about.base_model,
+        "peft_version": about.peft_version,
+        "stored": rows.iter().map(|row| row.stored).sum::<usize>(),
+        "effective": rows.iter().map(|row| row.effective).sum::<usize>(),
+        "saved_tensors": about.tensors,
+        "layers": layers,
+    })
+}

@@ -1,0 +1,220 @@
+//! The low-rank adapter that is nearest to an orthogonal one, in PEFT's LoRA layout.
+
+use std::ops::Range;
+use std::path::Path;
+
+use burn::tensor::TensorData;
+use burn_boft::value::AdapterLayer;
+use burn_boft::{Adapter, Bias};
+use faer::Mat;
+use serde_json::{Map, Value, json};
+
+use crate::base::Base;
+use crate::changes::{Change, Changes};
+use crate::error::Error;
+use crate::names::Names;
+use crate::numbers::decode;
+use crate::output::OutputFolder;
+use crate::peft::Tensors;
+use crate::rewrite::{Turn, row_bytes};
+use crate::terminal::{plural, print, shown};
+use crate::tie::Head;
+use crate::turn::Forward;
+
+/// Writes `B·A ≈ W' − W` of every layer, by singular values, and prints what that leaves out.
+pub fn write(
+    adapter: &Adapter,
+    base: &Base,
+    names: &Names,
+    rank: usize,
+    output: &Path,
+) -> Result<(), Error> {
+    let changes = Changes::find(adapter, base, names, &Head::of(base)?)?;
+    let mut tensors = Tensors::default();
+    let mut targets = Vec::new();
+    let mut text = String::new();
+    let mut worst = 0.0f64;
+    for (key, change) in &changes.of {
+        let Change::Rotate(parts) = change else {
+            continue;
+        };
+        for (rows, layer) in parts {
+            let weight = Weight::read(base, key, rows.clone(), layer, adapter)?;
+            let low =
+                LowRank::new(&weight, rank).map_err(|why| Error::tensor(&base.path, key, why))?;
+            text.push_str(&format!(
+                "{}: {:.2e} of the change is left out, {:.2e} of the weight\n",
+                shown(layer.path()),
+                low.of_change,
+                low.of_weight
+            ));
+            worst = worst.max(low.of_weight);
+            low.push(layer.path(), &weight.shape, &mut tensors);
+            targets.push(layer.path().to_string());
+        }
+    }
+    for tensor in adapter.tensors() {
+        let is_adapted = adapter
+            .layers()
+            .iter()
+            .any(|layer| layer.path() == tensor.module());
+        tensors.push_saved(tensor, is_adapted);
+    }
+    let config = config(adapter, rank, &targets);
+    let folder = OutputFolder::create(output)?;
+    tensors.write(&folder, &config)?;
+    folder.finish()?;
+    text.push_str(&format!(
+        "{}: {} of rank {rank}, at most {worst:.2e} of a weight left out\n",
+        output.display(),
+        plural(targets.len(), "layer")
+    ));
+    print(&text)
+}
+
+/// PEFT's settings of the LoRA; the scaling is one.
+fn config(adapter: &Adapter, rank: usize, targets: &[String]) -> Map<String, Value> {
+    let selection = adapter.config().selection();
+    let mut config = adapter.about().clone();
+    let bias = match selection.bias {
+        Bias::None => "none",
+        Bias::All => "all",
+        Bias::AdapterOnly => "lora_only",
+    };
+    let saved = match selection.modules_to_save.is_empty() {
+        true => Value::Null,
+        false => json!(selection.modules_to_save),
+    };
+    for (key, value) in [
+        ("peft_type", json!("LORA")),
+        ("r", json!(rank)),
+        ("lora_alpha", json!(rank)),
+        ("lora_dropout", json!(0.0)),
+        ("bias", json!(bias)),
+        ("target_modules", json!(targets)),
+        ("modules_to_save", saved),
+        ("fan_in_fan_out", json!(false)),
+        ("inference_mode", json!(true)),
+    ] {
+        config.insert(key.to_string(), value);
+    }
+    config
+}
+
+/// A weight and what the adapter makes of it.
+struct Weight {
+    /// The axes of the whole tensor, the first being this part's rows.
+    shape: Vec<usize>,
+    change: Mat<f64>,
+    merged_norm: f64,
+}
+
+impl Weight {
+    fn read(
+        base: &Base,
+        key: &str,
+        rows: Range<usize>,
+        layer: &AdapterLayer,
+        adapter: &Adapter,
+    ) -> Result<Self, Error> {
+        let refuse = |reason: String| Error::tensor(&base.path, key, reason);
+        let (shard, entry) = base
+            .entry(key)
+            .ok_or_else(|| refuse("is not there".into()))?;
+        shard.check_numbers(entry)?;
+        let d_input: usize = entry.shape[1..].iter().product();
+        let row = row_bytes(entry);
+        let mut bytes = vec![0; rows.len() * row as usize];
+        shard.read(entry, rows.start as u64 * row, &mut bytes)?;
+        let before = decode(entry.dtype, &bytes, vec![rows.len(), d_input])
+            .ok_or_else(|| refuse(format!("is {}", entry.dtype)))?;
+        // Widened first: the change is not rounded to the weight's precision.
+        let before = before.convert_dtype(layer.skew().dtype());
+        let mut turn = Forward::new(adapter);
+        turn.start(layer, [d_input, rows.len()]).map_err(refuse)?;
+        let after = turn.turn(before.clone(), 0..rows.len()).map_err(refuse)?;
+        let (before, after) = (numbers(&before), numbers(&after));
+        let at = |row: usize, column: usize| row * d_input + column;
+        let change = Mat::from_fn(rows.len(), d_input, |i, j| {
+            after[at(i, j)] - before[at(i, j)]
+        });
+        let merged_norm = after.iter().map(|x| x * x).sum::<f64>().sqrt();
+        if !merged_norm.is_finite() {
+            return Err(refuse(
+                "would not be finite: it or the adapter holds NaN or infinity".into(),
+            ));
+        }
+        let mut shape = entry.shape.clone();
+        shape[0] = rows.len();
+        Ok(Self {
+            shape,
+            change,
+            merged_norm,
+        })
+    }
+}
+
+fn numbers(data: &TensorData) -> Vec<f64> {
+    data.iter::<f64>().collect()
+}
+
+/// The first singular values of a change, shared between the two factors.
+struct LowRank {
+    /// `A`, `[rank, d_input]` row by row.
+    a: Vec<f64>,
+    /// `B`, `[d_output, rank]` row by row.
+    b: Vec<f64>,
+    rank: usize,
+    /// `‖ΔW − B·A‖ / ‖ΔW‖`.
+    of_change: f64,
+    /// `‖ΔW − B·A‖ / ‖W'‖`.
+    of_weight: f64,
+}
+
+impl LowRank {
+    fn new(weight: &Weight, rank: usize) -> Result<Self, String> {
+        let svd = weight
+            .change
+            .thin_svd()
+            .map_err(|error| format!("has a change without singular values: {error:?}"))?;
+        let (u, s, v) = (svd.U(), svd.S().column_vector(), svd.V());
+        let values: Vec<f64> = (0..s.nrows()).map(|k| s[k]).collect();
+        let kept = rank.min(values.len());
+        // Where there are fewer than the rank, the rest is zero.
+        let part = |k: usize, number: f64| {
+            if k < kept {
+                values[k].sqrt() * number
+            } else {
+                0.0
+            }
+        };
+        let get = |matrix: faer::MatRef<f64>, row: usize, k: usize| {
+            if k < kept { matrix[(row, k)] } else { 0.0 }
+        };
+        let a = (0..rank).flat_map(|k| (0..v.nrows()).map(move |j| (k, j)));
+        let b = (0..u.nrows()).flat_map(|i| (0..rank).map(move |k| (i, k)));
+        let norm = |values: &[f64]| values.iter().fold(0.0, |sum, x| sum + x * x).sqrt();
+        let (left, whole) = (norm(&values[kept..]), norm(&values));
+        let share = |whole: f64| if whole > 0.0 { left / whole } else { 0.0 };
+        Ok(Self {
+            a: a.map(|(k, j)| part(k, get(v, j, k))).collect(),
+            b: b.map(|(i, k)| part(k, get(u, i, k))).collect(),
+            rank,
+            of_change: share(whole),
+            of_weight: share(weight.merged_norm),
+        })
+    }
+
+    fn push(self, path: &str, shape: &[usize], tensors: &mut Tensors) {
+        let mut a = vec![self.rank];
+        a.extend(&shape[1..]);
+        let mut b = vec![shape[0], self.rank];
+        // Of a convolution, the second factor mixes channels alone.
+        b.resize(shape.len(), 1);
+        let data = |numbers: Vec<f64>, shape: Vec<usize>| {
+            TensorData::new(numbers, shape).convert_dtype(burn::tensor::DType::F32)
+        };
+        tensors.push(path, "lora_A.weight", data(self.a, a));
+        tensors.push(path, "lora_B.weight", data(self.b, b));
+    }
+}

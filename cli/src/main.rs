@@ -1,0 +1,91 @@
+//! `burn-boft`: adapters and models on disk, without Python and without the model's architecture.
+
+mod base;
+mod changes;
+mod cli;
+mod convert;
+mod error;
+mod header;
+mod inspect;
+mod interrupt;
+mod lora;
+mod merge;
+mod names;
+mod numbers;
+mod output;
+mod peft;
+mod plot;
+mod record;
+mod rewrite;
+mod settings;
+mod terminal;
+mod tie;
+mod turn;
+mod unmerge;
+
+use std::panic::{self, UnwindSafe};
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::error::ErrorKind;
+
+use crate::cli::Cli;
+use crate::error::Error;
+use crate::terminal::{note, print};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            note(
+                "error: name a command: merge, unmerge, inspect or convert; burn-boft --help says what they do",
+            );
+            return ExitCode::from(2);
+        }
+        Err(error) if error.use_stderr() => {
+            // Clap adds usage and tips below the complaint; the complaint alone is one line.
+            let text = error.to_string();
+            let lines = text.lines().take_while(|line| !line.trim().is_empty());
+            let complaint: Vec<&str> = lines.map(str::trim).collect();
+            note(&complaint.join(" "));
+            return ExitCode::from(2);
+        }
+        Err(help) => {
+            let help = help.to_string();
+            return ExitCode::from(code(|| print(&help)));
+        }
+    };
+    interrupt::handle();
+    ExitCode::from(code(|| cli.run()))
+}
+
+/// The exit code of a run, which says why it failed: also where the fault is the tool's own.
+fn code(run: impl FnOnce() -> Result<(), Error> + UnwindSafe) -> u8 {
+    panic::set_hook(Box::new(|fault| {
+        let fault = fault.to_string().replace('\n', " ");
+        note(&format!(
+            "error: burn-boft itself is at fault; please report this: {fault}"
+        ));
+    }));
+    match panic::catch_unwind(run) {
+        Ok(Ok(())) => 0,
+        Ok(Err(error)) => {
+            note(&format!("error: {}", error.line()));
+            error.exit_code()
+        }
+        Err(_) => 1,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_no_more_than_a_failure() {
+        assert_eq!(code(|| panic!("expected here")), 1);
+        assert_eq!(code(|| Err(Error::Settings("no".into()))), 2);
+        assert_eq!(code(|| Ok(())), 0);
+        _ = panic::take_hook();
+    }
+}

@@ -1,0 +1,184 @@
+//! `merge`: an adapter folded into a model's weights.
+
+use std::path::Path;
+
+use burn_boft::Adapter;
+use burn_boft::peft::LoadOptions;
+use burn_boft::value::{AdapterLayer, SavedTensor};
+
+use crate::base::Base;
+use crate::changes::{Added, Change, Changes};
+use crate::cli::Merge;
+use crate::error::Error;
+use crate::names::Names;
+use crate::output::{Form, check_free, check_outside};
+use crate::rewrite::rewrite;
+use crate::terminal::{note, plural, print, shown};
+use crate::tie::Head;
+use crate::turn::Forward;
+
+pub fn run(options: &Merge) -> Result<(), Error> {
+    let names = Names::parse(&options.adapter.maps)?;
+    let adapter = load(&options.adapter.adapter, &LoadOptions::new())?;
+    let base = Base::open(&options.base)?;
+    let head = Head::of(&base)?;
+    let mut changes = Changes::find(&adapter, &base, &names, &head)?;
+    head.untie(&base, &mut changes)?;
+    if changes.config.is_some() {
+        note(
+            "note: the model's head shares the tensor of its embedding, and the adapter changes one of the two; the \
+             merged model has a tensor for each, and its config.json says \"tie_word_embeddings\": false",
+        );
+    }
+    match &options.output {
+        Some(output) if !options.dry_run => {
+            check_output(output, &base, &options.adapter.adapter)?;
+            rewrite(&base, &changes, output, &mut Forward::new(&adapter))?;
+            print(&format!(
+                "{}: {}\n",
+                output.display(),
+                counts(&changes, ["rotated", "replaced", "added"])
+            ))
+        }
+        _ => print(&table(&base, &changes)),
+    }
+}
+
+/// Loads an adapter, and says what is worth knowing.
+pub fn load(folder: &Path, options: &LoadOptions) -> Result<Adapter, Error> {
+    let (adapter, report) = Adapter::load_with(folder, options)?;
+    for line in &report.converted {
+        note(&format!("note: {line}"));
+    }
+    for warning in &report.warnings {
+        note(&format!("warning: {warning}"));
+    }
+    Ok(adapter)
+}
+
+/// Refuses an output that is there, is of another form than the model, or inside one of the inputs.
+pub fn check_output(output: &Path, base: &Base, adapter: &Path) -> Result<(), Error> {
+    let form = match base.is_folder() {
+        true => Form::Folder,
+        false => Form::File,
+    };
+    check_free(output, form)?;
+    let extension = output
+        .extension()
+        .is_some_and(|extension| extension == "safetensors");
+    if base.is_folder() && extension {
+        return Err(Error::Output {
+            path: output.to_path_buf(),
+            reason: format!(
+                "is the name of a file, and {} is a folder; name a folder",
+                base.path.display()
+            ),
+        });
+    }
+    if base.is_folder() {
+        check_outside(output, &base.path)?;
+    }
+    check_outside(output, adapter)
+}
+
+/// What is done, in numbers.
+pub fn counts(changes: &Changes, [rotated, replaced, added]: [&str; 3]) -> String {
+    let mut parts = vec![format!(
+        "{} {rotated}",
+        plural(changes.rotations(), "layer")
+    )];
+    let others = [
+        (changes.replacements(), replaced),
+        (changes.added.len(), added),
+    ];
+    for (count, verb) in others.into_iter().filter(|(count, _)| *count > 0) {
+        parts.push(format!("{} {verb}", plural(count, "tensor")));
+    }
+    if !changes.idle.is_empty() {
+        let idle = plural(changes.idle.len(), "layer");
+        parts.push(format!("{idle} with blocks of one channel left as is"));
+    }
+    parts.join(", ")
+}
+
+/// What would change, a tensor a line.
+fn table(base: &Base, changes: &Changes) -> String {
+    let mut rows = Vec::new();
+    for (key, change) in &changes.of {
+        let Some((shard, entry)) = base.entry(key) else {
+            continue;
+        };
+        let shape = format!("{:?} {}", entry.shape, entry.dtype);
+        let mut row =
+            |what: String| rows.push([shown(key), shape.clone(), shown(&shard.name), what]);
+        match change {
+            Change::Rotate(parts) => {
+                for (range, layer) in parts {
+                    row(format!(
+                        "rotate {}{}",
+                        rows_of(range.len(), range.start, entry.shape[0]),
+                        settings(layer)
+                    ));
+                }
+            }
+            Change::Replace(parts) => {
+                for (range, _) in parts {
+                    let all = entry.shape.first().copied().unwrap_or(1);
+                    row(
+                        format!("replace {}", rows_of(range.len(), range.start, all))
+                            .trim_end()
+                            .to_string(),
+                    );
+                }
+            }
+            Change::New(tensor) => row(format!("replace by {}", shape_of(tensor))),
+        }
+    }
+    let last = base
+        .shards
+        .last()
+        .map_or(String::new(), |shard| shown(&shard.name));
+    for (key, added) in &changes.added {
+        let (shape, what) = match added {
+            Added::Saved(tensor) => (shape_of(tensor), "add".to_string()),
+            Added::Copy(of) => {
+                let shape = base
+                    .entry(of)
+                    .map(|(_, entry)| format!("{:?} {}", entry.shape, entry.dtype));
+                (shape.unwrap_or_default(), format!("add as a copy of {of}"))
+            }
+        };
+        rows.push([shown(key), shape, last.clone(), what]);
+    }
+    let width = |column: usize| {
+        rows.iter()
+            .map(|row| row[column].chars().count())
+            .max()
+            .unwrap_or(0)
+    };
+    let [key, shape, file] = [width(0), width(1), width(2)];
+    let lines = rows
+        .iter()
+        .map(|[a, b, c, what]| format!("{a:key$}  {b:shape$}  {c:file$}  {what}\n"));
+    let lines: String = lines.collect();
+    let total = counts(changes, ["to rotate", "to replace", "to add"]);
+    format!("{lines}{total}\n")
+}
+
+fn shape_of(tensor: &SavedTensor) -> String {
+    format!("{:?} {:?}", &**tensor.data().shape(), tensor.data().dtype())
+}
+
+/// Which rows, where they are not all.
+fn rows_of(count: usize, start: usize, all: usize) -> String {
+    match count == all {
+        true => String::new(),
+        false => format!("rows {start} to {} ", start + count - 1),
+    }
+}
+
+fn settings(layer: &AdapterLayer) -> String {
+    let factors = plural(layer.n_butterfly_factor(), "factor");
+    let scale = layer.scale().map_or("", |_| ", scale");
+    format!("block size {}, {factors}{scale}", layer.block_size())
+}

@@ -1,0 +1,243 @@
+//! What is written appears when it is complete: under a temporary name first, then renamed.
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, ErrorKind, Read, Write};
+use std::path::{Path, PathBuf, is_separator};
+
+use tempfile::{Builder, TempDir, TempPath};
+
+use crate::error::Error;
+use crate::interrupt;
+
+const PREFIX: &str = ".burn-boft-";
+/// Bytes of another file that are copied between two looks at interrupts.
+const COPIED: u64 = 64 << 20;
+
+/// What a result is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    File,
+    Folder,
+}
+
+/// Refuses a result that would take the place of something, or that cannot have this name.
+pub fn check_free(path: &Path, form: Form) -> Result<(), Error> {
+    let refuse = |reason: &str| {
+        let (path, reason) = (path.to_path_buf(), reason.to_string());
+        Err(Error::Output { path, reason })
+    };
+    if form == Form::File && path.to_string_lossy().ends_with(is_separator) {
+        return refuse("is the name of a folder; name a file");
+    }
+    match fs::symlink_metadata(path) {
+        Ok(_) if form == Form::Folder => {
+            refuse("is there already; name a folder that is not there yet")
+        }
+        Ok(kind) if kind.is_dir() || kind.is_file() || kind.is_symlink() => {
+            refuse("is there already; name a file that is not there yet")
+        }
+        // A device or a pipe.
+        Ok(_) => Ok(()),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            let parent = parent(path);
+            match parent.is_dir() {
+                true => Ok(()),
+                false => refuse(&format!(
+                    "is to be in {}, which is no folder",
+                    parent.display()
+                )),
+            }
+        }
+        Err(source) => Err(Error::write(path)(source)),
+    }
+}
+
+/// Refuses a result inside of what it is made of.
+pub fn check_outside(path: &Path, input: &Path) -> Result<(), Error> {
+    let (Ok(folder), Ok(input)) = (fs::canonicalize(parent(path)), fs::canonicalize(input)) else {
+        return Ok(());
+    };
+    match folder.starts_with(&input) {
+        true => Err(Error::Output {
+            path: path.to_path_buf(),
+            reason: format!("is inside {}, which it is made of", input.display()),
+        }),
+        false => Ok(()),
+    }
+}
+
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// One file that appears with [`OutputFile::finish`].
+pub struct OutputFile {
+    /// The name that messages show.
+    path: PathBuf,
+    file: Kind,
+}
+
+enum Kind {
+    Temporary(BufWriter<File>, TempPath),
+    /// A file in an [`OutputFolder`], which appears with the folder.
+    Inside(BufWriter<File>),
+    /// A device or a pipe, which cannot be renamed to.
+    Device(BufWriter<File>),
+}
+
+impl OutputFile {
+    pub fn create(path: &Path) -> Result<Self, Error> {
+        check_free(path, Form::File)?;
+        let file = match path.exists() {
+            true => {
+                let file = File::options().write(true).open(path);
+                Kind::Device(BufWriter::new(file.map_err(Error::write(path))?))
+            }
+            false => {
+                let create = || temporary(0o666).tempfile_in(parent(path));
+                let file = interrupt::begin(create).map_err(Error::write(path))?;
+                let (file, temporary) = file.into_parts();
+                Kind::Temporary(BufWriter::new(file), temporary)
+            }
+        };
+        let path = path.to_path_buf();
+        Ok(Self { path, file })
+    }
+
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        interrupt::check()?;
+        match &mut self.file {
+            Kind::Temporary(file, _) | Kind::Inside(file) | Kind::Device(file) => {
+                file.write_all(bytes)
+            }
+        }
+        .map_err(Error::write(&self.path))
+    }
+
+    /// Gives the file its name, once all of it is on the disk.
+    pub fn finish(self) -> Result<(), Error> {
+        let path = &self.path;
+        let flush = |file: BufWriter<File>| {
+            let file = file.into_inner().map_err(|error| error.into_error())?;
+            file.sync_all()
+        };
+        match self.file {
+            Kind::Temporary(file, temporary) => {
+                flush(file).map_err(Error::write(path))?;
+                interrupt::complete(|| {
+                    let placed = temporary.persist_noclobber(path);
+                    placed.map_err(|error| Error::write(path)(error.error))
+                })?;
+                sync(parent(path)).map_err(Error::write(path))
+            }
+            Kind::Inside(file) => flush(file).map_err(Error::write(path)),
+            Kind::Device(mut file) => {
+                // Not under the lock of `complete`: nobody may be reading a pipe.
+                file.flush().map_err(Error::write(path))?;
+                interrupt::complete(|| Ok(()))
+            }
+        }
+    }
+}
+
+/// A folder that appears with [`OutputFolder::finish`].
+pub struct OutputFolder {
+    path: PathBuf,
+    folder: TempDir,
+}
+
+impl OutputFolder {
+    pub fn create(path: &Path) -> Result<Self, Error> {
+        check_free(path, Form::Folder)?;
+        let create = || temporary(0o777).tempdir_in(parent(path));
+        let folder = interrupt::begin(create).map_err(Error::write(path))?;
+        let path = path.to_path_buf();
+        Ok(Self { path, folder })
+    }
+
+    /// Where files for it are written until then.
+    pub fn temporary(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// What failed, about the place that the folder will have rather than the one it has.
+    pub fn named(&self, error: Error) -> Error {
+        let rename = |path: PathBuf| match path.strip_prefix(self.folder.path()) {
+            Ok(rest) => self.path.join(rest),
+            Err(_) => path,
+        };
+        match error {
+            Error::Write { path, source } => Error::Write {
+                path: rename(path),
+                source,
+            },
+            error => error,
+        }
+    }
+
+    /// A new file in it.
+    pub fn file(&self, name: &Path) -> Result<OutputFile, Error> {
+        let file = Kind::Inside(BufWriter::new(self.create_file(name)?));
+        let path = self.path.join(name);
+        Ok(OutputFile { path, file })
+    }
+
+    /// Copies a file into it.
+    pub fn copy(&self, from: &Path, name: &Path) -> Result<(), Error> {
+        let mut source = File::open(from).map_err(Error::read(from))?;
+        let mut file = self.create_file(name)?;
+        let shown = self.path.join(name);
+        loop {
+            let copied = io::copy(&mut (&mut source).take(COPIED), &mut file);
+            if copied.map_err(Error::write(&shown))? == 0 {
+                return file.sync_all().map_err(Error::write(&shown));
+            }
+            interrupt::check()?;
+        }
+    }
+
+    fn create_file(&self, name: &Path) -> Result<File, Error> {
+        interrupt::check()?;
+        let path = self.folder.path().join(name);
+        fs::create_dir_all(parent(&path))
+            .and_then(|()| File::create_new(&path))
+            .map_err(Error::write(&self.path.join(name)))
+    }
+
+    /// Gives the folder its name.
+    pub fn finish(self) -> Result<(), Error> {
+        let Self { path, folder } = self;
+        sync(folder.path()).map_err(Error::write(&path))?;
+        interrupt::complete(|| {
+            // An empty folder that appeared meanwhile would be replaced; a full one is not.
+            fs::rename(folder.path(), &path).map_err(Error::write(&path))?;
+            // What was temporary has a name now.
+            _ = folder.keep();
+            Ok(())
+        })?;
+        sync(parent(&path)).map_err(Error::write(&path))
+    }
+}
+
+/// As open as other files, not for the owner alone as temporary files are.
+fn temporary(mode: u32) -> Builder<'static, 'static> {
+    let mut builder = Builder::new();
+    builder.prefix(PREFIX);
+    #[cfg(not(unix))]
+    let _ = mode;
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
+    builder
+}
+
+/// Makes a rename last, where the system can say so.
+fn sync(folder: &Path) -> io::Result<()> {
+    #[cfg(unix)]
+    File::open(folder)?.sync_all()?;
+    #[cfg(not(unix))]
+    let _ = folder;
+    Ok(())
+}

@@ -1,0 +1,313 @@
+//! Burn's records of adapters: the parameters that `inject` adds to a model, under their paths in it.
+//!
+//! A record says nothing of settings and of the kinds of layers, so those that are written here carry them beside.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+use burn::tensor::{Bytes, DType, TensorData};
+use burn_boft::value::{AdapterLayer, SavedTensor};
+use burn_boft::{Adapter, AdapterConfig, Bias, LayerKind};
+use burn_pack::{Reader, Tensor, Writer};
+use serde_json::{Map, Value, json};
+
+use crate::base::Base;
+use crate::error::Error;
+use crate::names::join;
+use crate::numbers::file_dtype;
+use crate::output::OutputFile;
+
+/// Where a record keeps PEFT's settings, and which layers are convolutions.
+const CONFIG: &str = "adapter_config";
+const KINDS: &str = "layer_kinds";
+/// Where a record keeps the counts of batches that PyTorch's norms have and Burn's have not.
+const BATCHES: &str = "num_batches_tracked";
+const SKEW: &str = ".weight.boft.skew";
+const SCALE: &str = ".weight.boft.scale";
+/// What Burn's norms call the weight and the bias of PyTorch's.
+const NORM: [(&str, &str); 2] = [("weight", "gamma"), ("bias", "beta")];
+
+/// Writes an adapter as the record of its model.
+pub fn write(adapter: &Adapter, base: Option<&Base>, output: &Path) -> Result<(), Error> {
+    let is_boft = matches!(adapter.config(), AdapterConfig::Boft(_));
+    let mut tensors = Vec::new();
+    let mut kinds = Map::new();
+    for layer in adapter.layers().iter().filter(|layer| !layer.is_identity()) {
+        let path = layer.path();
+        if layer.block_size() == 1 {
+            return Err(Error::Settings(format!(
+                "`{path}` has blocks of one channel and a scale, which no injected layer has alone; merge it"
+            )));
+        }
+        if is_boft && layer.block_share() {
+            return Err(Error::Settings(format!(
+                "`{path}` has one block for all its channels, as PEFT 0.14 and 0.15 shared it, and BOFT's settings \
+                 cannot say that; convert it with --to peft --base first"
+            )));
+        }
+        tensors.push(tensor(format!("{path}{SKEW}"), layer.skew().clone()));
+        if let Some(scale) = layer.scale() {
+            tensors.push(tensor(format!("{path}{SCALE}"), scale.clone()));
+        }
+        if let Some(kind) = layer.kind().or_else(|| kind_in(base?, path)) {
+            kinds.insert(path.to_string(), json!(kind));
+        }
+    }
+    tensors.extend(saved(adapter, base)?);
+    let config = Value::Object(adapter.settings()).to_string();
+    let bytes = Writer::new(tensors)
+        .with_metadata(CONFIG, &config)
+        .with_metadata(KINDS, &Value::Object(kinds).to_string())
+        .with_metadata(BATCHES, &Value::Object(batches(adapter)).to_string())
+        .into_bytes()
+        .map_err(|error| Error::malformed(output, error.to_string()))?;
+    let mut file = OutputFile::create(output)?;
+    file.write(&bytes)?;
+    file.finish()
+}
+
+/// The counts of batches, by module.
+fn batches(adapter: &Adapter) -> Map<String, Value> {
+    let counts = adapter
+        .tensors()
+        .iter()
+        .filter(|tensor| tensor.name() == BATCHES);
+    let counts = counts.map(|tensor| {
+        let count = tensor.data().iter::<i64>().next();
+        (tensor.module().to_string(), json!(count))
+    });
+    counts.collect()
+}
+
+fn tensor(name: String, data: TensorData) -> Tensor {
+    let (bytes, shape, dtype) = data.into_parts();
+    Tensor::new(name, dtype, shape, None, bytes)
+}
+
+/// The biases and saved modules, with Burn's names and orientation.
+fn saved(adapter: &Adapter, base: Option<&Base>) -> Result<Vec<Tensor>, Error> {
+    let adapted: BTreeSet<_> = adapter.layers().iter().map(|layer| layer.path()).collect();
+    let weights: BTreeMap<_, _> = adapter
+        .tensors()
+        .iter()
+        .filter(|tensor| tensor.name() == "weight")
+        .map(|tensor| (tensor.module(), tensor.data().rank()))
+        .collect();
+    let biases: BTreeSet<_> = adapter
+        .tensors()
+        .iter()
+        .filter(|tensor| tensor.name() == "bias")
+        .map(|tensor| tensor.module())
+        .collect();
+    let mut tensors = Vec::new();
+    for saved in adapter.tensors() {
+        let (module, name) = (saved.module(), saved.name());
+        // Burn's norms do not count batches.
+        if saved.data().dtype() == DType::I64 {
+            continue;
+        }
+        if let Some((torch, _)) = NORM.iter().find(|(_, burn)| *burn == name) {
+            return Err(Error::Settings(format!(
+                "`{module}.{name}` has a name that means `{torch}` in Burn's norms, and would come back as that; keep the \
+                 adapter in PEFT's folder"
+            )));
+        }
+        let rank = weights.get(module).copied().or_else(|| {
+            let (_, entry) = base?.entry(&join(module, "weight"))?;
+            Some(entry.shape.len())
+        });
+        let rank = match adapted.contains(module) {
+            true => Some(2),
+            false => rank,
+        };
+        let (name, data) = match (name, rank) {
+            ("weight" | "bias", Some(1)) => {
+                let norm = NORM.iter().find(|(torch, _)| *torch == name);
+                (norm.map_or(name, |(_, burn)| burn), saved.data().clone())
+            }
+            ("weight", Some(2)) if !biases.contains(module) => {
+                return Err(Error::Settings(format!(
+                    "`{module}.weight` is a linear layer's or an embedding's, which Burn stores differently; attach \
+                     the adapter to its model in Rust and save that"
+                )));
+            }
+            ("weight", Some(2)) => (name, transposed(saved.data())),
+            ("bias", None) => {
+                return Err(Error::Settings(format!(
+                    "`{module}.bias` is a linear layer's or a norm's, which Burn names differently; --base tells"
+                )));
+            }
+            (name, _) => (name, saved.data().clone()),
+        };
+        tensors.push(tensor(join(module, name), data));
+    }
+    Ok(tensors)
+}
+
+fn transposed(matrix: &TensorData) -> TensorData {
+    let [rows, columns] = matrix.shape().dims::<2>();
+    let numbers: Vec<f64> = matrix.iter::<f64>().collect();
+    let places = (0..columns).flat_map(|column| (0..rows).map(move |row| row * columns + column));
+    let numbers: Vec<_> = places.map(|place| numbers[place]).collect();
+    TensorData::new(numbers, [columns, rows]).convert_dtype(matrix.dtype())
+}
+
+/// The kind of a layer by its weight's axes.
+pub fn kind_in(base: &Base, path: &str) -> Option<LayerKind> {
+    let (_, entry) = base.entry(&join(path, "weight"))?;
+    match entry.shape.len() {
+        2 => Some(LayerKind::Linear),
+        4 => Some(LayerKind::Conv2d),
+        _ => None,
+    }
+}
+
+/// What is refused where the kind of a layer is not known.
+pub fn unknown_kind(path: &str) -> Error {
+    Error::Settings(format!(
+        "`{path}` is a linear layer or a convolution, which PEFT stores differently; --base tells"
+    ))
+}
+
+/// Reads the adapter out of a record, with the settings of the record or these.
+pub fn read(
+    path: &Path,
+    settings: Option<Map<String, Value>>,
+    base: Option<&Base>,
+) -> Result<Adapter, Error> {
+    let malformed = |reason: String| Error::malformed(path, format!("not a Burn record: {reason}"));
+    let bytes = fs::read(path).map_err(Error::read(path))?;
+    let reader = Reader::from_bytes(Bytes::from_bytes_vec(bytes))
+        .map_err(|error| malformed(error.to_string()))?;
+    let object = |key: &str| -> Option<Map<String, Value>> {
+        serde_json::from_str(reader.metadata().get(key)?).ok()
+    };
+    let kinds = object(KINDS).unwrap_or_default();
+    let batches = object(BATCHES).unwrap_or_default();
+    let settings = settings.or_else(|| object(CONFIG)).ok_or_else(|| {
+        Error::malformed(path, "it does not say how the adapter was made; --config names an adapter_config.json that does")
+    })?;
+    let config: AdapterConfig = serde_json::from_value(Value::Object(settings.clone()))
+        .map_err(|error| Error::malformed(path, format!("its settings are refused: {error}")))?;
+    let mut tensors = BTreeMap::new();
+    for tensor in reader
+        .into_tensors()
+        .map_err(|error| malformed(error.to_string()))?
+    {
+        let (name, dtype, shape, _, bytes) = tensor
+            .into_parts()
+            .map_err(|error| malformed(error.to_string()))?;
+        let data = TensorData::try_from_bytes(bytes, shape, dtype)
+            .map_err(|error| Error::tensor(path, &name, format!("cannot be read: {error}")))?;
+        tensors.insert(name, data);
+    }
+    let reader = RecordReader {
+        path,
+        config,
+        kinds,
+        batches,
+        base,
+        tensors,
+    };
+    Ok(reader.read()?.with_about(&settings))
+}
+
+struct RecordReader<'a> {
+    path: &'a Path,
+    config: AdapterConfig,
+    kinds: Map<String, Value>,
+    batches: Map<String, Value>,
+    base: Option<&'a Base>,
+    tensors: BTreeMap<String, TensorData>,
+}
+
+impl RecordReader<'_> {
+    fn read(self) -> Result<Adapter, Error> {
+        let skews = self.tensors.iter();
+        let skews: BTreeMap<_, _> = skews
+            .filter_map(|(name, skew)| Some((name.strip_suffix(SKEW)?, skew)))
+            .collect();
+        if skews.is_empty() {
+            return Err(Error::malformed(
+                self.path,
+                format!("no adapter: no name ends with `{SKEW}`"),
+            ));
+        }
+        let layers = skews.iter().map(|(path, skew)| self.layer(path, skew));
+        let layers = layers.collect::<Result<Vec<_>, _>>()?;
+        let mut saved = Vec::new();
+        for (name, data) in &self.tensors {
+            saved.extend(self.saved(name, data, |module| skews.contains_key(module))?);
+        }
+        saved.extend(self.batches.iter().map(|(module, count)| {
+            let count = vec![count.as_i64().unwrap_or_default()];
+            SavedTensor::new(module, BATCHES, TensorData::new(count, Vec::<usize>::new()))
+        }));
+        Adapter::from_parts(self.config, layers, saved)
+            .map_err(|mismatch| Error::malformed(self.path, mismatch.to_string()))
+    }
+
+    fn layer(&self, layer: &str, skew: &TensorData) -> Result<AdapterLayer, Error> {
+        let scale = self.tensors.get(&format!("{layer}{SCALE}"));
+        let kind = match (&self.config, scale) {
+            (AdapterConfig::Oft(_), _) => None,
+            (_, Some(_)) => {
+                let told = self
+                    .kinds
+                    .get(layer)
+                    .and_then(|kind| serde_json::from_value(kind.clone()).ok());
+                let kind = told.or_else(|| kind_in(self.base?, layer));
+                Some(kind.ok_or_else(|| unknown_kind(layer))?)
+            }
+            (_, None) => {
+                let why = "has no scale, and PEFT's BOFT has one";
+                return Err(Error::tensor(self.path, layer, why));
+            }
+        };
+        AdapterLayer::new(layer, kind, skew.clone(), scale.cloned())
+            .map_err(|mismatch| Error::malformed(self.path, mismatch.to_string()))
+    }
+
+    /// A bias or a part of a saved module, with PyTorch's name and orientation.
+    fn saved(
+        &self,
+        name: &str,
+        data: &TensorData,
+        is_adapted: impl Fn(&str) -> bool,
+    ) -> Result<Option<SavedTensor>, Error> {
+        let (module, own) = name.rsplit_once('.').unwrap_or(("", name));
+        let torch = NORM
+            .iter()
+            .find(|(_, burn)| *burn == own)
+            .map_or(own, |(torch, _)| torch);
+        let selection = self.config.selection();
+        let is_bias = torch == "bias"
+            && match selection.bias {
+                Bias::None => false,
+                Bias::All => true,
+                Bias::AdapterOnly => is_adapted(module),
+            };
+        if name.contains(".weight.boft.") || !(is_bias || selection.saves(module)) {
+            return Ok(None);
+        }
+        if file_dtype(data.dtype()).is_none() {
+            let why = format!("is {:?}, which no file keeps", data.dtype());
+            return Err(Error::tensor(self.path, name, why));
+        }
+        let has_bias = self.tensors.contains_key(&join(module, "bias"));
+        let data = match (own, data.rank()) {
+            ("weight", 2) if !has_bias => {
+                return Err(Error::tensor(
+                    self.path,
+                    name,
+                    "is a linear layer's or an embedding's, which Burn stores differently; extract the adapter from its \
+                     model in Rust",
+                ));
+            }
+            ("weight", 2) => transposed(data),
+            _ => data.clone(),
+        };
+        Ok(Some(SavedTensor::new(module, torch, data)))
+    }
+}

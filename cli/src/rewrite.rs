@@ -1,0 +1,369 @@
+//! A model written anew with some of its tensors changed, a few rows in memory at a time.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{DType, TensorData};
+use burn_boft::value::{AdapterLayer, SavedTensor};
+use indicatif::{ProgressBar, ProgressStyle};
+use safetensors::Dtype;
+use serde_json::{Map, Value};
+
+use crate::base::{Base, Shard};
+use crate::changes::{Added, Change, Changes, compute_dtype};
+use crate::error::Error;
+use crate::header::{self, Entry};
+use crate::numbers::{burn_dtype, decode, encode, file_dtype, is_finite, part};
+use crate::output::{OutputFile, OutputFolder};
+use crate::tie;
+
+/// Bytes that are copied at a time.
+const COPIED: usize = 8 << 20;
+/// Numbers that are computed with at a time, where a row has fewer.
+const COMPUTED: usize = 2 << 20;
+
+/// Turns rows of weights.
+pub trait Turn {
+    /// Gets ready for a layer with rows of this many numbers, before any of its rows.
+    fn start(&mut self, layer: &AdapterLayer, widths: [usize; 2]) -> Result<(), String>;
+
+    /// The rows turned, in the precision that they come in; `rows` counts from the layer's first.
+    fn turn(&mut self, numbers: TensorData, rows: Range<usize>) -> Result<TensorData, String>;
+}
+
+/// Writes the model with its changes.
+pub fn rewrite(
+    base: &Base,
+    changes: &Changes,
+    output: &Path,
+    turn: &mut dyn Turn,
+) -> Result<(), Error> {
+    let bytes = base
+        .shards
+        .iter()
+        .flat_map(|shard| &shard.header.entries)
+        .map(|entry| entry.bytes)
+        .sum();
+    let style = ProgressStyle::with_template("{wide_bar} {bytes}/{total_bytes} {eta}");
+    let progress = ProgressBar::new(bytes);
+    progress.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let mut writer = Writer {
+        changes,
+        turn,
+        progress,
+    };
+    let result = match base.is_folder() {
+        true => writer.folder(base, output),
+        false => OutputFile::create(output)
+            .and_then(|file| writer.shard(base, &base.shards[0], true, file)),
+    };
+    writer.progress.finish_and_clear();
+    result
+}
+
+struct Writer<'a> {
+    changes: &'a Changes<'a>,
+    turn: &'a mut dyn Turn,
+    progress: ProgressBar,
+}
+
+impl Writer<'_> {
+    fn folder(&mut self, base: &Base, output: &Path) -> Result<(), Error> {
+        // Looked for before the weights are written: that takes long.
+        let others = base.other_files()?;
+        let folder = OutputFolder::create(output)?;
+        self.fill(base, &others, &folder)?;
+        folder.finish()
+    }
+
+    fn fill(
+        &mut self,
+        base: &Base,
+        others: &[PathBuf],
+        folder: &OutputFolder,
+    ) -> Result<(), Error> {
+        for (index, shard) in base.shards.iter().enumerate() {
+            let file = folder.file(Path::new(&shard.name))?;
+            self.shard(base, shard, index + 1 == base.shards.len(), file)?;
+        }
+        if let Some((name, index)) = &base.index {
+            let index = self.index(base, index.clone());
+            let mut file = folder.file(Path::new(name))?;
+            file.write(format!("{:#}\n", Value::Object(index)).as_bytes())?;
+            file.finish()?;
+        }
+        for file in others {
+            match &self.changes.config {
+                Some(config) if file == Path::new(tie::FILE) => {
+                    let mut file = folder.file(file)?;
+                    file.write(config.as_bytes())?;
+                    file.finish()?;
+                }
+                _ => folder.copy(&base.path.join(file), file)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// The index with what is new, which is in the last shard.
+    fn index(&self, base: &Base, mut index: Map<String, Value>) -> Map<String, Value> {
+        let last = base.shards.last().map_or("", |shard| shard.name.as_str());
+        if let Some(Value::Object(map)) = index.get_mut("weight_map") {
+            let added = self.changes.added.keys();
+            map.extend(added.map(|key| (key.clone(), Value::from(last))));
+        }
+        // What is not new keeps its count: tied weights count once, and buffers only in the size.
+        let bytes = |dtype, shape: &[usize]| header::byte_count(dtype, shape).unwrap_or_default();
+        let numbers = |dtype, shape: &[usize]| match compute_dtype(dtype) {
+            Some(_) => shape.iter().product::<usize>() as u64,
+            None => 0,
+        };
+        if let Some(Value::Object(metadata)) = index.get_mut("metadata") {
+            self.grow(base, metadata, "total_size", bytes);
+            self.grow(base, metadata, "total_parameters", numbers);
+        }
+        index
+    }
+
+    /// Adds to a total, where it is there, what the output has more of it.
+    fn grow(
+        &self,
+        base: &Base,
+        metadata: &mut Map<String, Value>,
+        total: &str,
+        measure: fn(Dtype, &[usize]) -> u64,
+    ) {
+        let Some((total, before)) = metadata
+            .get_mut(total)
+            .and_then(|total| total.as_f64().map(|before| (total, before as u64)))
+        else {
+            return;
+        };
+        let (mut more, mut less) = (0, 0);
+        for entry in base.shards.iter().flat_map(|shard| &shard.header.entries) {
+            let (dtype, shape) = self.layout(entry);
+            more += measure(dtype, &shape);
+            less += measure(entry.dtype, &entry.shape);
+        }
+        for added in self.changes.added.values() {
+            let layout = added_layout(base, added);
+            more += layout.map_or(0, |(dtype, shape)| measure(dtype, &shape));
+        }
+        *total = Value::from((before + more).saturating_sub(less));
+    }
+
+    /// The precision and shape of a tensor in the output.
+    fn layout(&self, entry: &Entry) -> (Dtype, Vec<usize>) {
+        let shape = match self.changes.of.get(&entry.key) {
+            Some(Change::New(tensor)) => tensor.data().shape().to_vec(),
+            _ => entry.shape.clone(),
+        };
+        (entry.dtype, shape)
+    }
+
+    fn shard(
+        &mut self,
+        base: &Base,
+        shard: &Shard,
+        is_last: bool,
+        mut file: OutputFile,
+    ) -> Result<(), Error> {
+        let entries = &shard.header.entries;
+        let mut layouts: Vec<_> = entries
+            .iter()
+            .map(|entry| (entry.key.as_str(), self.layout(entry)))
+            .collect();
+        let added: Vec<_> = self.changes.added.iter().filter(|_| is_last).collect();
+        for (key, added) in &added {
+            let layout = added_layout(base, added).ok_or_else(|| {
+                Error::tensor(
+                    &shard.path,
+                    key,
+                    "would have a precision that no file keeps",
+                )
+            })?;
+            layouts.push((key.as_str(), layout));
+        }
+        let layouts = layouts
+            .iter()
+            .map(|(key, (dtype, shape))| (*key, *dtype, shape.as_slice()));
+        let header = header::to_bytes(shard.header.metadata.as_ref(), layouts)
+            .ok_or_else(|| Error::malformed(&shard.path, "larger than a file can be"))?;
+        file.write(&header)?;
+        for entry in entries {
+            match self.changes.of.get(&entry.key) {
+                None => self.copy(shard, entry, 0..entry.bytes, &mut file)?,
+                Some(Change::Rotate(parts)) => self.rotate(shard, entry, parts, &mut file)?,
+                Some(Change::Replace(parts)) => self.replace(shard, entry, parts, &mut file)?,
+                Some(Change::New(tensor)) => write_rounded(tensor, shard, entry, &mut file)?,
+            }
+        }
+        for (key, added) in added {
+            match added {
+                Added::Saved(tensor) => {
+                    write_saved(tensor.data(), tensor.data().dtype(), shard, key, &mut file)?;
+                }
+                Added::Copy(of) => {
+                    if let Some((shard, entry)) = base.entry(of) {
+                        self.copy(shard, entry, 0..entry.bytes, &mut file)?;
+                    }
+                }
+            }
+        }
+        file.finish()
+    }
+
+    /// Copies bytes of a tensor.
+    fn copy(
+        &self,
+        shard: &Shard,
+        entry: &Entry,
+        bytes: Range<u64>,
+        file: &mut OutputFile,
+    ) -> Result<(), Error> {
+        let mut buffer = vec![0; COPIED.min((bytes.end - bytes.start) as usize)];
+        let mut offset = bytes.start;
+        while offset < bytes.end {
+            let part = buffer.len().min((bytes.end - offset) as usize);
+            shard.read(entry, offset, &mut buffer[..part])?;
+            file.write(&buffer[..part])?;
+            offset += part as u64;
+            self.progress.inc(part as u64);
+        }
+        Ok(())
+    }
+
+    fn rotate(
+        &mut self,
+        shard: &Shard,
+        entry: &Entry,
+        parts: &[(Range<usize>, &AdapterLayer)],
+        file: &mut OutputFile,
+    ) -> Result<(), Error> {
+        let row = row_bytes(entry);
+        let mut done = 0;
+        for (rows, layer) in parts {
+            self.copy(
+                shard,
+                entry,
+                done as u64 * row..rows.start as u64 * row,
+                file,
+            )?;
+            self.rotate_rows(shard, entry, rows.clone(), layer, file)?;
+            done = rows.end;
+        }
+        self.copy(shard, entry, done as u64 * row..entry.bytes, file)
+    }
+
+    fn rotate_rows(
+        &mut self,
+        shard: &Shard,
+        entry: &Entry,
+        rows: Range<usize>,
+        layer: &AdapterLayer,
+        file: &mut OutputFile,
+    ) -> Result<(), Error> {
+        let refuse = |reason: String| Error::tensor(&shard.path, &entry.key, reason);
+        let d_input: usize = entry.shape[1..].iter().product();
+        self.turn
+            .start(layer, [d_input, rows.len()])
+            .map_err(refuse)?;
+        let row = row_bytes(entry);
+        let step = (COMPUTED / d_input).max(1);
+        for start in (0..rows.len()).step_by(step) {
+            let part = start..rows.len().min(start + step);
+            let mut bytes = vec![0; part.len() * row as usize];
+            shard.read(entry, (rows.start + start) as u64 * row, &mut bytes)?;
+            let numbers = decode(entry.dtype, &bytes, vec![part.len(), d_input])
+                .ok_or_else(|| refuse(format!("is {}", entry.dtype)))?;
+            let turned = self.turn.turn(numbers, part).map_err(refuse)?;
+            check_finite(&turned, shard, &entry.key)?;
+            file.write(&encode(&turned).unwrap_or_default())?;
+            self.progress.inc(bytes.len() as u64);
+        }
+        Ok(())
+    }
+
+    fn replace(
+        &mut self,
+        shard: &Shard,
+        entry: &Entry,
+        parts: &[(Range<usize>, &SavedTensor)],
+        file: &mut OutputFile,
+    ) -> Result<(), Error> {
+        let row = row_bytes(entry);
+        let mut done = 0;
+        for (rows, tensor) in parts {
+            self.copy(
+                shard,
+                entry,
+                done as u64 * row..rows.start as u64 * row,
+                file,
+            )?;
+            write_rounded(tensor, shard, entry, file)?;
+            self.progress.inc(rows.len() as u64 * row);
+            done = rows.end;
+        }
+        self.copy(shard, entry, done as u64 * row..entry.bytes, file)
+    }
+}
+
+/// The precision and shape of a new tensor.
+fn added_layout(base: &Base, added: &Added) -> Option<(Dtype, Vec<usize>)> {
+    match added {
+        Added::Saved(tensor) => {
+            let dtype = file_dtype(tensor.data().dtype())?;
+            Some((dtype, tensor.data().shape().to_vec()))
+        }
+        Added::Copy(of) => {
+            let (_, entry) = base.entry(of)?;
+            Some((entry.dtype, entry.shape.clone()))
+        }
+    }
+}
+
+/// The bytes of one step along the first axis.
+pub fn row_bytes(entry: &Entry) -> u64 {
+    let rows = entry.shape.first().copied().unwrap_or(1) as u64;
+    entry.bytes.checked_div(rows).unwrap_or(0)
+}
+
+/// Writes a saved tensor in the precision of the one it replaces.
+fn write_rounded(
+    tensor: &SavedTensor,
+    shard: &Shard,
+    entry: &Entry,
+    file: &mut OutputFile,
+) -> Result<(), Error> {
+    let dtype = burn_dtype(entry.dtype)
+        .ok_or_else(|| Error::tensor(&shard.path, &entry.key, format!("is {}", entry.dtype)))?;
+    write_saved(tensor.data(), dtype, shard, &entry.key, file)
+}
+
+/// Writes numbers in a precision, a few of them in memory once more at a time.
+fn write_saved(
+    data: &TensorData,
+    dtype: DType,
+    shard: &Shard,
+    key: &str,
+    file: &mut OutputFile,
+) -> Result<(), Error> {
+    let count = data.num_elements();
+    for start in (0..count).step_by(COMPUTED) {
+        let numbers = part(data, start..count.min(start + COMPUTED)).convert_dtype(dtype);
+        check_finite(&numbers, shard, key)?;
+        file.write(&encode(&numbers).unwrap_or_default())?;
+    }
+    Ok(())
+}
+
+fn check_finite(data: &TensorData, shard: &Shard, key: &str) -> Result<(), Error> {
+    match is_finite(data) {
+        true => Ok(()),
+        false => Err(Error::tensor(
+            &shard.path,
+            key,
+            "would not be finite: it or the adapter holds NaN, infinity or numbers beyond its precision",
+        )),
+    }
+}

@@ -1,0 +1,260 @@
+//! The two turns of a weight: with the rotation of an adapter, and back.
+
+use std::ops::Range;
+
+use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
+use burn_boft::ops::{Blocks, Direction, Side};
+use burn_boft::value::AdapterLayer;
+use burn_boft::{Adapter, AdapterConfig, Cayley};
+use faer::Mat;
+use faer::linalg::solvers::DenseSolveCore;
+
+use crate::rewrite::Turn;
+
+/// Beyond this an inverse is rounding.
+const SINGULAR: f64 = 1e6;
+
+/// `W' = diag(s)·W·Rᵀ` in PyTorch's orientation, row by row.
+pub struct Forward<'a> {
+    adapter: &'a Adapter,
+    device: Device,
+    rotation: Option<Rotation>,
+}
+
+/// The rotation and the scale of one layer, ready to use.
+struct Rotation {
+    /// None where blocks of one channel do not rotate.
+    blocks: Option<Blocks>,
+    scale: Option<Tensor<1>>,
+    dtype: DType,
+}
+
+impl Rotation {
+    fn new(
+        adapter: &Adapter,
+        layer: &AdapterLayer,
+        widths: [usize; 2],
+        device: &Device,
+    ) -> Result<Self, String> {
+        let blocks = adapter
+            .rotation(layer, widths, device)
+            .map_err(|mismatch| mismatch.to_string())?;
+        let scale = layer.scale();
+        let scale = scale.map(|scale| Tensor::from_data(scale.clone(), (device, scale.dtype())));
+        Ok(Self {
+            blocks,
+            scale,
+            dtype: layer.skew().dtype(),
+        })
+    }
+
+    /// The scale of these rows.
+    fn scale(&self, rows: Range<usize>) -> Option<Tensor<1>> {
+        self.scale.clone().map(|scale| scale.slice([rows]))
+    }
+
+    fn apply(&self, weight: Tensor<2>, rows: Range<usize>) -> Tensor<2> {
+        let scale = self.scale(rows);
+        match (&self.blocks, scale) {
+            (Some(blocks), scale) => blocks.weight(weight, scale, Side::Right),
+            (None, Some(scale)) => weight * scale.unsqueeze_dim::<2>(1),
+            (None, None) => weight,
+        }
+    }
+}
+
+impl<'a> Forward<'a> {
+    pub fn new(adapter: &'a Adapter) -> Self {
+        Self {
+            adapter,
+            device: Device::flex(),
+            rotation: None,
+        }
+    }
+}
+
+impl Turn for Forward<'_> {
+    fn start(&mut self, layer: &AdapterLayer, widths: [usize; 2]) -> Result<(), String> {
+        self.rotation = Some(Rotation::new(self.adapter, layer, widths, &self.device)?);
+        Ok(())
+    }
+
+    fn turn(&mut self, numbers: TensorData, rows: Range<usize>) -> Result<TensorData, String> {
+        let rotation = self.rotation.as_ref().ok_or("has no rotation")?;
+        let dtype = numbers.dtype();
+        let weight = tensor(numbers, &self.device, rotation.dtype);
+        Ok(rounded(rotation.apply(weight, rows), dtype))
+    }
+}
+
+/// Rows of a weight, in the precision of the rotation.
+fn tensor(numbers: TensorData, device: &Device, dtype: DType) -> Tensor<2> {
+    let own = numbers.dtype();
+    Tensor::<2>::from_data(numbers, (device, own)).cast(FloatDType::from(dtype))
+}
+
+fn rounded(weight: Tensor<2>, dtype: DType) -> TensorData {
+    weight.cast(FloatDType::from(dtype)).into_data()
+}
+
+/// `W = diag(1/s)·W'·(Rᵀ)⁻¹`: the way back, and how far the way there leads from it.
+pub struct Backward<'a> {
+    adapter: &'a Adapter,
+    device: Device,
+    rotation: Option<(Rotation, Inverse)>,
+    pub difference: Difference,
+}
+
+/// How far merging what was restored is from what was merged.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Difference {
+    /// The largest difference of two numbers.
+    absolute: f64,
+    /// `‖W'' − W'‖ / ‖W'‖` of the worst layer before this one, Frobenius.
+    relative: f64,
+    /// The squares of both norms, of this layer's rows so far.
+    squares: [f64; 2],
+}
+
+impl Difference {
+    pub fn absolute(&self) -> f64 {
+        self.absolute
+    }
+
+    /// Of the norm of the worst layer.
+    pub fn relative(&self) -> f64 {
+        match self.squares {
+            [difference, expected] if expected > 0.0 => {
+                self.relative.max((difference / expected).sqrt())
+            }
+            _ => self.relative,
+        }
+    }
+
+    /// Begins another layer.
+    fn next(&mut self) {
+        (self.relative, self.squares) = (self.relative(), [0.0; 2]);
+    }
+
+    fn widen(&mut self, found: Tensor<2>, expected: Tensor<2>) {
+        let difference = found - expected.clone();
+        let square = |tensor: Tensor<2>| tensor.square().sum().into_scalar::<f64>();
+        let absolute = difference.clone().abs().max().into_scalar::<f64>();
+        self.absolute = self.absolute.max(absolute);
+        self.squares[0] += square(difference);
+        self.squares[1] += square(expected);
+    }
+}
+
+/// What undoes a rotation: the transposed inverses of its blocks, a `[n, b, b]` tensor, or its transpose where it is
+/// orthogonal.
+type Inverse = Option<Tensor<3>>;
+
+impl<'a> Backward<'a> {
+    pub fn new(adapter: &'a Adapter) -> Self {
+        Self {
+            adapter,
+            device: Device::flex(),
+            rotation: None,
+            difference: Difference::default(),
+        }
+    }
+
+    fn restore(
+        rotation: &Rotation,
+        inverse: &Inverse,
+        weight: Tensor<2>,
+        rows: Range<usize>,
+    ) -> Tensor<2> {
+        let [count, d_input] = weight.dims();
+        let weight = match rotation.scale(rows) {
+            Some(scale) => weight / scale.unsqueeze_dim::<2>(1),
+            None => weight,
+        };
+        match (&rotation.blocks, inverse) {
+            (None, _) => weight,
+            (Some(blocks), None) => blocks.rotate(weight, Side::Right, Direction::Forward),
+            (Some(_), Some(blocks)) => {
+                let [n, b, _] = blocks.dims();
+                let parts = weight.reshape([count, n, b]).swap_dims(0, 1);
+                let turned = parts.matmul(blocks.clone());
+                turned.swap_dims(0, 1).reshape([count, d_input])
+            }
+        }
+    }
+}
+
+impl Turn for Backward<'_> {
+    fn start(&mut self, layer: &AdapterLayer, widths: [usize; 2]) -> Result<(), String> {
+        if let Some(scale) = layer.scale()
+            && let Some(row) = scale.iter::<f64>().position(|scale| scale == 0.0)
+        {
+            return Err(format!(
+                "was scaled by zero in row {row}: nothing of that row is left to restore"
+            ));
+        }
+        let rotation = Rotation::new(self.adapter, layer, widths, &self.device)?;
+        let is_orthogonal = match self.adapter.config() {
+            AdapterConfig::Oft(config) => config.cayley == Cayley::Exact,
+            _ => true,
+        };
+        let inverse = match &rotation.blocks {
+            Some(blocks) if !is_orthogonal => Some(invert(blocks, &self.device)?),
+            _ => None,
+        };
+        self.rotation = Some((rotation, inverse));
+        self.difference.next();
+        Ok(())
+    }
+
+    fn turn(&mut self, numbers: TensorData, rows: Range<usize>) -> Result<TensorData, String> {
+        let (rotation, inverse) = self.rotation.as_ref().ok_or("has no rotation")?;
+        let dtype = numbers.dtype();
+        let merged = tensor(numbers, &self.device, rotation.dtype);
+        let restored = rounded(
+            Self::restore(rotation, inverse, merged.clone(), rows.clone()),
+            dtype,
+        );
+        let again = tensor(restored.clone(), &self.device, rotation.dtype);
+        let again = rounded(rotation.apply(again, rows), dtype);
+        let again = tensor(again, &self.device, rotation.dtype);
+        self.difference.widen(again, merged);
+        Ok(restored)
+    }
+}
+
+/// The transposed inverses of the blocks of one factor.
+fn invert(blocks: &Blocks, device: &Device) -> Result<Tensor<3>, String> {
+    let values = blocks.values();
+    let ([m, n, b, _], dtype) = (values.dims(), values.dtype());
+    if m != 1 {
+        return Err(format!("has {m} factors of blocks that are not orthogonal"));
+    }
+    let numbers: Vec<f64> = values.into_data().iter::<f64>().collect();
+    let mut inverses = Vec::with_capacity(numbers.len());
+    for (index, block) in numbers.chunks_exact(b * b).enumerate() {
+        let block = Mat::from_fn(b, b, |row, column| block[row * b + column]);
+        let inverse = block.partial_piv_lu().inverse();
+        // A block that flattens a direction cannot be undone; rounding leaves a huge inverse instead of none.
+        let largest = |matrix: &Mat<f64>| {
+            let numbers = (0..b * b).map(|at| matrix[(at / b, at % b)].abs());
+            // `f64::max` would pass over NaN.
+            numbers.fold(0.0, |largest, x| {
+                if x > largest || x.is_nan() {
+                    x
+                } else {
+                    largest
+                }
+            })
+        };
+        let condition = largest(&inverse) * largest(&block);
+        if condition.is_nan() || condition >= SINGULAR {
+            return Err(format!(
+                "has no inverse: block {index} of the Neumann polynomial flattens a direction"
+            ));
+        }
+        inverses.extend((0..b * b).map(|at| inverse[(at % b, at / b)]));
+    }
+    let data = TensorData::new(inverses, [n, b, b]).convert_dtype(dtype);
+    Ok(Tensor::from_data(data, (device, dtype)))
+}

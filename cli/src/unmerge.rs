@@ -1,0 +1,64 @@
+//! `unmerge`: an adapter taken out of a model that it was merged into.
+
+use burn::tensor::DType;
+use burn_boft::Adapter;
+use burn_boft::peft::LoadOptions;
+use burn_boft::value::SavedTensor;
+
+use crate::base::Base;
+use crate::changes::{Change, Changes};
+use crate::cli::Unmerge;
+use crate::error::Error;
+use crate::merge::{check_output, load};
+use crate::names::Names;
+use crate::rewrite::rewrite;
+use crate::terminal::{plural, print};
+use crate::tie::Head;
+use crate::turn::Backward;
+
+pub fn run(options: &Unmerge) -> Result<(), Error> {
+    let names = Names::parse(&options.adapter.maps)?;
+    let adapter = load(&options.adapter.adapter, &LoadOptions::new())?;
+    let base = Base::open(&options.merged)?;
+    let head = Head::of(&base)?;
+    let mut changes = Changes::find(&adapter, &base, &names, &head)?;
+    if !options.keep_saved {
+        refuse_saved(&adapter)?;
+    }
+    changes
+        .of
+        .retain(|_, change| matches!(change, Change::Rotate(_)));
+    changes.added.clear();
+    head.untie(&base, &mut changes)?;
+    check_output(&options.output, &base, &options.adapter.adapter)?;
+    let mut turn = Backward::new(&adapter);
+    rewrite(&base, &changes, &options.output, &mut turn)?;
+    let difference = turn.difference;
+    print(&format!(
+        "{}: {} restored; merging them again is off by at most {:.1e}, {:.1e} of a weight's norm\n",
+        options.output.display(),
+        plural(changes.rotations(), "layer"),
+        difference.absolute(),
+        difference.relative()
+    ))
+}
+
+/// What the merge replaced is not in the adapter.
+fn refuse_saved(adapter: &Adapter) -> Result<(), Error> {
+    // Counts of batches are no loss.
+    let is_lost = |tensor: &&SavedTensor| tensor.data().dtype() != DType::I64;
+    let lost: Vec<_> = adapter
+        .tensors()
+        .iter()
+        .filter(is_lost)
+        .map(|tensor| format!("`{}.{}`", tensor.module(), tensor.name()))
+        .collect();
+    match lost.first() {
+        None => Ok(()),
+        Some(first) => Err(Error::Settings(format!(
+            "{first} and what else the adapter saves ({} tensors) took the place of numbers that no file has any \
+             more; --keep-saved leaves them as they are",
+            lost.len()
+        ))),
+    }
+}

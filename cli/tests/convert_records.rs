@@ -1,0 +1,327 @@
+//! `convert` to and from the records of Burn.
+
+use burn::module::Module;
+use burn::nn::{LayerNorm, LayerNormConfig, Linear, LinearConfig};
+use burn::store::ModuleRecord;
+use burn::tensor::{Device, TensorData};
+use burn_boft::{Adapter, BoftConfig, inject, merge};
+use serde_json::{Value, json};
+
+use crate::files::*;
+
+#[test]
+fn a_record_comes_back_as_the_adapter_it_was() {
+    for name in [
+        "boft-mlp-bias-only-saved",
+        "boft-conv-m2-b6",
+        "oft-linear-neumann-5",
+        "oft-linear-share-coft",
+        "boft-mlp-saved-batch-norm",
+    ] {
+        let case = Case::open(&format!("cases/{name}"));
+        let folder = case.folder();
+        succeed(
+            folder.path(),
+            &[
+                "convert",
+                case.adapter(),
+                "--to",
+                "record",
+                "--output",
+                "adapter.bpk",
+            ],
+        );
+        succeed(
+            folder.path(),
+            &["convert", "adapter.bpk", "--to", "peft", "--output", "back"],
+        );
+        assert_models(&merged(folder.path(), "back"), &case.merged, 1e-5, name);
+        let file = "adapter_config.json";
+        let (before, after) = (
+            read_json(&case.adapter.join(file)),
+            read_json(&folder.path().join("back").join(file)),
+        );
+        for key in [
+            "peft_type",
+            "bias",
+            "target_modules",
+            "modules_to_save",
+            "base_model_name_or_path",
+        ] {
+            // PEFT's lists are sets.
+            let sorted = |value: &Value| match value.as_array() {
+                Some(names) => {
+                    let mut names: Vec<_> = names.iter().map(Value::to_string).collect();
+                    names.sort();
+                    json!(names)
+                }
+                None => value.clone(),
+            };
+            assert_eq!(sorted(&before[key]), sorted(&after[key]), "{name}: {key}");
+        }
+    }
+}
+
+#[derive(Module, Debug)]
+struct Mlp {
+    fc1: Linear,
+    fc2: Linear,
+    norm: LayerNorm,
+    classifier: Linear,
+}
+
+impl Mlp {
+    fn new(tensors: &Tensors, device: &Device) -> Self {
+        let layer = |name: &str| {
+            let weight = &tensors[&format!("{name}.weight")];
+            let [o, d] = [weight.shape[0], weight.shape[1]];
+            let transposed: Vec<f64> = (0..d * o)
+                .map(|at| weight.numbers[at % o * d + at / o])
+                .collect();
+            let bias = tensors[&format!("{name}.bias")].numbers.clone();
+            let mut layer = LinearConfig::new(d, o).init(device);
+            layer.weight = layer.weight.map(|_| {
+                burn::tensor::Tensor::from_data(
+                    TensorData::new(transposed, [d, o]).convert::<f32>(),
+                    device,
+                )
+            });
+            layer.bias = layer.bias.map(|param| {
+                param.map(|_| {
+                    burn::tensor::Tensor::from_data(
+                        TensorData::new(bias, [o]).convert::<f32>(),
+                        device,
+                    )
+                })
+            });
+            layer
+        };
+        Self {
+            fc1: layer("fc1"),
+            fc2: layer("fc2"),
+            norm: LayerNormConfig::new(16).init(device),
+            classifier: layer("classifier"),
+        }
+    }
+
+    /// The linear layers, in PyTorch's naming and orientation.
+    fn tensors(&self) -> Tensors {
+        let layers = [
+            ("fc1", &self.fc1),
+            ("fc2", &self.fc2),
+            ("classifier", &self.classifier),
+        ];
+        let tensors = layers.into_iter().flat_map(|(name, layer)| {
+            let weight = layer.weight.val().transpose();
+            let [o, d] = weight.dims();
+            let weight = weight.into_data().iter::<f64>().collect();
+            let bias = layer
+                .bias
+                .as_ref()
+                .unwrap()
+                .val()
+                .into_data()
+                .iter::<f64>()
+                .collect();
+            [
+                (format!("{name}.weight"), Tensor::new(&[o, d], weight)),
+                (format!("{name}.bias"), Tensor::new(&[o], bias)),
+            ]
+        });
+        tensors.collect()
+    }
+}
+
+#[test]
+fn a_record_loads_into_an_injected_model_and_one_of_it_becomes_pefts() {
+    let device = Device::flex();
+    let case = Case::open("cases/boft-mlp-bias-only-saved");
+    let folder = case.folder();
+    succeed(
+        folder.path(),
+        &[
+            "convert",
+            case.adapter(),
+            "--to",
+            "record",
+            "--output",
+            "adapter.bpk",
+        ],
+    );
+    let (adapter, _) = Adapter::load(&case.adapter).unwrap();
+    let model = inject(Mlp::new(&case.base, &device), adapter.config().clone()).unwrap();
+    let record = ModuleRecord::load(folder.path().join("adapter.bpk")).unwrap();
+    let model = model.try_load_record(record.allow_partial(true)).unwrap();
+    let found = merge(model.clone()).unwrap().tensors();
+    let mut expected = case.merged.clone();
+    expected.retain(|key, _| found.contains_key(key));
+    assert_models(&found, &expected, 1e-5, "in Burn");
+
+    // Burn's own record of the whole model says nothing of settings and kinds: those are given beside.
+    model
+        .into_record()
+        .save(folder.path().join("model.bpk"))
+        .unwrap();
+    let convert = ["convert", "model.bpk", "--to", "peft", "--output", "back"];
+    assert_eq!(
+        refused(folder.path(), &convert),
+        "model.bpk: it does not say how the adapter was made; --config names an adapter_config.json that does"
+    );
+    let config = case.adapter.join("adapter_config.json");
+    let convert = [&convert[..], &["--config", config.to_str().unwrap()]].concat();
+    assert_eq!(
+        refused(folder.path(), &convert),
+        "`fc1` is a linear layer or a convolution, which PEFT stores differently; --base tells"
+    );
+    succeed(
+        folder.path(),
+        &[&convert[..], &["--base", "base.safetensors"]].concat(),
+    );
+    assert_models(&merged(folder.path(), "back"), &case.merged, 1e-5, "back");
+}
+
+#[test]
+fn a_parameter_that_pytorch_itself_calls_gamma_is_not_put_into_a_record() {
+    let case = Case::open("cases/boft-mlp-saved-batch-norm");
+    let folder = case.folder();
+    let tensors = read(&case.adapter.join("adapter_model.safetensors")).into_iter();
+    let tensors = tensors.map(|(key, tensor)| (key.replace("norm.weight", "norm.gamma"), tensor));
+    let config = read_json(&case.adapter.join("adapter_config.json"));
+    write_adapter(&folder.path().join("gamma"), &config, &tensors.collect());
+    assert_eq!(
+        refused(
+            folder.path(),
+            &[
+                "convert",
+                "gamma",
+                "--to",
+                "record",
+                "--output",
+                "a.bpk",
+                "--base",
+                "base.safetensors"
+            ]
+        ),
+        "`norm.gamma` has a name that means `weight` in Burn's norms, and would come back as that; keep the adapter in \
+         PEFT's folder"
+    );
+}
+
+#[test]
+fn a_file_that_is_not_a_record_of_an_adapter_is_refused() {
+    let case = Case::open("cases/boft-linear-m1-b4");
+    let folder = case.folder();
+    std::fs::write(folder.path().join("a.bpk"), "nothing").unwrap();
+    let convert = |input: &str| {
+        refused(
+            folder.path(),
+            &["convert", input, "--to", "peft", "--output", "out"],
+        )
+    };
+    assert!(
+        convert("a.bpk").starts_with("a.bpk: not a Burn record: "),
+        "{}",
+        convert("a.bpk")
+    );
+    let device = Device::flex();
+    let layer = LinearConfig::new(8, 6).init(&device);
+    layer
+        .into_record()
+        .save(folder.path().join("b.bpk"))
+        .unwrap();
+    let config = case.adapter.join("adapter_config.json");
+    assert_eq!(
+        refused(
+            folder.path(),
+            &[
+                "convert",
+                "b.bpk",
+                "--config",
+                config.to_str().unwrap(),
+                "--to",
+                "peft",
+                "--output",
+                "out"
+            ]
+        ),
+        "b.bpk: no adapter: no name ends with `.weight.boft.skew`"
+    );
+    let plain = BoftConfig::new()
+        .with_scale(false)
+        .with_target_modules(["fc1"]);
+    let model = inject(
+        Mlp::new(&Case::open("cases/boft-mlp-bias-only-saved").base, &device),
+        plain,
+    )
+    .unwrap();
+    model
+        .into_record()
+        .save(folder.path().join("c.bpk"))
+        .unwrap();
+    assert_eq!(
+        refused(
+            folder.path(),
+            &[
+                "convert",
+                "c.bpk",
+                "--config",
+                config.to_str().unwrap(),
+                "--to",
+                "peft",
+                "--output",
+                "out"
+            ]
+        ),
+        "c.bpk: `fc1` has no scale, and PEFT's BOFT has one"
+    );
+    assert_eq!(
+        refused(
+            folder.path(),
+            &[
+                "convert",
+                case.adapter(),
+                "--config",
+                "x",
+                "--to",
+                "peft",
+                "--output",
+                "out"
+            ]
+        ),
+        "--config is for a record; a folder has its own settings"
+    );
+}
+
+#[test]
+fn map_rules_give_a_record_the_names_of_its_model() {
+    let fixtures = fixtures().join("dinov2");
+    let folder = tempfile::tempdir().unwrap();
+    let keys = |version: &str, rules: &[&str]| -> Vec<String> {
+        let (adapter, output) = (fixtures.join(version), format!("{version}.bpk"));
+        let convert = [
+            "convert",
+            adapter.to_str().unwrap(),
+            "--to",
+            "record",
+            "--output",
+            &output,
+        ];
+        succeed(folder.path(), &[&convert[..], rules].concat());
+        let reader = burn_pack::Reader::from_file(folder.path().join(output)).unwrap();
+        let mut names: Vec<_> = reader
+            .tensor_names()
+            .into_iter()
+            .map(str::to_string)
+            .collect();
+        names.sort();
+        names
+    };
+    let old = keys("transformers-4", &["--map", r"^dinov2\.=backbone."]);
+    let new = keys(
+        "transformers-5",
+        &["--map", "dinov2", "--map", r"^dinov2\.=backbone."],
+    );
+    assert_eq!(old, new);
+    let skew = "backbone.encoder.layer.0.mlp.weights_in.weight.boft.skew";
+    assert!(old.contains(&skew.to_string()), "{old:?}");
+}

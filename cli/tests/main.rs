@@ -1,0 +1,21 @@
+//! The tool `burn-boft`, run on small models and on what PEFT wrote.
+
+mod broken_adapters;
+mod broken_models;
+mod convert_folders;
+mod convert_loras;
+mod convert_records;
+mod files;
+mod inspect;
+#[cfg(unix)]
+mod interrupts;
+#[cfg(target_os = "linux")]
+mod memory;
+mod merge;
+mod names;
+mod numbers;
+mod outputs;
+mod saved;
+mod terminal;
+mod tied;
+mod unmerge;

@@ -1,0 +1,195 @@
+//! Where a result may be written, and what happens when it cannot be.
+
+use std::fs;
+
+use crate::files::*;
+
+#[test]
+fn an_output_that_exists_or_lies_inside_an_input_is_refused() {
+    let place = MergeFolder::new();
+    let model = place.path().join("model");
+    fs::create_dir(&model).unwrap();
+    write(&model.join("model.safetensors"), &place.base);
+    let merge = |base: &str, output: &str| {
+        let before = [names(place.path()), names(&model)];
+        let line = refused(
+            place.path(),
+            &[
+                "merge",
+                "--base",
+                base,
+                "--adapter",
+                "adapter",
+                "--output",
+                output,
+            ],
+        );
+        assert_eq!([names(place.path()), names(&model)], before);
+        line
+    };
+    assert_eq!(
+        merge("base.safetensors", "base.safetensors"),
+        "base.safetensors is there already; name a file that is not there yet"
+    );
+    assert_eq!(
+        merge("model", "model"),
+        "model is there already; name a folder that is not there yet"
+    );
+    let inside = fs::canonicalize(&model).unwrap();
+    assert_eq!(
+        merge("model", "model/merged"),
+        format!(
+            "model/merged is inside {}, which it is made of",
+            inside.display()
+        )
+    );
+    let adapter = fs::canonicalize(place.path().join("adapter")).unwrap();
+    assert_eq!(
+        merge("model", "adapter/merged"),
+        format!(
+            "adapter/merged is inside {}, which it is made of",
+            adapter.display()
+        )
+    );
+    assert_eq!(
+        merge("model", "out.safetensors"),
+        "out.safetensors is the name of a file, and model is a folder; name a folder"
+    );
+    assert_eq!(
+        merge("base.safetensors", "none/out.safetensors"),
+        "none/out.safetensors is to be in none, which is no folder"
+    );
+    assert_eq!(
+        merge("base.safetensors", "base.safetensors/out"),
+        "base.safetensors/out is to be in base.safetensors, which is no folder"
+    );
+    let folder = "is the name of a folder; name a file";
+    assert_eq!(merge("base.safetensors", "out/"), format!("out/ {folder}"));
+    let there = "/dev/null is there already; name a folder that is not there yet";
+    assert_eq!(merge("model", "/dev/null"), there);
+    let other = |arguments: &[&str]| refused(place.path(), arguments);
+    let convert =
+        |to: &str, output: &str| other(&["convert", "adapter", "--to", to, "--output", output]);
+    assert_eq!(convert("peft", "/dev/null"), there);
+    assert_eq!(convert("record", "out/"), format!("out/ {folder}"));
+    assert_eq!(
+        other(&["inspect", "adapter", "--plot", "out/"]),
+        format!("out/ {folder}")
+    );
+}
+
+#[cfg(unix)]
+#[test]
+fn a_file_that_cannot_be_copied_is_reported_before_the_weights_are_written() {
+    let place = MergeFolder::new();
+    let model = place.path().join("model");
+    fs::create_dir(&model).unwrap();
+    // Writing these weights would be refused, too.
+    let mut base = place.base.clone();
+    base.get_mut("fc1.weight").unwrap().numbers[0] = f64::NAN;
+    write(&model.join("model.safetensors"), &base);
+    std::os::unix::fs::symlink("none", model.join("vocabulary.txt")).unwrap();
+    assert_eq!(
+        place.refused_with(&["--base", "model", "--output", "out"]),
+        "model/vocabulary.txt cannot be read: No such file or directory (os error 2)"
+    );
+}
+
+/// A result that cannot be written is no fault of the input: the exit code is 1.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_leaves_nothing_behind() {
+    let place = MergeFolder::new();
+    let full = [
+        "merge",
+        "--base",
+        "base.safetensors",
+        "--adapter",
+        "adapter",
+        "--output",
+        "/dev/full",
+    ];
+    let run = self::run(place.path(), &full);
+    assert_eq!(
+        (run.code, run.stderr.as_str()),
+        (
+            1,
+            "error: /dev/full cannot be written: No space left on device (os error 28)\n"
+        )
+    );
+
+    // No file can be made here, by anyone.
+    let merge = [
+        "merge",
+        "--base",
+        "base.safetensors",
+        "--adapter",
+        "adapter",
+    ];
+    let run = self::run(
+        place.path(),
+        &[&merge[..], &["--output", "/proc/out"]].concat(),
+    );
+    assert_eq!(
+        (run.code, run.stderr.as_str()),
+        (1, "error: /proc/out cannot be written: entity not found\n")
+    );
+
+    let model = place.path().join("model");
+    fs::create_dir(&model).unwrap();
+    write(&model.join("model.safetensors"), &place.base);
+    fs::write(model.join("config.json"), "{}").unwrap();
+    let oft = Case::open("cases/oft-linear-exact-b4");
+    write(&place.path().join("linear.safetensors"), &oft.base);
+    let kept = names(place.path());
+    let fit = "--base base.safetensors";
+    for (command, file) in [
+        (
+            format!("merge {fit} --adapter adapter --output out.safetensors"),
+            "out.safetensors",
+        ),
+        (
+            "merge --base model --adapter adapter --output out".into(),
+            "out/model.safetensors",
+        ),
+        (
+            "unmerge --merged model --adapter adapter --output out".into(),
+            "out/model.safetensors",
+        ),
+        (
+            "convert adapter --to peft --output out".into(),
+            "out/adapter_model.safetensors",
+        ),
+        (
+            "convert adapter --to record --output out.bpk".into(),
+            "out.bpk",
+        ),
+        (
+            format!("convert adapter --to-lora 2 {fit} --output out"),
+            "out/adapter_model.safetensors",
+        ),
+        (
+            format!(
+                "convert {} --to boft --base linear.safetensors --output out",
+                oft.adapter()
+            ),
+            "out/adapter_model.safetensors",
+        ),
+        ("inspect adapter --plot out.svg".into(), "out.svg"),
+    ] {
+        // A limit on the size of files stands for the disk: the signal that goes with it is ignored.
+        let script = format!("trap '' XFSZ; ulimit -f 0; exec \"$0\" {command}");
+        let run = std::process::Command::new("bash")
+            .args(["-c", &script, env!("CARGO_BIN_EXE_burn-boft")])
+            .current_dir(place.path())
+            .output()
+            .unwrap();
+        assert_eq!(
+            String::from_utf8(run.stderr).unwrap(),
+            format!("error: {file} cannot be written: File too large (os error 27)\n"),
+            "{command}"
+        );
+        assert_eq!(run.status.code(), Some(1), "{command}");
+        assert_eq!(names(place.path()), kept, "{command}");
+    }
+}

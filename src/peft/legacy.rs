@@ -1,0 +1,129 @@
+//! Layouts of older versions of PEFT: OFT's squares of PEFT 0.14 to 0.15.2, BOFT's permutations of 0.11 and 0.12.
+
+use burn::tensor::TensorData;
+use serde_json::{Map, Value};
+
+use super::config_json::{self, ConfigError};
+use super::keys::{Layout, key};
+use super::read::read_scale;
+use crate::config::{Block, BoftConfig};
+use crate::tensors::{from_values, values, widened};
+use crate::value::layer::{AdapterLayer, check_sizes, pack};
+use crate::value::mismatch::{SizeError, Wrong};
+
+/// What the report says of a stored permutation.
+pub(super) fn permutation_note(key: &str) -> String {
+    format!(
+        "`{key}` is left out: PEFT 0.12 and older stored the permutation, which follows from the sizes"
+    )
+}
+
+/// OFT as PEFT 0.14 to 0.15.2 stored it: full squares of which only the skew-symmetric part counts, and a scale. That is
+/// BOFT with one factor.
+pub(super) struct Squares {
+    block: Block,
+    block_share: bool,
+    coft_radius: Option<f64>,
+}
+
+/// The settings of a file with squares, as BOFT's.
+pub(super) fn settings(json: &Map<String, Value>) -> Result<(BoftConfig, Squares), ConfigError> {
+    let fields = config_json::Fields(json);
+    let oft = config_json::read_oft(&fields)?;
+    let squares = Squares {
+        block: oft.block,
+        block_share: oft.block_share,
+        coft_radius: oft.coft_radius,
+    };
+    let mut boft = BoftConfig::new().with_dropout(fields.number("module_dropout", 0.0)?);
+    (boft.block, boft.init, boft.selection) = (oft.block, oft.init, oft.selection);
+    Ok((boft, squares))
+}
+
+impl Squares {
+    /// Reads the layer of these tensors.
+    pub(super) fn read(
+        &self,
+        path: &str,
+        r: &TensorData,
+        s: &TensorData,
+    ) -> Result<AdapterLayer, Wrong> {
+        let shape = r.shape().to_vec();
+        let wrong = |reason| Wrong::Tensor {
+            key: key(path, Layout::Squares.rotation()),
+            shape: shape.clone(),
+            reason,
+        };
+        let [rows, b] = self.sizes(&shape).map_err(wrong)?;
+        let (scale, _) = read_scale(key(path, "oft_s"), s)?;
+        let mut squares = values(r);
+        if let Some(radius) = self.radius(rows, scale.len()).map_err(wrong)? {
+            project(&mut squares, rows, b, radius);
+        }
+        let dtype = widened(r.dtype());
+        Ok(AdapterLayer {
+            path: path.to_string(),
+            // That version wrote (out, 1) for convolutions as well.
+            kind: None,
+            block_size: b,
+            block_share: self.block_share,
+            d_output: Some(scale.len()),
+            skew: from_values(pack(&squares, b), [1, rows, b * (b - 1) / 2], dtype),
+            scale: Some(from_values(scale.clone(), [scale.len()], dtype)),
+        })
+    }
+
+    /// The rows of blocks and the block size of a shape.
+    fn sizes(&self, shape: &[usize]) -> Result<[usize; 2], SizeError> {
+        let [rows, b, columns] = shape[..] else {
+            let expected = "blocks of rows and columns are three axes";
+            return Err(SizeError::Axes { expected });
+        };
+        if b != columns || b == 0 || rows == 0 {
+            let expected = "blocks must be squares";
+            return Err(SizeError::Squares { expected });
+        }
+        if self.block_share && rows != 1 {
+            let expected = "one block";
+            return Err(SizeError::Blocks {
+                expected,
+                found: rows,
+            });
+        }
+        check_sizes([1, rows, b])?;
+        Ok([rows, b])
+    }
+
+    /// COFT's radius of that time, which grew with the outputs per block.
+    fn radius(&self, rows: usize, d_output: usize) -> Result<Option<f64>, SizeError> {
+        let Some(eps) = self.coft_radius else {
+            return Ok(None);
+        };
+        let blocks = match (self.block_share, self.block) {
+            (false, _) => rows,
+            (true, Block::Count(count)) => count.max(1),
+            (true, Block::Size(_)) => return Err(SizeError::SharedRadius),
+        };
+        Ok(Some(eps * (d_output.div_ceil(blocks) as f64).powi(2)))
+    }
+
+    /// What the report says of a layer that was read.
+    pub(super) fn note(&self, path: &str) -> String {
+        let rest = match self.coft_radius {
+            Some(_) => ", its numbers scaled back to the radius of that time",
+            None => "",
+        };
+        format!("`{path}` has the squares of PEFT 0.14 to 0.15.2: it is BOFT with one factor{rest}")
+    }
+}
+
+/// COFT of PEFT 0.14 to 0.15.2: every square within the radius, its symmetric part counted.
+fn project(squares: &mut [f64], rows: usize, b: usize, radius: f64) {
+    let radius = radius / (rows as f64).sqrt();
+    for square in squares.chunks_exact_mut(b * b) {
+        let norm = square.iter().map(|x| x * x).sum::<f64>().sqrt();
+        if norm > radius {
+            square.iter_mut().for_each(|x| *x *= radius / norm);
+        }
+    }
+}

@@ -1,4 +1,4 @@
-//! [`BoftAdapter`]: the attached module.
+//! [`BoftAdapter`]: the module that is attached to a weight, and how it tells traversals what it computes.
 
 use burn::module::{
     Flag, Module, ModuleMapper, ModuleVisitor, Param, Reparameterization, Reparameterizer,
@@ -9,35 +9,54 @@ use crate::config::LayerKind;
 use crate::ops::{self, Base, Blocks, Direction, Pass, Side};
 use crate::rotation::{ButterflyPlan, Rotation, Values};
 
-/// The orthogonal adapter of one weight.
+/// The adapter of one weight: `W' = R·W·diag(s)`, where `R = F_{m−1} ··· F_1·F_0` is computed from the skew.
 ///
-/// `W' = R·W·diag(s)` with `R = F_{m−1} ··· F_1·F_0` from the packed skew-symmetric numbers. Attached by
-/// [`inject`](crate::inject()); reached through
-/// [`Param::reparameterization`](burn::module::Param::reparameterization).
+/// [`inject`](crate::inject()) attaches it to a parameter, as what Burn calls a reparameterization: the parameter keeps
+/// its base value, and whoever reads it gets the rotated one. Its own parameters have the paths
+/// `<layer>.weight.boft.skew` and `<layer>.weight.boft.scale`.
 ///
-/// Its parameters have the paths `<layer>.weight.boft.skew` and `<layer>.weight.boft.scale`.
+/// # Examples
+///
+/// A layer of your own gets the adapter of its weight, and can decide how to use it:
+///
+/// ```
+/// use burn::nn::Linear;
+/// use burn::tensor::Tensor;
+/// use burn_boft::BoftAdapter;
+///
+/// fn forward_without_bias(layer: &Linear, input: Tensor<2>) -> Tensor<2> {
+///     match layer.weight.reparameterization::<BoftAdapter>() {
+///         // Rotates the input and leaves the weight alone. OFT has no scale.
+///         Some(adapter) if adapter.scale().is_none() => {
+///             adapter.rotate(input).matmul(layer.weight.base())
+///         }
+///         _ => input.matmul(layer.weight.val()),
+///     }
+/// }
+/// # let _ = forward_without_bias;
+/// ```
 #[derive(Module, Debug)]
 pub struct BoftAdapter {
-    // First, so that a traversal meets what is computed before the numbers.
+    // The first field, so that a traversal learns what is computed before it sees the numbers.
     rotation: Rotation,
-    /// The strict upper triangles of `Q` row by row, a `[m, n, b(b−1)/2]` tensor (`n = 1` where one block
-    /// is shared), in f32 or wider.
+    /// The strict upper triangles of `Q` row by row, a `[m, n, b(b−1)/2]` tensor in f32 or wider; `n` is 1 where one
+    /// block is shared.
     skew: Param<Tensor<3>>,
-    /// The scale per output channel, a `[d_output]` tensor.
+    /// The scale per output channel, a `[d_output]` tensor in f32 or wider; none if no scale is trained.
     scale: Option<Param<Tensor<1>>>,
-    /// Whether multiplicative dropout acts; follows `valid()`, `train()` and `freeze()`.
+    /// Whether multiplicative dropout is on. Burn changes it with `valid()`, `train()` and `freeze()`.
     training: Param<Flag>,
 }
 
 impl BoftAdapter {
-    /// An adapter of these numbers, in f32 or wider.
+    /// Makes an adapter with these numbers for a weight of this device and precision. They are kept in f32 or wider.
     pub(crate) fn new(
         rotation: Rotation,
         values: Values,
         (device, dtype): (&Device, DType),
     ) -> Self {
         let dtype = ops::widened(dtype);
-        // The numbers live as long as the model: keep them out of the memory pools for activations.
+        // The numbers live as long as the model, so they do not belong into the memory pools for activations.
         let (skew, scale) =
             device.memory_persistent_allocations(values, |Values { skew, scale }| {
                 (
@@ -55,29 +74,31 @@ impl BoftAdapter {
         }
     }
 
-    /// The checked sizes of the rotation.
+    /// The sizes of the rotation, which fit the weight.
     pub fn butterfly(&self) -> ButterflyPlan {
         self.rotation.sizes()
     }
 
-    /// The packed skew-symmetric numbers, a `[m, n, b(b−1)/2]` tensor.
+    /// The skew: the strict upper triangles of the matrices `Q` row by row, a `[m, n, b(b−1)/2]` tensor.
+    ///
+    /// `n` is 1 where one block is shared.
     pub fn skew(&self) -> Tensor<3> {
         self.skew.val()
     }
 
-    /// The scale per output channel, a `[d_output]` tensor.
+    /// The scale per output channel, a `[d_output]` tensor; none if no scale is trained, as in OFT.
     pub fn scale(&self) -> Option<Tensor<1>> {
         self.scale.as_ref().map(Param::val)
     }
 
-    /// The blocks of the rotation, without multiplicative dropout.
+    /// The blocks of the rotation, within the COFT radius if there is one, and without multiplicative dropout.
     pub fn blocks(&self) -> Blocks {
         self.rotation.blocks(self.skew.val())
     }
 
-    /// The blocks as one forward pass uses them: in training, multiplicative dropout replaces some by the identity.
+    /// The blocks as a forward pass uses them: in training, multiplicative dropout replaces some by the identity.
     ///
-    /// Each call draws anew.
+    /// Each call draws other blocks. After `valid()`, and on a device without autodiff, nothing is dropped.
     pub fn training_blocks(&self) -> Blocks {
         let blocks = self.blocks();
         match self.dropped_blocks() {
@@ -86,7 +107,7 @@ impl BoftAdapter {
         }
     }
 
-    /// Rotates activations, `x·R`, with multiplicative dropout in training.
+    /// Rotates the input of the layer, `x·R`, with multiplicative dropout in training. The scale is not applied.
     ///
     /// # Shapes
     ///
@@ -94,7 +115,7 @@ impl BoftAdapter {
     ///
     /// # Panics
     ///
-    /// If the last axis is not `d_input`.
+    /// - If the last axis is not `d_input`.
     pub fn rotate<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
         let shape = input.shape();
         let d_input = self.butterfly().d_input();
@@ -112,7 +133,14 @@ impl BoftAdapter {
         rotated.reshape(shape)
     }
 
-    /// Applies the adapted linear layer, by the route that [`ops::route`] chooses.
+    /// Applies the adapted linear layer, by the route that [`ops::route`] chooses for this number of tokens.
+    ///
+    /// # Shapes
+    ///
+    /// - input: `[…, d_input]`
+    /// - base: `[d_input, d_output]`
+    /// - bias: `[d_output]`
+    /// - result: `[…, d_output]`
     pub(crate) fn linear<const D: usize>(
         &self,
         input: Tensor<D>,
@@ -127,9 +155,9 @@ impl BoftAdapter {
             .linear(input, base, self.scale(), bias, route)
     }
 
-    /// `[m, n]` ones for the blocks that this step replaces by the identity.
+    /// A `[m, n]` tensor with ones for the blocks that this step replaces by the identity; none if it replaces none.
     ///
-    /// PEFT's rule: one factor drawn uniformly, `floor(p·n)` of its blocks drawn uniformly.
+    /// As in PEFT, one factor is drawn uniformly, and `floor(p·n)` of its blocks are drawn uniformly.
     fn dropped_blocks(&self) -> Option<Tensor<2>> {
         let plan = self.butterfly();
         let (m, n) = (plan.n_butterfly_factor(), plan.block_num());
@@ -148,7 +176,8 @@ impl BoftAdapter {
             .clone()
             .equal(factors.max_dim(0).expand([m, 1]))
             .float();
-        // The rank of a block is how many drew less; it needs no sort, so nothing waits for the device.
+        // The blocks with the smallest numbers are dropped. The rank of a block is how many have smaller numbers; computed
+        // by comparing all pairs, it needs no sort on the host, so nothing waits for the device.
         let blocks = draw([1, n]);
         let ranks = blocks
             .clone()
@@ -185,15 +214,15 @@ impl Reparameterization for BoftAdapter {
     }
 }
 
-/// Burn's container type for the level in which an adapter tells a traversal what it computes.
+/// The container type, as Burn calls it, of the level by which an adapter tells a traversal what it computes.
 const ROTATION_LEVEL: &str = "BoftRotation";
 
-/// Reads what an adapter computes from a level of a traversal, where it is the level that [`Rotation`] writes.
+/// Reads what an adapter computes from a level of a traversal, if it is the level that [`Rotation`] writes.
 ///
-/// Burn shows a traversal the tensors of a module and the names around them, but not its constants, and it shows a
-/// weight without the adapter that it carries. So a [`Rotation`] enters and leaves an empty level, named after
-/// itself in JSON, before the adapter's tensors are shown. The traversal in `model` is the only reader;
-/// every other traversal passes by an empty level.
+/// Burn shows a traversal the tensors of a module and the names around them. It shows neither the constants of a module
+/// nor, with a weight, the adapter that the weight carries. Therefore a [`Rotation`] enters and leaves an empty level
+/// before the tensors of its adapter are shown, and the name of the level is the rotation itself as JSON. The traversal
+/// in `model/walk.rs` is the only reader. Every other traversal passes an empty level, which changes nothing.
 pub(crate) fn rotation_of_level(name: &str, container: &str) -> Option<Rotation> {
     (container == ROTATION_LEVEL)
         .then(|| serde_json::from_str(name).expect("an adapter wrote its own rotation"))
@@ -243,7 +272,7 @@ impl burn::module::ModuleDisplayDefault for Rotation {
 
 impl burn::module::ModuleDisplay for Rotation {}
 
-/// Attaches one adapter to one parameter.
+/// Attaches one adapter to one parameter, as Burn's `apply_reparameterization` asks for it.
 pub(crate) struct Attach(pub(crate) Option<BoftAdapter>);
 
 impl Reparameterizer for Attach {

@@ -1,10 +1,12 @@
-//! Settings: [`BoftConfig`], [`OftConfig`], [`AdapterConfig`] and their small enums.
+//! What a user writes: [`BoftConfig`], [`OftConfig`], [`AdapterConfig`] and their small enums.
+//!
+//! A configuration says what is wanted. Whether that fits a model is decided later, by `rotation` and `select`.
 
 use std::fmt::{self, Display, Formatter};
 
 use serde::{Deserialize, Serialize};
 
-/// How the rotated axis is cut into blocks.
+/// How the rotated axis, of `d` channels, is cut into blocks of `b` channels: `d = n·b`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Block {
     /// Channels per block, `b`. The number of blocks follows from the layer.
@@ -13,13 +15,14 @@ pub enum Block {
     Count(usize),
 }
 
-/// The kinds of layer that carry an adapter.
+/// The kinds of layer that can carry an adapter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum LayerKind {
-    /// A linear layer, weight `[d_input, d_output]`.
+    /// A linear layer: its weight is a `[d_input, d_output]` tensor, and its input axis is rotated.
     Linear,
-    /// A 2-D convolution, weight `[c_out, c_in/groups, kh, kw]`, rotated along `c_in/groups·kh·kw`.
+    /// A 2-D convolution: its weight is a `[c_out, c_in/groups, kh, kw]` tensor, and the three last axes are rotated as
+    /// one of `c_in/groups·kh·kw` channels.
     Conv2d,
 }
 
@@ -39,7 +42,7 @@ impl LayerKind {
         }
     }
 
-    /// The number of axes of a weight of this kind.
+    /// How many axes a weight of this kind has.
     pub(crate) fn rank(self) -> usize {
         match self {
             Self::Linear => 2,
@@ -64,15 +67,17 @@ impl LayerKind {
     }
 }
 
-/// Which biases are trained beside the adapters.
+/// Which biases are trained, in addition to the adapters.
+///
+/// A trained bias travels with the adapter: [`Adapter::extract`](crate::Adapter::extract) takes it along.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Bias {
-    /// None.
+    /// No bias: PEFT's `"none"`.
     #[default]
     None,
-    /// Every bias of the model, those of normalisation layers (`beta`) included.
+    /// Every bias of the model: PEFT's `"all"`. This includes those of normalisation layers, which Burn calls `beta`.
     All,
-    /// The biases of the adapted layers.
+    /// The biases of the adapted layers: PEFT's `"boft_only"` and `"oft_only"`.
     AdapterOnly,
 }
 
@@ -80,30 +85,36 @@ pub enum Bias {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum Cayley {
-    /// `C = (I − Q)(I + Q)⁻¹`, orthogonal for every `Q`.
+    /// The Cayley map, `C = (I − Q)(I + Q)⁻¹`, which is orthogonal for every `Q`.
     #[default]
     Exact,
-    /// PEFT's Cayley-Neumann polynomial, for checkpoints trained with it.
+    /// PEFT's Cayley-Neumann polynomial, for checkpoints that were trained with it.
     ///
-    /// `terms` is PEFT's `num_cayley_neumann_terms`, counted as PEFT counts:
+    /// PEFT counts terms in its own way:
     ///
     /// | terms | block |
     /// |---|---|
-    /// | 0, 1 | `I` (refused by [`inject`](crate::inject()): nothing would train) |
+    /// | 0, 1 | `I`, so nothing would train: [`inject`](crate::inject()) refuses it |
     /// | 2 | `I + 2Q` |
     /// | 3, 4 | `I + 2Q + 2Q² + Q³` |
     /// | t ≥ 4 | `I + 2Q + … + 2Q^(t−2) + Q^(t−1)` |
     ///
-    /// It approximates `(I + Q)(I − Q)⁻¹`, the *transpose* of [`Cayley::Exact`] for the same numbers,
-    /// and is not orthogonal: the defect grows like `‖Q‖^(t−1)`. Even counts (4, 6) are closer to
-    /// orthogonal than PEFT's default of 5.
+    /// # Numerics
+    ///
+    /// It approximates `(I + Q)(I − Q)⁻¹`, which is the *transpose* of [`Cayley::Exact`] for the same numbers. It is
+    /// not orthogonal, and `max|CᵀC − I|` grows like `‖Q‖^(t−1)`. Even counts (4, 6) are closer to orthogonal than
+    /// PEFT's default of 5.
+    ///
+    /// # References
+    ///
+    /// Qiu et al., *Orthogonal Finetuning Made Scalable*; PEFT's `tuners/oft/layer.py`.
     Neumann {
         /// PEFT's `num_cayley_neumann_terms`.
         terms: usize,
     },
-    /// The polynomial of PEFT 0.16 and 0.17, `I + 2Q + … + 2Q^(t−1)`, for checkpoints trained with it.
+    /// The polynomial of PEFT 0.16 and 0.17, `I + 2Q + … + 2Q^(t−1)`, for checkpoints that were trained with it.
     ///
-    /// Fewer than 2 terms are `I`, and refused as with [`Cayley::Neumann`].
+    /// Fewer than 2 terms are `I` and are refused, as for [`Cayley::Neumann`].
     Neumann016 {
         /// PEFT's `num_cayley_neumann_terms`.
         terms: usize,
@@ -122,10 +133,12 @@ impl Display for Cayley {
     }
 }
 
-/// The modules that a setting names.
+/// The modules that a setting selects.
 ///
-/// A string is read as PEFT reads it: `"all-linear"` (any case) is [`TargetModules::AllLinear`], any
-/// other is a regular expression. A list is a list of names.
+/// A string means what it means in PEFT: `"all-linear"`, in any case, is [`TargetModules::AllLinear`], and any other
+/// string is a regular expression. An array or a vector is a list of names.
+///
+/// # Examples
 ///
 /// ```
 /// use burn_boft::TargetModules;
@@ -138,16 +151,16 @@ impl Display for Cayley {
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum TargetModules {
-    /// Full module paths, or their last components (`query`, `output.dense`).
+    /// Paths of modules, in full or only their last components (`query`, `output.dense`).
     Names(Vec<String>),
-    /// A regular expression that must match the whole path.
+    /// A regular expression in Python's syntax that must match the whole path.
     Regex(String),
     /// Every linear layer outside [`modules_to_save`](Selection::modules_to_save).
     AllLinear,
 }
 
 impl Display for TargetModules {
-    /// The names, the regular expression, or `all-linear`, as a message says them.
+    /// The names, the regular expression, or `all-linear`, each in backticks.
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         match self {
             Self::Names(names) => {
@@ -188,79 +201,101 @@ impl<S: Into<String>, const N: usize> From<[S; N]> for TargetModules {
     }
 }
 
-/// The values that an adapter starts from.
+/// The numbers that an adapter starts from.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum Init {
-    /// Zero skew and unit scale: the model computes exactly what it did before.
+    /// A skew of zeros and a scale of ones: the adapted model computes exactly what it did before.
     #[default]
     Identity,
-    /// Skew from `N(0, 0.1)` and scale from `N(1, 0.1)`, for tests: the model changes.
+    /// A skew drawn from `N(0, 0.1)` and a scale from `N(1, 0.1)`. The model changes, so this is for tests.
     ///
-    /// The values depend on the seed and the layer's path only, not on the device.
+    /// The numbers depend only on the seed and the path of the layer, and not on the device.
     Random {
-        /// Seed of the generator.
+        /// The seed of the random numbers.
         seed: u64,
     },
 }
 
-/// What [`BoftConfig`] and [`OftConfig`] share: which parts of the model are adapted or trained.
+/// Which parts of a model are adapted or trained. [`BoftConfig`] and [`OftConfig`] share these settings.
+///
+/// Modules are named by their dotted paths in the Burn model, such as `encoder.layer.0.query`;
+/// [`candidates`](crate::candidates()) lists those of the layers that can be adapted.
+///
+/// # References
+///
+/// PEFT's `check_target_module_exists` in `tuners/tuners_utils.py`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Selection {
-    /// The layers to adapt. Default: none, which is an error at injection.
+    /// The layers to adapt. Default: none, which [`inject`](crate::inject()) refuses.
     pub target_modules: Option<TargetModules>,
-    /// Layers left alone although targeted. Default: none.
+    /// Layers that are not adapted even if `target_modules` selects them. Default: none.
     pub exclude_modules: Option<TargetModules>,
-    /// Layer indices to adapt; empty means all. Applies to names that match by their ending. Default: empty.
+    /// The indices of the layers to adapt, such as `3` of `encoder.layer.3.query`; empty means all. They apply to
+    /// names that match by their ending, and not to full paths and regular expressions. Default: empty.
     pub layers_to_transform: Vec<usize>,
-    /// Names of the lists that hold the layers, for paths with several indices. Default: empty.
+    /// The names of the lists that hold the layers, such as `layer`, which say where a path with several indices has
+    /// the index of its layer. Default: empty, which takes the first index.
     pub layers_pattern: Vec<String>,
-    /// Modules trained in full and kept with the adapter, such as a new head. Default: empty.
+    /// Modules that are trained as a whole and travel with the adapter, such as a new head. Default: empty.
     pub modules_to_save: Vec<String>,
-    /// Biases trained beside the adapters. Default: [`Bias::None`].
+    /// Which biases are trained, in addition to the adapters. Default: [`Bias::None`].
     pub bias: Bias,
-    /// Whether names in `target_modules` may select no layer of the model, as in a list that is made for many
-    /// models. Not part of PEFT's file. Default: `false`, such a name is an error.
+    /// Whether a name in `target_modules` may select no layer, as in a list that is made for many models. PEFT's file
+    /// has no such setting. Default: `false`, so that such a name is an error.
     pub allow_absent_targets: bool,
-    /// Layers that are not what their type's name says, by type or full path; see
-    /// [`with_layer_kind`](BoftConfig::with_layer_kind). Not part of PEFT's file. Default: empty.
+    /// Layers that are not what the name of their type says, by type or full path; see
+    /// [`with_layer_kind`](BoftConfig::with_layer_kind). PEFT's file has no such setting. Default: empty.
     pub layer_kinds: Vec<(String, Option<LayerKind>)>,
 }
 
 impl Selection {
-    /// Whether `modules_to_save` lists the module at `path` or one that holds it.
+    /// Whether `modules_to_save` names the module at `path`, or a module that contains it.
+    ///
+    /// ```
+    /// use burn_boft::BoftConfig;
+    ///
+    /// let config = BoftConfig::new().with_modules_to_save(["head"]);
+    /// assert!(config.selection.saves("model.head.dense"));
+    /// assert!(!config.selection.saves("lm_head")); // names are compared between dots
+    /// ```
     pub fn saves(&self, path: &str) -> bool {
         is_saved(&self.modules_to_save, path)
     }
 }
 
-/// Whether `modules_to_save` lists the module at `path` or one that holds it.
+/// Whether `modules_to_save` names the module at `path`, or a module that contains it.
 pub(crate) fn is_saved(modules_to_save: &[String], path: &str) -> bool {
-    // The entries are names, bounded by dots. PEFT leaves adapters out by the same bounds, though it reads an entry
-    // as a regular expression, but it wraps whatever merely ends with an entry: its `head` saves `lm_head` too.
+    // Entries are compared between dots. PEFT does so where it decides what not to adapt. But where it decides what to
+    // save, it only compares endings, so that its `head` also saves `lm_head`.
     let path = format!(".{path}.");
     modules_to_save
         .iter()
         .any(|name| path.contains(&format!(".{name}.")))
 }
 
-/// Settings of BOFT: a butterfly of orthogonal blocks on each layer's input axis.
+/// Settings of BOFT: the input of each layer is rotated by a product of `m` factors of orthogonal blocks.
+///
+/// A factor cuts the `d` channels into `n = d/b` groups of `b` and rotates each by a block. The groups of the first
+/// factor are neighbours. Those of every further factor reach twice as far, so that `m` factors mix `b·2^(m−1)`
+/// channels at little cost: a butterfly, as in the fast Fourier transform. A size that does not fit a layer is an error
+/// that proposes sizes that would; see [`OftConfig`] for sizes that adjust themselves.
 ///
 /// | Name | Default | Purpose | Range |
 /// |---|---|---|---|
 /// | `block` | `Size(4)` | block size `b`, or block count `n` | divides the input axis; even when `m > 1` |
 /// | `n_butterfly_factor` | `1` | factors `m`; 1 is block-diagonal OFT | ≥ 1, `b·2^(m−1)` divides the input axis |
-/// | `scale` | `true` | train a factor per output channel | |
-/// | `dropout` | `0.0` | share of one factor's blocks replaced by `I` in a training step | `[0, 1)` |
-/// | `init` | `Identity` | initial values | |
+/// | `scale` | `true` | train a number per output channel that multiplies it | |
+/// | `dropout` | `0.0` | share of the blocks of one factor that a training step replaces by `I` | `[0, 1)` |
+/// | `init` | `Identity` | numbers that adapters start from | |
 /// | `target_modules` | none | layers to adapt | names, regex or all linear |
-/// | `exclude_modules` | none | layers left alone | names, regex or all linear |
-/// | `layers_to_transform` | all | layer indices to adapt | |
+/// | `exclude_modules` | none | layers that are not adapted, even if targeted | names, regex or all linear |
+/// | `layers_to_transform` | all | indices of the layers to adapt | |
 /// | `layers_pattern` | none | names of the layer lists | needs `layers_to_transform` |
-/// | `modules_to_save` | none | modules trained in full | names present in the model |
-/// | `bias` | `None` | biases trained beside | |
-/// | `allow_absent_targets` | `false` | whether target names may select nothing | |
-/// | `layer_kinds` | none | layers that are not what their type's name says | types or full paths |
+/// | `modules_to_save` | none | modules trained as a whole | names of modules of the model |
+/// | `bias` | `None` | biases trained in addition | |
+/// | `allow_absent_targets` | `false` | whether a name of a target may select nothing | |
+/// | `layer_kinds` | none | layers that are not what the name of their type says | types or full paths |
 ///
 /// # Examples
 ///
@@ -282,15 +317,15 @@ pub(crate) fn is_saved(modules_to_save: &[String], path: &str) -> bool {
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct BoftConfig {
-    /// Block size or block count.
+    /// The size of the blocks, or their number. Default: blocks of 4 channels.
     pub block: Block,
-    /// Number of butterfly factors, `m`.
+    /// The number of butterfly factors, `m`. Default: 1.
     pub n_butterfly_factor: usize,
-    /// Whether a scale per output channel is trained.
+    /// Whether a scale per output channel is trained. Default: `true`.
     pub scale: bool,
-    /// Share of the blocks of one random factor that a training step replaces by the identity.
+    /// The share of the blocks of one random factor that a training step replaces by the identity. Default: 0.
     pub dropout: f64,
-    /// Initial values.
+    /// The numbers that adapters start from. Default: [`Init::Identity`].
     pub init: Init,
     /// Which parts of the model are adapted or trained.
     pub selection: Selection,
@@ -309,29 +344,42 @@ impl Default for BoftConfig {
     }
 }
 
-/// Settings of OFT: orthogonal blocks on the diagonal of each layer's input axis.
+/// Settings of OFT: the input of each layer is rotated by orthogonal blocks of neighbouring channels.
 ///
-/// The same engine as BOFT with one factor and no scale. As in PEFT, a block size that does not fit a
-/// layer is adjusted to the nearest divisor; [`plan`](crate::plan()) shows the size in force.
+/// This is BOFT with one factor and no scale. As in PEFT, a block size that does not divide the input of a layer is
+/// adjusted to the nearest size that does, the smaller of two; [`plan`](crate::plan()) shows the size in force.
 ///
 /// | Name | Default | Purpose | Range |
 /// |---|---|---|---|
 /// | `block` | `Size(32)` | block size `b`, or block count `n` (PEFT's `r`) | adjusted to the layer |
 /// | `cayley` | `Exact` | how `Q` becomes a block | exact, or Neumann with ≥ 2 terms |
-/// | `coft_radius` | none | bound on `‖Q‖_F` of COFT (PEFT's `eps`) | > 0, finite |
-/// | `block_share` | `false` | one block shared by the whole layer | |
-/// | `init` | `Identity` | initial values | |
+/// | `coft_radius` | none | bound on `‖Q‖_F` of COFT, constrained OFT (PEFT's `eps`) | > 0, finite |
+/// | `block_share` | `false` | whether one block rotates all groups of channels | |
+/// | `init` | `Identity` | numbers that adapters start from | |
 /// | `target_modules` | none | layers to adapt | names, regex or all linear |
-/// | `exclude_modules` | none | layers left alone | names, regex or all linear |
-/// | `layers_to_transform` | all | layer indices to adapt | |
+/// | `exclude_modules` | none | layers that are not adapted, even if targeted | names, regex or all linear |
+/// | `layers_to_transform` | all | indices of the layers to adapt | |
 /// | `layers_pattern` | none | names of the layer lists | needs `layers_to_transform` |
-/// | `modules_to_save` | none | modules trained in full | names present in the model |
-/// | `bias` | `None` | biases trained beside | |
-/// | `allow_absent_targets` | `false` | whether target names may select nothing | |
-/// | `layer_kinds` | none | layers that are not what their type's name says | types or full paths |
+/// | `modules_to_save` | none | modules trained as a whole | names of modules of the model |
+/// | `bias` | `None` | biases trained in addition | |
+/// | `allow_absent_targets` | `false` | whether a name of a target may select nothing | |
+/// | `layer_kinds` | none | layers that are not what the name of their type says | types or full paths |
 ///
-/// PEFT's own default is the Neumann polynomial with 5 terms; ours is exact, which costs no more.
-/// PEFT's `module_dropout` has no effect since 0.16 and is not offered.
+/// The default of PEFT is the Neumann polynomial with 5 terms. The default here is the exact map, which costs no more
+/// and is orthogonal. PEFT's `module_dropout` has had no effect since version 0.16, so there is no such setting.
+///
+/// # Examples
+///
+/// ```
+/// use burn_boft::{Cayley, OftConfig};
+///
+/// // The settings that PEFT has by default.
+/// let config = OftConfig::new()
+///     .with_block_size(32)
+///     .with_cayley(Cayley::Neumann { terms: 5 })
+///     .with_target_modules("all-linear");
+/// # drop(config);
+/// ```
 ///
 /// # References
 ///
@@ -340,15 +388,15 @@ impl Default for BoftConfig {
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct OftConfig {
-    /// Block size or block count.
+    /// The size of the blocks, or their number. Default: blocks of 32 channels.
     pub block: Block,
-    /// How `Q` becomes a block.
+    /// How the skew-symmetric `Q` becomes an orthogonal block. Default: [`Cayley::Exact`].
     pub cayley: Cayley,
-    /// COFT's radius: `‖Q‖_F ≤ radius / √(stored blocks)` for every block.
+    /// The radius of COFT, which bounds every block: `‖Q‖_F ≤ radius / √n` for `n` stored blocks. Default: no bound.
     pub coft_radius: Option<f64>,
-    /// Whether all blocks of a layer share their numbers.
+    /// Whether all blocks of a layer share their numbers. Default: `false`.
     pub block_share: bool,
-    /// Initial values.
+    /// The numbers that adapters start from. Default: [`Init::Identity`].
     pub init: Init,
     /// Which parts of the model are adapted or trained.
     pub selection: Selection,
@@ -376,37 +424,37 @@ macro_rules! common_setters {
                 Self::default()
             }
 
-            /// Sets the block size `b`.
+            /// Sets the channels per block, `b`. This replaces a number of blocks that was set before.
             pub fn with_block_size(mut self, block_size: usize) -> Self {
                 self.block = Block::Size(block_size);
                 self
             }
 
-            /// Sets the number of blocks `n` per layer.
+            /// Sets the number of blocks per layer, `n`. This replaces a block size that was set before.
             pub fn with_block_num(mut self, block_num: usize) -> Self {
                 self.block = Block::Count(block_num);
                 self
             }
 
-            /// Sets the initial values.
+            /// Sets the numbers that adapters start from.
             pub fn with_init(mut self, init: Init) -> Self {
                 self.init = init;
                 self
             }
 
-            /// Sets the layers to adapt.
+            /// Sets the layers to adapt: names, a regular expression, or `"all-linear"`; see [`TargetModules`].
             pub fn with_target_modules(mut self, modules: impl Into<TargetModules>) -> Self {
                 self.selection.target_modules = Some(modules.into());
                 self
             }
 
-            /// Sets the layers left alone although targeted.
+            /// Sets the layers that are not adapted even if `target_modules` selects them.
             pub fn with_exclude_modules(mut self, modules: impl Into<TargetModules>) -> Self {
                 self.selection.exclude_modules = Some(modules.into());
                 self
             }
 
-            /// Sets the layer indices to adapt.
+            /// Sets the indices of the layers to adapt; see [`Selection::layers_to_transform`].
             pub fn with_layers_to_transform(
                 mut self,
                 layers: impl IntoIterator<Item = usize>,
@@ -415,7 +463,7 @@ macro_rules! common_setters {
                 self
             }
 
-            /// Sets the names of the lists that hold the layers.
+            /// Sets the names of the lists that hold the layers; see [`Selection::layers_pattern`].
             pub fn with_layers_pattern(
                 mut self,
                 patterns: impl IntoIterator<Item = impl Into<String>>,
@@ -424,7 +472,7 @@ macro_rules! common_setters {
                 self
             }
 
-            /// Sets the modules trained in full.
+            /// Sets the modules that are trained as a whole and travel with the adapter, such as a new head.
             pub fn with_modules_to_save(
                 mut self,
                 modules: impl IntoIterator<Item = impl Into<String>>,
@@ -433,17 +481,19 @@ macro_rules! common_setters {
                 self
             }
 
-            /// Sets whether names in `target_modules` may select no layer of the model.
+            /// Sets whether a name in `target_modules` may select no layer of the model.
             pub fn with_absent_targets_allowed(mut self, allowed: bool) -> Self {
                 self.selection.allow_absent_targets = allowed;
                 self
             }
 
-            /// Says what the layers of a type, or the one at a full path, are.
+            /// Says of which kind the layers of a type are, or the layer at a full path.
             ///
-            /// Layers are recognised by the name of their type, `Linear` or `Conv2d`, and by their fields. A struct
-            /// of your own that holds its weight as one of these does, in a field called `weight`, is adapted when
-            /// its type or path is named here; `None` takes out a layer that only looks like one of them.
+            /// Layers are recognised by the name of their type, `Linear` or `Conv2d`, and by their fields. If a struct
+            /// of your own has a field `weight` that is laid out as in one of these, name its type or its path here,
+            /// and it can be adapted. With `None`, layers that only look like one of these are not.
+            ///
+            /// # Examples
             ///
             /// ```
             /// use burn_boft::{BoftConfig, LayerKind};
@@ -464,7 +514,7 @@ macro_rules! common_setters {
                 self
             }
 
-            /// Sets the biases trained beside the adapters.
+            /// Sets which biases are trained, in addition to the adapters.
             pub fn with_bias(mut self, bias: Bias) -> Self {
                 self.selection.bias = bias;
                 self
@@ -477,22 +527,29 @@ common_setters!(BoftConfig);
 common_setters!(OftConfig);
 
 impl BoftConfig {
-    /// Sets the number of butterfly factors `m`.
+    /// Sets the number of butterfly factors, `m`.
+    ///
+    /// The rotation then mixes `b·2^(m−1)` channels, which must divide the input of every adapted layer.
     pub fn with_n_butterfly_factor(mut self, factors: usize) -> Self {
         self.n_butterfly_factor = factors;
         self
     }
 
-    /// Sets whether a scale per output channel is trained.
+    /// Sets whether a scale per output channel is trained: `y = (x·R·W) ⊙ s + bias`.
     pub fn with_scale(mut self, scale: bool) -> Self {
         self.scale = scale;
         self
     }
 
-    /// Sets the multiplicative dropout.
+    /// Sets the multiplicative dropout, a share in `[0, 1)`.
     ///
-    /// A training step draws one factor per layer and replaces `floor(dropout·n)` of its blocks, drawn
-    /// uniformly, by the identity. Nothing is rescaled, and the rotation stays orthogonal.
+    /// In a training step, each layer draws one of its factors and replaces `floor(dropout·n)` of that factor's blocks by
+    /// the identity. Nothing is rescaled, and the rotation stays orthogonal. A share below `1/n` therefore drops nothing.
+    ///
+    /// # References
+    ///
+    /// Liu et al., *Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization*; PEFT's
+    /// `MultiplicativeDropoutLayer` in `tuners/boft/layer.py`.
     pub fn with_dropout(mut self, dropout: f64) -> Self {
         self.dropout = dropout;
         self
@@ -500,17 +557,17 @@ impl BoftConfig {
 }
 
 impl OftConfig {
-    /// Sets how `Q` becomes a block.
+    /// Sets how the skew-symmetric `Q` becomes a block.
     pub fn with_cayley(mut self, cayley: Cayley) -> Self {
         self.cayley = cayley;
         self
     }
 
-    /// Bounds the rotation as COFT does.
+    /// Bounds the rotation as COFT, constrained OFT, does.
     ///
-    /// The forward pass uses `Q` scaled back to the radius where it is longer, and the gradient passes
-    /// through unchanged, as in PEFT. Call [`project`](crate::project()) after an optimizer step to scale the
-    /// stored numbers back too.
+    /// Where `Q` is longer than the radius allows, the forward pass uses `Q` scaled back to the radius. The gradient
+    /// passes through unchanged, as in PEFT. Call [`project`](crate::project()) after an optimizer step to scale the
+    /// stored numbers back as well.
     pub fn with_coft_radius(mut self, radius: f64) -> Self {
         self.coft_radius = Some(radius);
         self
@@ -523,11 +580,11 @@ impl OftConfig {
     }
 }
 
-/// The settings of either adapter.
+/// The settings of an adapter, of BOFT or of OFT.
 ///
-/// Serde reads and writes PEFT's `adapter_config.json`, where `peft_type` tells the two apart; so it does
-/// for [`BoftConfig`] and [`OftConfig`]. What PEFT has no setting for is not written:
-/// [`BoftConfig::scale`], and the seed of [`Init::Random`].
+/// Serde reads and writes this, [`BoftConfig`] and [`OftConfig`] as PEFT's `adapter_config.json`, where `peft_type`
+/// tells the two apart. Settings that PEFT does not have are not written: [`BoftConfig::scale`], the seed of
+/// [`Init::Random`], and those that [`Selection`] says are not in PEFT's file.
 ///
 /// # Examples
 ///
@@ -544,9 +601,9 @@ impl OftConfig {
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum AdapterConfig {
-    /// BOFT.
+    /// Settings of BOFT.
     Boft(BoftConfig),
-    /// OFT.
+    /// Settings of OFT.
     Oft(OftConfig),
 }
 

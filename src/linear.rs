@@ -1,4 +1,4 @@
-//! [`Linear`]: the `nn::Linear` twin with the fast route, exported as `BoftLinear`.
+//! [`Linear`]: the twin of `burn::nn::Linear` that takes the fast route, exported as `BoftLinear`.
 
 use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Module, ModuleDisplay, Param};
@@ -7,26 +7,27 @@ use burn::tensor::{Device, Tensor, assert_shape};
 
 use crate::adapter::BoftAdapter;
 
-/// Configuration of a [`BoftLinear`](Linear), that of [`burn::nn::LinearConfig`].
+/// The configuration of a [`BoftLinear`](Linear). It has the fields, defaults and initial values of
+/// [`burn::nn::LinearConfig`].
 #[derive(Config, Debug)]
 pub struct LinearConfig {
-    /// The size of the input features.
+    /// The number of input features.
     pub d_input: usize,
-    /// The size of the output features.
+    /// The number of output features.
     pub d_output: usize,
-    /// If a bias should be applied during the linear transformation.
+    /// Whether a bias is added to the output. Default: `true`.
     #[config(default = true)]
     pub bias: bool,
-    /// The type of function used to initialize neural network parameters.
+    /// How the parameters are initialized. Default: Kaiming's uniform distribution, as in Burn.
     #[config(default = "Initializer::KaimingUniform{gain:1.0/3.0_f64.sqrt(), fan_out_only:false}")]
     pub initializer: Initializer,
-    /// The layout in which the linear parameters are stored.
+    /// How the weight lies in memory. Default: rows. Its shape is `[d_input, d_output]` in either case.
     #[config(default = "LinearLayout::Row")]
     pub layout: LinearLayout,
 }
 
 impl LinearConfig {
-    /// Initializes a layer with the values that [`burn::nn::LinearConfig::init`] gives.
+    /// Makes a layer with the numbers that [`burn::nn::LinearConfig::init`] would give it.
     pub fn init(&self, device: &Device) -> Linear {
         nn::LinearConfig::new(self.d_input, self.d_output)
             .with_bias(self.bias)
@@ -37,11 +38,16 @@ impl LinearConfig {
     }
 }
 
-/// A linear layer that applies an attached adapter without rewriting what it need not.
+/// A linear layer that picks the cheaper of two equivalent ways to apply an attached adapter.
 ///
-/// A drop-in for [`burn::nn::Linear`]: same fields, same paths, same records. Without an adapter it computes
-/// the same. With one, `y = (x·R·W) ⊙ s + bias` takes the route that [`route`](crate::ops::route()) chooses,
-/// and the backward pass never forms a weight-shaped gradient.
+/// It replaces [`burn::nn::Linear`]: fields, paths and records are the same, so checkpoints fit both, and without an
+/// adapter both compute the same. With an adapter, it computes `y = (x·R·W) ⊙ s + bias`, where
+/// [`route`](crate::ops::route()) decides whether the input or the weight is rotated. The backward pass forms no gradient
+/// of the size of the weight, which a plain `nn::Linear` with an adapter cannot avoid.
+///
+/// # Numerics
+///
+/// The bias is added inside the product, so the last bit of an output may differ from that of Burn's layer.
 ///
 /// # Examples
 ///
@@ -52,7 +58,7 @@ impl LinearConfig {
 /// BoftLinearConfig::new(64, 32).with_bias(false).init(device)
 /// # }
 /// ```
-// Burn's stores transpose PyTorch weights for structs of this name only.
+// Burn's stores transpose the weights of PyTorch files only for structs of this name.
 #[derive(Module, Debug)]
 #[module(custom_display)]
 pub struct Linear {
@@ -63,7 +69,7 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// Applies the layer.
+    /// Applies the layer, with the adapter of its weight if there is one.
     ///
     /// # Shapes
     ///
@@ -72,7 +78,7 @@ impl Linear {
     ///
     /// # Panics
     ///
-    /// If the last axis of `input` is not `d_input`.
+    /// - If the last axis of `input` is not `d_input`.
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
         let base = self.weight.base();
         let [d_input, _] = base.dims();
@@ -85,6 +91,7 @@ impl Linear {
     }
 }
 
+/// Takes over the parameters of a Burn layer, and the adapter that its weight may carry.
 impl From<nn::Linear> for Linear {
     fn from(nn::Linear { weight, bias }: nn::Linear) -> Self {
         Self { weight, bias }

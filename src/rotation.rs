@@ -1,7 +1,7 @@
 //! What a configuration means, decided once: [`Method`] for every layer, [`Rotation`] for one.
 //!
-//! This is the only file that asks which kind of adapter a configuration is. Everything after it, from the dry run
-//! to the files, reads a [`Rotation`].
+//! This is the only file that asks whether a configuration is BOFT or OFT. Everything after it, from the dry run to
+//! the files, reads a [`Method`] or a [`Rotation`].
 
 use std::fmt::{self, Display, Formatter};
 
@@ -15,11 +15,27 @@ use crate::config::{
 };
 use crate::ops::{self, Blocks};
 
-/// Why a configuration gives a layer no rotation.
+/// Why a configuration cannot rotate a layer, or any layer at all.
+///
+/// # Examples
+///
+/// ```
+/// use burn::nn::LinearConfig;
+/// use burn_boft::{BoftConfig, plan};
+///
+/// # let device = burn::tensor::Device::flex();
+/// let layer = LinearConfig::new(100, 10).init(&device);
+/// let config = BoftConfig::new().with_block_size(12).with_target_modules("all-linear");
+/// let error = plan(&layer, config).unwrap_err();
+/// assert_eq!(
+///     error.to_string(),
+///     "block size 12 does not divide 100 input features of the model itself; 10 or 20 would"
+/// );
+/// ```
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RotationError {
-    /// The block size does not divide the input axis.
+    /// The block size does not divide the rotated axis.
     #[error(
         "block size {block_size} does not divide {d_input} input features of {}{}",
         named(path),
@@ -28,14 +44,14 @@ pub enum RotationError {
     BlockSize {
         /// The layer.
         path: String,
-        /// The size asked for.
+        /// The size that the configuration asks for.
         block_size: usize,
         /// Length of the rotated axis.
         d_input: usize,
-        /// The nearest sizes that fit.
+        /// The nearest sizes that fit: at most one smaller and one larger.
         proposals: Vec<usize>,
     },
-    /// The number of blocks does not divide the input axis.
+    /// The number of blocks does not divide the rotated axis.
     #[error(
         "block count {block_num} does not divide {d_input} input features of {}{}",
         named(path),
@@ -44,14 +60,14 @@ pub enum RotationError {
     BlockCount {
         /// The layer.
         path: String,
-        /// The count asked for.
+        /// The number of blocks that the configuration asks for.
         block_num: usize,
         /// Length of the rotated axis.
         d_input: usize,
-        /// The nearest counts that fit.
+        /// The nearest numbers of blocks that fit: at most one smaller and one larger.
         proposals: Vec<usize>,
     },
-    /// The second and later factors pair half-blocks, which an odd block does not have.
+    /// The second and every later factor pairs halves of blocks, and a block of odd size has no halves.
     #[error(
         "block size {block_size} of {} is odd, and {n_butterfly_factor} factors pair half-blocks; \
          use an even block size or one factor",
@@ -65,7 +81,7 @@ pub enum RotationError {
         /// The number of factors.
         n_butterfly_factor: usize,
     },
-    /// The span of the factors does not divide the input axis.
+    /// The span, the `b·2^(m−1)` channels that the factors mix, does not divide the rotated axis.
     #[error(
         "{n_butterfly_factor} factors of block size {block_size} need a multiple of {block_size}·2^{} \
          input features, but {} has {d_input}; use at most {}{}",
@@ -77,7 +93,7 @@ pub enum RotationError {
     Factors {
         /// The layer.
         path: String,
-        /// The number of factors asked for.
+        /// The number of factors that the configuration asks for.
         n_butterfly_factor: usize,
         /// The block size.
         block_size: usize,
@@ -88,7 +104,7 @@ pub enum RotationError {
         /// The nearest block sizes that fit this number of factors.
         proposals: Vec<usize>,
     },
-    /// Blocks of one channel cannot rotate.
+    /// The blocks would have one channel each. The only rotation of one channel is the identity.
     #[error(
         "{} would have blocks of one channel, which cannot rotate; choose a block size that \
          shares a divisor with its {d_input} input features, or exclude the layer",
@@ -100,28 +116,28 @@ pub enum RotationError {
         /// Length of the rotated axis.
         d_input: usize,
     },
-    /// The configuration asks for blocks of no channels, or for no blocks.
+    /// The configuration asks for blocks of 0 channels, or for 0 blocks.
     #[error("the block {setting} is 0; set a block size or a block count of at least 1")]
     NoBlocks {
         /// Which of the two is 0: `size` or `count`.
         setting: &'static str,
     },
-    /// The configuration asks for no factors.
+    /// The configuration asks for 0 factors.
     #[error("n_butterfly_factor is 0; 1 is block-diagonal OFT, 2 and more are butterflies")]
     NoFactors,
-    /// The dropout is not a share.
+    /// The dropout is not a share in `[0, 1)`.
     #[error("dropout {dropout} is outside [0, 1)")]
     Dropout {
         /// The value given.
         dropout: f64,
     },
-    /// The COFT radius is not a length.
+    /// The COFT radius is not a positive, finite number.
     #[error("COFT radius {radius} is not a positive finite number; PEFT's default is 6e-5")]
     CoftRadius {
         /// The value given.
         radius: f64,
     },
-    /// A polynomial without parameters.
+    /// The Neumann polynomial has too few terms to depend on the skew.
     #[error(
         "{terms} Neumann terms leave every block at the identity; use 2 or more, PEFT's default is 5"
     )]
@@ -132,7 +148,7 @@ pub enum RotationError {
 }
 
 impl RotationError {
-    /// The layer that the error is about, unless it is about the configuration by itself.
+    /// The path of the layer that the error is about; none if the configuration works in no layer.
     pub fn path(&self) -> Option<&str> {
         match self {
             Self::BlockSize { path, .. }
@@ -148,6 +164,7 @@ impl RotationError {
         }
     }
 
+    /// [`RotationError::path`], to be changed.
     pub(crate) fn path_mut(&mut self) -> Option<&mut String> {
         match self {
             Self::BlockSize { path, .. }
@@ -164,7 +181,7 @@ impl RotationError {
     }
 }
 
-/// A layer in a message.
+/// How a message names the layer at a path. The path of a model that is itself a layer is empty.
 pub(crate) fn named(path: &str) -> String {
     match path {
         "" => "the model itself".to_string(),
@@ -172,6 +189,7 @@ pub(crate) fn named(path: &str) -> String {
     }
 }
 
+/// The end of a message: which sizes would divide the axis.
 fn would(proposals: &[usize]) -> String {
     match alternatives(proposals) {
         Some(sizes) => format!("; {sizes} would"),
@@ -179,18 +197,21 @@ fn would(proposals: &[usize]) -> String {
     }
 }
 
+/// The end of a message: which block sizes would fit instead.
 fn or_block_size(proposals: &[usize]) -> String {
     alternatives(proposals).map_or(String::new(), |sizes| format!(", or block size {sizes}"))
 }
 
+/// The proposals as `10 or 20`.
 fn alternatives(proposals: &[usize]) -> Option<String> {
     let sizes: Vec<_> = proposals.iter().map(usize::to_string).collect();
     (!sizes.is_empty()).then(|| sizes.join(" or "))
 }
 
-/// The sizes of one layer's rotation. A value of this type always fits its layer.
+/// The sizes of the rotation of one layer.
 ///
-/// Deserializing checks the sizes too.
+/// A value of this type always fits its layer: `b ≥ 2`, `m ≥ 1`, the span `b·2^(m−1)` divides `d_input`, and `b` is even
+/// where `m > 1`. Deserializing checks this as well.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "UncheckedSizes")]
 pub struct ButterflyPlan {
@@ -201,7 +222,7 @@ pub struct ButterflyPlan {
     block_share: bool,
 }
 
-/// The fields of a [`ButterflyPlan`] before they are checked.
+/// The fields of a [`ButterflyPlan`] that are not checked yet.
 #[derive(Deserialize)]
 struct UncheckedSizes {
     d_input: usize,
@@ -231,9 +252,9 @@ impl TryFrom<UncheckedSizes> for ButterflyPlan {
 }
 
 impl ButterflyPlan {
-    /// `m` factors of `b × b` blocks on a `[d_input, d_output]` weight, where they fit.
+    /// The sizes of `m` factors of `b × b` blocks for a `[d_input, d_output]` weight; none if they do not fit it.
     pub(crate) fn new((d_input, d_output): (usize, usize), b: usize, m: usize) -> Option<Self> {
-        // The stored numbers must be countable too.
+        // The count of stored numbers must not overflow either.
         let countable = || {
             let per_block = b.checked_mul(b - 1)? / 2;
             m.checked_mul(d_input / b)?.checked_mul(per_block)
@@ -247,7 +268,7 @@ impl ButterflyPlan {
         })
     }
 
-    /// Sets whether one stored block serves all.
+    /// Sets whether one stored block serves all blocks of a factor.
     pub(crate) fn with_block_share(self, block_share: bool) -> Self {
         Self {
             block_share,
@@ -255,42 +276,43 @@ impl ButterflyPlan {
         }
     }
 
-    /// Length of the rotated axis, `d`.
+    /// The length of the rotated axis, `d`.
     pub fn d_input(&self) -> usize {
         self.d_input
     }
 
-    /// Output channels, `o`.
+    /// The number of output channels, `o`.
     pub fn d_output(&self) -> usize {
         self.d_output
     }
 
-    /// Channels per block, `b ≥ 2`.
+    /// The channels per block, `b ≥ 2`.
     pub fn block_size(&self) -> usize {
         self.block_size
     }
 
-    /// Factors, `m ≥ 1`.
+    /// The number of factors, `m ≥ 1`.
     pub fn n_butterfly_factor(&self) -> usize {
         self.n_butterfly_factor
     }
 
-    /// Whether one stored block serves all blocks of a factor.
+    /// Whether one stored block serves all blocks of a factor, as OFT's `block_share` asks for.
     pub fn block_share(&self) -> bool {
         self.block_share
     }
 
-    /// Blocks per factor, `n = d/b`.
+    /// The number of blocks per factor, `n = d/b`.
     pub fn block_num(&self) -> usize {
         self.d_input / self.block_size
     }
 
-    /// The neighbours that the rotation mixes, `b·2^(m−1)`.
+    /// The number of neighbouring channels that the rotation mixes among themselves, `b·2^(m−1)`.
     pub fn span(&self) -> usize {
         self.block_size << (self.n_butterfly_factor - 1)
     }
 
-    /// The shape of the stored numbers, `[m, n, b(b−1)/2]`, or `[m, 1, b(b−1)/2]` with a shared block.
+    /// The shape of the skew, the numbers that are stored: `[m, n, b(b−1)/2]`, or `[m, 1, b(b−1)/2]` where one block is
+    /// shared.
     pub fn skew_shape(&self) -> [usize; 3] {
         let stored = match self.block_share {
             true => 1,
@@ -304,8 +326,8 @@ impl ButterflyPlan {
     }
 }
 
-/// Whether `m` factors of `b × b` blocks rotate an axis of `d`: `b·2^(m−1)` divides `d`, and blocks are even where
-/// `m > 1`.
+/// Whether `m` factors of `b × b` blocks can rotate an axis of `d` channels: `b ≥ 2`, `b·2^(m−1)` divides `d`, and `b`
+/// is even where `m > 1`.
 pub(crate) fn fits(d: usize, b: usize, m: usize) -> bool {
     let shift = m.checked_sub(1).and_then(|shift| u32::try_from(shift).ok());
     let span = shift
@@ -315,21 +337,26 @@ pub(crate) fn fits(d: usize, b: usize, m: usize) -> bool {
     b >= 2 && even && span.is_some_and(|span| d.is_multiple_of(span))
 }
 
-/// The largest number of factors, at most `m`, that fits an axis of `d`.
+/// The largest number of factors below `m` that fits an axis of `d` channels; 1 if none does.
 fn largest_factors(d: usize, b: usize, m: usize) -> usize {
-    // A span of more than all bits fits no axis.
+    // More factors than bits have a span that overflows.
     let bound = m.min(usize::BITS as usize + 1);
     (1..bound).rev().find(|&m| fits(d, b, m)).unwrap_or(1)
 }
 
-/// The nearest sizes below and above that fit, none larger than `max`.
+/// The nearest smaller and the nearest larger size that fit, neither above `max`.
 fn neighbours(size: usize, max: usize, fits: impl Fn(usize) -> bool) -> Vec<usize> {
     let below = (1..size.min(max + 1)).rev().find(|&size| fits(size));
     let above = (size.saturating_add(1)..=max).find(|&size| fits(size));
     below.into_iter().chain(above).collect()
 }
 
-/// PEFT's adjustment of an OFT block size or count: the nearest divisor, the smaller on a tie.
+/// The size that PEFT's OFT uses instead of one that does not divide `d`: the nearest divisor, the smaller of two that
+/// are equally near.
+///
+/// # References
+///
+/// `adjust_oft_parameters` in PEFT's `tuners/oft/layer.py`.
 fn adjust(d: usize, size: usize) -> usize {
     if size >= d {
         return d;
@@ -343,16 +370,16 @@ fn adjust(d: usize, size: usize) -> usize {
     }
 }
 
-/// The two families of adapter, of which a configuration is one.
+/// Whether a configuration is BOFT or OFT.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 enum Family {
-    /// Sizes are exact, and there may be several factors and a scale.
+    /// Sizes are taken exactly as they are, and there may be several factors and a scale.
     Boft,
-    /// Sizes are adjusted to the layer; one factor and no scale.
+    /// Sizes are adjusted to the layer, and there is one factor and no scale.
     Oft,
 }
 
-/// What a configuration says of every layer, checked.
+/// What a configuration means for every layer: everything but the sizes, which depend on the layer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Method {
     family: Family,
@@ -371,7 +398,7 @@ impl Method {
     ///
     /// # Errors
     ///
-    /// Every setting that works in no layer.
+    /// All [`errors`](Self::errors).
     pub(crate) fn new(config: &AdapterConfig) -> Result<Self, Vec<RotationError>> {
         let method = Self::unchecked(config);
         let errors = method.errors();
@@ -381,7 +408,7 @@ impl Method {
         }
     }
 
-    /// Reads a configuration whose [`errors`](Self::errors) are told together with those of the layers.
+    /// Reads a configuration without checking it, for callers that report [`errors`](Self::errors) together with others.
     pub(crate) fn unchecked(config: &AdapterConfig) -> Self {
         match config {
             AdapterConfig::Boft(config) => Self {
@@ -409,13 +436,13 @@ impl Method {
         }
     }
 
-    /// Whether there are sizes to compare with those of layers.
+    /// Whether the configuration has sizes that can be compared with those of layers, which zeros cannot.
     pub(crate) fn has_sizes(&self) -> bool {
         let (Block::Size(number) | Block::Count(number)) = self.block;
         number > 0 && self.n_butterfly_factor > 0
     }
 
-    /// Every setting that works in no layer.
+    /// Every setting that works in no layer, such as a dropout of 2.
     pub(crate) fn errors(&self) -> Vec<RotationError> {
         let mut errors = Vec::new();
         match self.block {
@@ -442,7 +469,7 @@ impl Method {
         errors
     }
 
-    /// The configuration that means this: the inverse of [`Method::new`].
+    /// The configuration that this was read from, with the layers of `selection`: the inverse of [`Method::new`].
     pub(crate) fn config(&self, selection: Selection) -> AdapterConfig {
         match self.family {
             Family::Boft => BoftConfig {
@@ -471,8 +498,8 @@ impl Method {
         self.block_share
     }
 
-    /// Whether the blocks of a layer share their numbers, given whether those of its file do: OFT's settings say it, and
-    /// BOFT's leave it to the file, which may be an old OFT's.
+    /// Whether the blocks of a layer share their numbers. The settings of OFT say so. Those of BOFT do not, so the
+    /// tensors of the file decide, which an old version of OFT may have written.
     pub(crate) fn shares(&self, file: bool) -> bool {
         match self.family {
             Family::Boft => file,
@@ -490,14 +517,14 @@ impl Method {
         self.n_butterfly_factor
     }
 
-    /// Whether an adapter of this method may have so many factors, and a scale.
+    /// Whether an adapter of this method can have this number of factors, and a scale or none.
     pub(crate) fn allows(&self, factors: usize, scale: bool) -> bool {
         self.family == Family::Boft || (factors == 1 && !scale)
     }
 
-    /// Numbers that PEFT stores for a layer of `m` factors of `n` stored blocks of `b` channels.
+    /// How many numbers PEFT stores for a layer with `m` factors of `n` stored blocks of `b` channels.
     ///
-    /// PEFT's BOFT keeps full squares, and always a scale; its OFT packs as we do.
+    /// PEFT's BOFT stores whole squares, and always a scale. Its OFT stores packed triangles, as this crate does.
     pub(crate) fn stored_by_peft(&self, [m, n, b]: [usize; 3], d_output: usize) -> usize {
         match self.family {
             Family::Oft => m * n * (b * (b - 1) / 2),
@@ -505,8 +532,8 @@ impl Method {
         }
     }
 
-    /// The block size that the configuration asks for on an axis of `d`, before it is adjusted; none where the
-    /// count does not divide the axis.
+    /// The block size that the configuration asks for on an axis of `d` channels, before any adjustment; none if its
+    /// number of blocks does not divide the axis.
     fn asked_block_size(&self, d: usize) -> Option<usize> {
         match self.block {
             Block::Size(b) => Some(b),
@@ -514,7 +541,7 @@ impl Method {
         }
     }
 
-    /// The block size that the configuration means on an axis of `d`; none where it means none.
+    /// The block size that a layer of `d` channels gets; none if the number of blocks does not divide them.
     pub(crate) fn block_size(&self, d: usize) -> Option<usize> {
         match (self.family, self.block) {
             (Family::Boft, _) => self.asked_block_size(d),
@@ -523,7 +550,7 @@ impl Method {
         }
     }
 
-    /// The block size where it is the same for every axis.
+    /// The block size, if it is the same in every layer; none if it depends on the layer.
     pub(crate) fn fixed_block_size(&self) -> Option<usize> {
         match (self.family, self.block) {
             (Family::Boft, Block::Size(b)) => Some(b),
@@ -531,11 +558,11 @@ impl Method {
         }
     }
 
-    /// The rotation of the layer at `path` with a `[d_input, d_output]` weight.
+    /// The rotation of the layer at `path`, whose weight is `[d_input, d_output]`.
     ///
     /// # Errors
     ///
-    /// Sizes that do not fit the layer, with those that would.
+    /// [`RotationError`] where the sizes do not fit the layer, with sizes that would.
     pub(crate) fn rotation(
         &self,
         path: &str,
@@ -558,7 +585,7 @@ impl Method {
         Ok(self.with_sizes(kind, sizes, self.scale))
     }
 
-    /// The rotation of a layer whose sizes are known, as those of a file are, and with or without a scale.
+    /// The rotation of a layer whose sizes are known, and whether it has a scale: both as a file has them.
     pub(crate) fn with_sizes(
         &self,
         kind: LayerKind,
@@ -573,7 +600,9 @@ impl Method {
         }
     }
 
-    /// Where a trained adapter of this method is not one of the other; the initial values say nothing of it.
+    /// The first setting in which two methods differ, in words: this one's, and the other's.
+    ///
+    /// The initial numbers are not compared, since a trained adapter no longer has them.
     pub(crate) fn difference(&self, other: &Self) -> Option<(String, String)> {
         let (found, expected) = (self.facts(), other.facts());
         found
@@ -582,7 +611,7 @@ impl Method {
             .find(|(found, expected)| found != expected)
     }
 
-    /// The settings in words, most telling first.
+    /// The settings in words, the most important ones first.
     fn facts(&self) -> [String; 8] {
         let block = match self.block {
             Block::Size(b) => format!("block size {b}"),
@@ -606,7 +635,7 @@ impl Method {
     }
 }
 
-/// Why `m` factors of `b × b` blocks do not rotate an axis of `d`.
+/// Why `m` factors of `b × b` blocks cannot rotate an axis of `d` channels.
 fn misfit(path: &str, d: usize, b: usize, m: usize) -> RotationError {
     let path = path.to_string();
     let proposals = || neighbours(b, d, |b| fits(d, b, m));
@@ -646,9 +675,9 @@ pub(crate) fn factors(m: usize) -> String {
     }
 }
 
-/// What a configuration means for one layer: sizes, map, radius, dropout, scale.
+/// What a configuration means for one layer: its kind, its sizes, whether it has a scale, and the method.
 ///
-/// Serde keeps every number exactly.
+/// Serde keeps every number exactly; `adapter` relies on that.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Rotation {
     kind: LayerKind,
@@ -658,12 +687,12 @@ pub(crate) struct Rotation {
 }
 
 impl Rotation {
-    /// Linear or convolution.
+    /// Whether the layer is linear or a convolution.
     pub(crate) fn kind(&self) -> LayerKind {
         self.kind
     }
 
-    /// The checked sizes.
+    /// The sizes, which fit the layer.
     pub(crate) fn sizes(&self) -> ButterflyPlan {
         self.sizes
     }
@@ -673,17 +702,17 @@ impl Rotation {
         self.scale
     }
 
-    /// What it was made from.
+    /// The method that the rotation was made from.
     pub(crate) fn method(&self) -> &Method {
         &self.method
     }
 
-    /// The share of one factor's blocks that a training step replaces by the identity.
+    /// The share of the blocks of one factor that a training step replaces by the identity.
     pub(crate) fn dropout(&self) -> f64 {
         self.method.dropout
     }
 
-    /// The block size that the configuration asked for, where it was adjusted to the layer.
+    /// The block size that the configuration asks for, if the layer got another one.
     pub(crate) fn adjusted_from(&self) -> Option<usize> {
         let d = self.sizes.d_input();
         let asked = match self.method.block {
@@ -693,7 +722,7 @@ impl Rotation {
         (asked != self.sizes.block_size()).then_some(asked)
     }
 
-    /// Trained numbers: packed skew, and scale.
+    /// How many numbers are trained: those of the skew and those of the scale.
     pub(crate) fn parameters(&self) -> usize {
         let skew: usize = self.sizes.skew_shape().iter().product();
         match self.scale {
@@ -702,7 +731,7 @@ impl Rotation {
         }
     }
 
-    /// Numbers that PEFT stores for the same rotation.
+    /// How many numbers PEFT stores for the same rotation.
     pub(crate) fn stored_by_peft(&self) -> usize {
         let [m, stored, _] = self.sizes.skew_shape();
         // A shared block of an old file becomes one block for each that shares it.
@@ -714,7 +743,7 @@ impl Rotation {
         self.method.stored_by_peft(sizes, self.sizes.d_output())
     }
 
-    /// What the adapter of the layer at `path` starts from.
+    /// The numbers that the adapter of the layer at `path` starts from.
     pub(crate) fn initial(&self, path: &str) -> Values {
         let shape = self.sizes.skew_shape();
         let (skew, outputs) = (shape.iter().product(), self.sizes.d_output());
@@ -728,11 +757,12 @@ impl Rotation {
         }
     }
 
-    /// The blocks that these numbers mean.
+    /// The orthogonal blocks of a skew, within the COFT radius if there is one.
     ///
     /// # Shapes
     ///
     /// - skew: `[m, n, b(b−1)/2]`, or `[m, 1, b(b−1)/2]` where one block is shared
+    /// - result: `[m, n, b, b]`
     pub(crate) fn blocks(&self, skew: Tensor<3>) -> Blocks {
         let skew = match self.method.coft_radius {
             // PEFT projects the parameter before each forward pass and lets the gradient through. The difference
@@ -751,7 +781,7 @@ impl Rotation {
         }
     }
 
-    /// The coefficients of the polynomial that stands for the Cayley map, if one does.
+    /// The coefficients of the polynomial that replaces the Cayley map; none if the map is exact.
     fn polynomial(&self) -> Option<Vec<f64>> {
         match self.method.map {
             Cayley::Exact => None,
@@ -760,12 +790,14 @@ impl Rotation {
         }
     }
 
-    /// The angle in radians by which a block turns the plane of `‖Q‖₂`.
+    /// The largest angle, in radians, by which a block turns a plane, from the norm `‖Q‖₂` of its skew.
+    ///
+    /// For the exact map that is `2·atan ‖Q‖₂`.
     pub(crate) fn angle(&self, norm: f64) -> f64 {
         let Some(coefficients) = self.polynomial() else {
             return 2.0 * norm.atan();
         };
-        // The polynomial at the eigenvalue iλ: powers of i alternate between the parts.
+        // `Q` has the eigenvalue i‖Q‖₂. Its powers are real and imaginary in turns, and the polynomial is their sum.
         let (mut real, mut imaginary) = (0.0, 0.0);
         for (power, coefficient) in coefficients.into_iter().enumerate() {
             let value = coefficient * norm.powi(power as i32);
@@ -779,12 +811,13 @@ impl Rotation {
         f64::atan2(imaginary, real).abs()
     }
 
-    /// Whether COFT bounds the numbers.
+    /// Whether there is a COFT radius.
     pub(crate) fn is_bounded(&self) -> bool {
         self.method.coft_radius.is_some()
     }
 
-    /// Scales every `Q` with `‖Q‖_F` beyond `radius / √(stored blocks)` back to it; without a radius, nothing.
+    /// Scales every `Q` whose `‖Q‖_F` is larger than `radius / √n` back to it, for `n` stored blocks. Without a radius
+    /// nothing changes.
     pub(crate) fn project(&self, skew: Tensor<3>) -> Tensor<3> {
         let Some(radius) = self.method.coft_radius else {
             return skew;
@@ -805,15 +838,15 @@ impl Display for Rotation {
 
 /// The numbers of an adapter on the host.
 pub(crate) struct Values {
-    /// `[m, n, b(b−1)/2]`.
+    /// The strict upper triangles of `Q`, a `[m, n, b(b−1)/2]` tensor.
     pub(crate) skew: TensorData,
-    /// `[d_output]`.
+    /// The scale per output channel, a `[d_output]` tensor; none if no scale is trained.
     pub(crate) scale: Option<TensorData>,
 }
 
-/// Skew from `N(0, 0.1)` and scale from `N(1, 0.1)`, by the seed and the layer's path alone.
+/// A skew from `N(0, 0.1)` and a scale from `N(1, 0.1)`, which depend only on the seed and the path of the layer.
 fn random(seed: u64, path: &str, skew: usize, scale: usize) -> (Vec<f64>, Vec<f64>) {
-    // FNV-1a, so that layers differ and no hasher of the platform takes part.
+    // FNV-1a, so that layers differ, and every platform and version of Rust draws the same numbers.
     let path = path.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     });

@@ -1,4 +1,11 @@
-//! Which layers, biases and modules a configuration means in a model: PEFT's matching rules.
+//! Which layers, biases and modules of a model a configuration selects: PEFT's matching rules.
+//!
+//! A name selects the paths that are equal to it or end with it at a dot, so `query` selects `layer.0.query` and not
+//! `layer.0.my_query`. A regular expression has to match a whole path. Only a layer that is selected and neither
+//! excluded nor part of a module to save is a target. `layers_to_transform` restricts names further, by the index that
+//! a path has after a list of layers.
+//!
+//! Reference: PEFT's `check_target_module_exists` in `tuners/tuners_utils.py`.
 
 use std::collections::HashSet;
 
@@ -6,25 +13,25 @@ use fancy_regex::{CompileError, Error, Regex};
 
 use crate::config::{Bias, Selection, TargetModules};
 
-/// The list that holds the layers where `layers_pattern` names none: any component of a path.
+/// The list of layers if `layers_pattern` is empty: any component of a path.
 const ANY_LIST: &str = "[^.]*";
 
-/// What the rules say of a layer.
+/// What the rules decide about a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Decision {
     /// It is adapted.
     Target,
-    /// It is named by `exclude_modules`, or lies in a module of `modules_to_save`.
+    /// `exclude_modules` selects it, or it is part of a module in `modules_to_save`.
     Excluded,
-    /// Nothing names it.
+    /// Nothing selects it.
     Unmatched,
 }
 
-/// A pattern that cannot be used.
+/// A regular expression in the settings that cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PatternError {
-    /// The pattern is refused before it meets a path.
+    /// The pattern itself is not valid, or means something else in Python.
     #[error("{setting}: the pattern `{pattern}` cannot be used: {reason}")]
     Invalid {
         /// The setting that holds the pattern.
@@ -34,21 +41,21 @@ pub enum PatternError {
         /// Why it is refused.
         reason: String,
     },
-    /// The pattern compiles but has no answer for a path.
+    /// The pattern is valid, but the search in one path cannot be finished.
     #[error("{setting}: the pattern `{pattern}` has no answer for `{path}`: {reason}")]
     Undecided {
         /// The setting that holds the pattern.
         setting: &'static str,
         /// The pattern as given.
         pattern: String,
-        /// The layer's dotted path.
+        /// The dotted path of the layer.
         path: String,
-        /// Why there is none, such as a search that backtracks without end.
+        /// Why it cannot be finished, for example because it backtracks too often.
         reason: String,
     },
 }
 
-/// The matching rules of one configuration, compiled.
+/// The matching rules of one configuration, compiled once and used for every layer.
 #[derive(Debug)]
 pub(crate) struct Selector {
     target: Modules,
@@ -64,8 +71,8 @@ impl Selector {
     ///
     /// # Errors
     ///
-    /// Every pattern that cannot be used, not the first only; a `layers_pattern` without
-    /// `layers_to_transform` among them.
+    /// Every pattern that cannot be used, and not only the first. A `layers_pattern` without `layers_to_transform` is one
+    /// of them.
     pub(crate) fn new(selection: &Selection) -> Result<Self, Vec<PatternError>> {
         let mut errors = Vec::new();
         let mut compile = |setting, modules: &Option<TargetModules>| {
@@ -105,17 +112,17 @@ impl Selector {
         })
     }
 
-    /// What the rules say of the layer at `path`, a linear layer or a convolution.
+    /// What the rules decide about the layer at `path`, which is a linear layer or a convolution.
     ///
     /// # Errors
     ///
-    /// A pattern has no answer for this path.
+    /// [`PatternError::Undecided`] if the search of a pattern in this path cannot be finished.
     pub(crate) fn decide(&self, path: &str, is_linear: bool) -> Result<Decision, PatternError> {
         if self.exclude.contains(path, is_linear)? || self.saved.contains(path) {
             return Ok(Decision::Excluded);
         }
-        // A full name is taken in any layer, and so is "all-linear", which PEFT expands to full
-        // names; a regular expression has its own say about layers.
+        // The index of the layer matters only for names that match by their ending. PEFT expands "all-linear" to
+        // full names, and a regular expression can select layers itself.
         let by_ending = match &self.target {
             Modules::Names(names) => !names.contains(path),
             Modules::Regex(_) | Modules::AllLinear => false,
@@ -129,7 +136,7 @@ impl Selector {
         })
     }
 
-    /// Whether a parameter is trained beside the adapters: a chosen bias, or a part of a module to save.
+    /// Whether a parameter is trained in addition to the adapters: a chosen bias, or a part of a module to save.
     pub(crate) fn trains(&self, owner: &str, is_bias: bool, is_adapted: bool) -> bool {
         let bias = is_bias
             && match self.bias {
@@ -140,12 +147,12 @@ impl Selector {
         bias || self.saved.contains(owner)
     }
 
-    /// Whether `modules_to_save` lists the module at `path` or one that holds it.
+    /// Whether `modules_to_save` names the module at `path`, or a module that contains it.
     pub(crate) fn saves(&self, path: &str) -> bool {
         self.saved.contains(path)
     }
 
-    /// The names of `target_modules` that select the module at `path`, layer filters aside.
+    /// The names in `target_modules` that select the module at `path`, whatever the index of its layer.
     pub(crate) fn names_of<'a>(&self, path: &'a str) -> impl Iterator<Item = &'a str> {
         let names = match &self.target {
             Modules::Names(names) => Some(names),
@@ -154,6 +161,7 @@ impl Selector {
         endings(path).filter(move |ending| names.is_some_and(|names| names.contains(*ending)))
     }
 
+    /// Whether `layers_to_transform` has the index of the layer at `path`, or is empty.
     fn is_in_layers(&self, path: &str) -> Result<bool, PatternError> {
         if self.layers.is_empty() {
             return Ok(true);
@@ -167,17 +175,17 @@ impl Selector {
     }
 }
 
-/// The endings of a path at its dots, the whole path first.
+/// The endings of a path at its dots, the whole path first: `a.b.c`, `b.c`, `c`.
 pub(crate) fn endings(path: &str) -> impl Iterator<Item = &str> {
     let starts = path.match_indices('.').map(|(dot, _)| dot + 1);
     [0].into_iter().chain(starts).map(|start| &path[start..])
 }
 
-/// The entries of `modules_to_save`, for many questions. The rule is that of [`Selection::saves`].
+/// The entries of `modules_to_save`, indexed for many lookups by the rule of [`Selection::saves`].
 #[derive(Debug)]
 struct Saved {
     names: HashSet<String>,
-    /// The most components that an entry has.
+    /// How many components the longest entry has.
     longest: usize,
 }
 
@@ -193,7 +201,7 @@ impl Saved {
         }
     }
 
-    /// Whether the module at `path` or one that holds it is an entry.
+    /// Whether an entry is the module at `path`, or a module that contains it.
     fn contains(&self, path: &str) -> bool {
         endings(path).any(|ending| {
             let dots = ending.match_indices('.').map(|(dot, _)| dot);
@@ -231,7 +239,7 @@ impl Modules {
     }
 }
 
-/// A regular expression in Python's syntax, with what to say when it fails.
+/// A regular expression in Python's syntax, with the setting and the source for its error messages.
 #[derive(Debug)]
 struct Pattern {
     setting: &'static str,
@@ -240,14 +248,14 @@ struct Pattern {
 }
 
 impl Pattern {
-    /// Python's `fullmatch`.
+    /// A pattern that has to match a whole path, as Python's `fullmatch` does.
     fn full(setting: &'static str, source: &str) -> Result<Self, PatternError> {
         Self::new(setting, source, &format!(r"\A(?:{source})\z"))
     }
 
-    /// Python's `match`, with the index of the first layer as the first group.
+    /// A pattern for a list of layers, which is followed by the index of the layer, as in PEFT's `match`.
     fn layer_list(source: &str) -> Result<Self, PatternError> {
-        // Lazy: a greedy start would find the expert's index in `layers.1.experts.0`.
+        // The start is lazy. A greedy one would find the index of the expert in `layers.1.experts.0`.
         Self::new(
             "layers_pattern",
             source,
@@ -264,7 +272,7 @@ impl Pattern {
         if let Some(reason) = misread(source) {
             return Err(invalid(reason.to_string()));
         }
-        // By itself first: `a)(b` would compile between the parentheses of `regex`.
+        // It has to compile by itself first, because `a)(b` would compile between the parentheses of `regex`.
         let regex = Regex::new(source).and_then(|_| Regex::new(regex));
         let regex = regex.map_err(|error| invalid(describe(&error)))?;
         Ok(Self {
@@ -286,8 +294,8 @@ impl Pattern {
             .captures(path)
             .map_err(|error| self.undecided(path, error))?;
         let Some(groups) = found else { return Ok(None) };
-        // The pattern is part of the expression as it stands, so a group or a bare `|` in it can
-        // leave the first group without a number. PEFT crashes there.
+        // The source is pasted into a larger expression, so with a group or a bare `|` in it, the first group may not be
+        // the index. PEFT crashes then.
         match groups.get(1).and_then(|group| group.as_str().parse().ok()) {
             Some(index) => Ok(Some(index)),
             None => Err(self.undecided(path, "its first group is not a layer index")),
@@ -304,7 +312,7 @@ impl Pattern {
     }
 }
 
-/// Why `pattern` is refused where fancy-regex would take it, but not as Python means it.
+/// Why `pattern` is refused although fancy-regex would accept it: it would mean something else than in Python.
 fn misread(pattern: &str) -> Option<&'static str> {
     let mut in_class = false;
     let mut chars = pattern.chars();
@@ -324,7 +332,7 @@ fn misread(pattern: &str) -> Option<&'static str> {
             '\\' => _ = chars.next(),
             '[' if !in_class => {
                 in_class = true;
-                // A `]` in front is a member of the class, not its end.
+                // A `]` right after the start belongs to the class and does not end it.
                 let class = chars.as_str();
                 let class = class.strip_prefix('^').unwrap_or(class);
                 chars = class.strip_prefix(']').unwrap_or(class).chars();
@@ -335,9 +343,9 @@ fn misread(pattern: &str) -> Option<&'static str> {
     }
 }
 
-/// The reason of a refused pattern in one line.
+/// Why a pattern does not compile, in one line.
 pub(crate) fn describe(error: &Error) -> String {
-    // The engine below fancy-regex draws the pattern over several lines; the last one says why.
+    // The engine below fancy-regex prints the pattern with markers over several lines. The last line has the reason.
     if let Error::CompileError(error) = error
         && let CompileError::InnerError(error) = &**error
         && let Some(error) = error.syntax_error()

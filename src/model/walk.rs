@@ -519,6 +519,7 @@ impl<E: FnMut(&Path) -> Edit, S: FnMut(&Path) -> Option<bool>> ModuleMapper for 
     }
 }
 
+/// A tensor of the new numbers that takes the place of the old one, and is trained if the old one was.
 fn replace<const D: usize>(old: Tensor<D>, numbers: Numbers) -> Tensor<D> {
     let require_grad = old.is_require_grad();
     let new = match numbers {
@@ -530,6 +531,6 @@ fn replace<const D: usize>(old: Tensor<D>, numbers: Numbers) -> Tensor<D> {
         }
         Numbers::Tensor(tensor) => Tensor::from_dispatch(tensor),
     };
-    // `detach` keeps that a tensor requires a gradient, so this is set after it.
+    // A detached tensor still requires a gradient if it did before, so the flag is set after detaching.
     new.detach().set_require_grad(require_grad)
 }

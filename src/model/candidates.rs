@@ -196,7 +196,7 @@ impl Display for Unsupported {
                 "a {type_name} whose bias {bias:?} does not fit the output axis of its weight {weight:?}, so the \
                  weight is laid out in another way than Burn's"
             ),
-            Self::TakenOut => write!(f, "which layer_kinds takes out"),
+            Self::TakenOut => write!(f, "which layer_kinds says is not to be adapted"),
             Self::Quantized => write!(f, "whose weight is quantized"),
             Self::Adapted { name } => {
                 write!(f, "which already carries the reparameterization `{name}`")

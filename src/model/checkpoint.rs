@@ -121,7 +121,7 @@ impl Checkpointer<ModuleRecord> for AdapterCheckpointer {
         let reader = Reader::from_file(&path).map_err(pack_error)?;
         if reader.metadata().get(BASE) != Some(&self.identity) {
             return Err(CheckpointerError::Unknown(format!(
-                "{} was saved over another base model; load the base that the run started from",
+                "{} was saved with another base model; load the base that the run started from",
                 path.display()
             )));
         }

@@ -93,6 +93,23 @@ pub fn merge<M: Module>(model: M) -> Result<M, MergeError> {
 ///
 /// Parameters that were frozen stay frozen, and trained biases and modules to save keep what they have learned. To get
 /// back the model as it was before training, keep a clone of it; clones share their tensors.
+///
+/// # Examples
+///
+/// ```
+/// use burn::nn::LinearConfig;
+/// use burn_boft::{OftConfig, inject, summary, unload};
+///
+/// # let device = burn::tensor::Device::flex();
+/// let layer = LinearConfig::new(64, 32).init(&device);
+/// let weight = layer.weight.val();
+/// let adapted = inject(layer, OftConfig::new().with_target_modules("all-linear"))?;
+/// assert_eq!(summary(&adapted).layers.len(), 1);
+/// let plain = unload(adapted);
+/// assert!(summary(&plain).layers.is_empty());
+/// assert_eq!(plain.weight.val().into_data(), weight.into_data());
+/// # Ok::<(), burn_boft::model::InjectError>(())
+/// ```
 pub fn unload<M: Module>(model: M) -> M {
     let walked = walk(&model);
     let bases = walked

@@ -183,6 +183,24 @@ impl Display for Diagnosis {
 ///
 /// The measurements run in f32, or in f64 for an f64 base. If an adapter holds NaN or infinity, its measurements are NaN.
 ///
+/// # Examples
+///
+/// ```
+/// use burn::nn::LinearConfig;
+/// use burn_boft::{BoftConfig, Init, diagnose, inject};
+///
+/// # let device = burn::tensor::Device::flex();
+/// let config = BoftConfig::new()
+///     .with_target_modules("all-linear")
+///     .with_init(Init::Random { seed: 7 });
+/// let layer = inject(LinearConfig::new(64, 32).init(&device), config)?;
+/// let measured = diagnose(&layer);
+/// assert!(measured.layers[0].orthogonality_defect < 1e-6);
+/// assert!(measured.layers[0].largest_angle > 0.0);
+/// println!("{measured}");
+/// # Ok::<(), burn_boft::model::InjectError>(())
+/// ```
+///
 /// # References
 ///
 /// Liu et al., *Learning towards Minimum Hyperspherical Energy*, NeurIPS 2018; OFT, section 3.

@@ -1,4 +1,4 @@
-//! Inject BOFT into a model that knows nothing of this crate, train it, save it, merge it.
+//! Injects BOFT into a model that knows nothing of this crate, trains it, saves the adapter, and merges it.
 //!
 //! `cargo run --release --example quickstart`
 
@@ -33,7 +33,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let device = Device::flex().autodiff();
     device.seed(7);
 
-    // The task: what the pretrained model does to an input that somebody shuffled.
+    // The task: the model gets features in another order than it learned, here reversed, and has to give the same
+    // outputs as before. A rotation of the input can do that.
     let pretrained = Mlp::new(&device);
     let input = Tensor::<2>::random([256, 16], Distribution::Normal(0.0, 1.0), &device);
     let target = pretrained.forward(input.clone().flip([1])).detach();

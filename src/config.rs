@@ -6,7 +6,10 @@ use std::fmt::{self, Display, Formatter};
 
 use serde::{Deserialize, Serialize};
 
-/// How the rotated axis, of `d` channels, is cut into blocks of `b` channels: `d = n·b`.
+/// How the rotated axis, of `d` channels, is cut into `n` blocks of `b` channels: `d = n·b`.
+///
+/// One of the two numbers is set, and the other follows from each layer. PEFT calls them `boft_block_size` and
+/// `boft_block_num`, or `oft_block_size` and `r`, and writes 0 for the one that is not set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Block {
     /// Channels per block, `b`. The number of blocks follows from the layer.
@@ -69,6 +72,7 @@ impl LayerKind {
 
 /// Which biases are trained, in addition to the adapters.
 ///
+/// A bias is a parameter called `bias`, or the `beta` of a normalisation layer of Burn.
 /// A trained bias travels with the adapter: [`Adapter::extract`](crate::Adapter::extract) takes it along.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Bias {

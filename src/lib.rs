@@ -1,8 +1,8 @@
 //! OFT and BOFT adapters (orthogonal fine-tuning) for [Burn](burn) models.
 //!
-//! An adapter rotates the input of a layer by a learned orthogonal matrix, and a model that is adapted
-//! starts as the model it was. [`inject`] attaches adapters to the layers that a [`BoftConfig`] or
-//! [`OftConfig`] targets, any Burn training loop trains them, and [`merge`] folds them into the weights.
+//! An adapter rotates the input of a layer by a learned orthogonal matrix. [`inject`] attaches adapters to the layers
+//! that a [`BoftConfig`] or an [`OftConfig`] targets, and leaves the model computing exactly what it did before. Any Burn
+//! training loop trains them, and [`merge`] folds them into the weights, where they cost nothing.
 //!
 //! ```
 //! use burn::module::Module;
@@ -47,20 +47,23 @@
 //! C  = (I − Q)(I + Q)⁻¹             Q skew-symmetric, so C is orthogonal
 //! ```
 //!
-//! Factor `i` couples half-blocks at distance `2^i`; factor 0 is contiguous. Stored per layer: the strict
-//! upper triangles of `Q`, `[m, n, b(b−1)/2]`, and the scale `s`, `[o]`. OFT is BOFT with one factor and
-//! no scale. [`ops`] states the backward pass.
+//! `R` is the rotation, a product of `m` *factors*. A factor rotates groups of `b` channels by orthogonal *blocks* `C`.
+//! The groups of factor 0 are neighbours. Those of factor `i` join two halves of `b/2` neighbours at a distance of `2^i`
+//! halves, which the permutation `P_i` stands for. Together, the factors mix *spans* of `b·2^(m−1)` channels.
+//!
+//! A layer stores the *skew*, the numbers above the diagonals of all `Q`, a `[m, n, b(b−1)/2]` tensor, and the *scale*
+//! `s`, a `[o]` tensor. OFT is BOFT with one factor and no scale. [`ops`] explains the backward pass.
 //!
 //! # Files
 //!
-//! An [`Adapter`] is a trained adapter as a value: out of a model with [`Adapter::extract`], into one with
-//! [`Adapter::attach`], and in PEFT's format with [`Adapter::save`] and [`Adapter::load`].
+//! An [`Adapter`] is a trained adapter as a value. [`Adapter::extract`] takes it out of a model, [`Adapter::attach`] puts
+//! it into one, and [`Adapter::save`] and [`Adapter::load`] write and read it in the format of Hugging Face PEFT.
 //!
 //! # Backends
 //!
-//! Burn's tensors have no backend parameter since 0.22: the backend is a property of the
-//! [`Device`](burn::tensor::Device) at run time, so nothing here has a `<B: Backend>` either, and one binary
-//! serves every backend whose feature is on. The kernel layer, [`ops::BoftBackend`], keeps it.
+//! Since Burn 0.22, tensors have no backend parameter. The backend is a property of the [`Device`](burn::tensor::Device)
+//! at run time, so nothing here has a `<B: Backend>` either, and one binary serves every backend whose feature is on. Only
+//! the operations that backends replace by kernels, [`ops::BoftBackend`], still have one.
 
 #![warn(missing_docs)]
 // The pages of docs.rs say which feature an item needs.

@@ -212,6 +212,25 @@ fn alternatives(proposals: &[usize]) -> Option<String> {
 ///
 /// A value of this type always fits its layer: `b ≥ 2`, `m ≥ 1`, the span `b·2^(m−1)` divides `d_input`, and `b` is even
 /// where `m > 1`. Deserializing checks this as well.
+///
+/// # Examples
+///
+/// ```
+/// use burn::nn::LinearConfig;
+/// use burn_boft::{BoftConfig, plan};
+///
+/// # let device = burn::tensor::Device::flex();
+/// let layer = LinearConfig::new(64, 32).init(&device);
+/// let config = BoftConfig::new()
+///     .with_block_size(4)
+///     .with_n_butterfly_factor(3)
+///     .with_target_modules("all-linear");
+/// let sizes = plan(&layer, config)?.layers[0].butterfly;
+/// assert_eq!(sizes.block_num(), 16); // 64 channels in blocks of 4
+/// assert_eq!(sizes.span(), 16); // 4·2²: each factor doubles the reach
+/// assert_eq!(sizes.skew_shape(), [3, 16, 6]); // a 4 × 4 block has 6 numbers above its diagonal
+/// # Ok::<(), burn_boft::model::InjectError>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "UncheckedSizes")]
 pub struct ButterflyPlan {

@@ -15,18 +15,18 @@ struct Cli {
     /// The program of the peers.
     #[arg(long, default_value = "benches/peers/peft_step.py")]
     peers: PathBuf,
-    /// Where to run, by the name that the step benchmark has for it.
+    /// The device, by the name that the step benchmark has for it.
     #[arg(long, default_value = "cpu")]
     device: String,
     /// The cases to run.
     #[arg(long = "case", default_values = ["dinov2-s", "dinov2-l-block"])]
     cases: Vec<String>,
-    /// Times that the two programs alternate.
+    /// How many times the two programs take turns.
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
 }
 
-/// A step here, the step of PEFT that it is compared with.
+/// Steps of this crate, each with the step of PEFT that it is compared with.
 const PAIRS: [(&str, &str); 6] = [
     ("frozen", "frozen"),
     ("lora-r8", "lora-r8"),
@@ -48,7 +48,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     peers
         .arg(&cli.peers)
         .args(["--serve", "--device", peer_device])
-        // Threads of PyTorch that wait would otherwise spin on the cores of the other program.
+        // Otherwise, threads of PyTorch that wait would keep the cores busy while the other program runs.
         .env("OMP_WAIT_POLICY", "passive");
     let mut peers = Server::start(&mut peers)?;
     println!(
@@ -57,7 +57,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     );
     for case in &cli.cases {
         for (ours, theirs) in PAIRS {
-            // The first step of both allocates, and tunes on a GPU.
+            // The first step of both programs is not measured: it allocates memory, and tunes kernels on a GPU.
             here.step(case, ours)?;
             peers.step(case, theirs)?;
             let mut times = [Vec::new(), Vec::new()];
@@ -117,7 +117,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // The end of its input ends the program.
+        // The program ends when its input ends.
         self.requests = None;
         let _ = self.child.wait();
     }

@@ -1,4 +1,4 @@
-//! Both routes of a linear layer over the number of tokens, beside the one that `route` chooses.
+//! Measures both routes of a linear layer for several numbers of tokens, and shows which one `route` chooses.
 
 use std::time::Instant;
 
@@ -7,19 +7,19 @@ use burn_boft::ops::{Base, Blocks, Pass, Route, route};
 use clap::Parser;
 use dinov2::device::DeviceName;
 
-/// Measures both routes of a linear layer over the number of tokens.
+/// Measures both routes of a linear layer for several numbers of tokens.
 #[derive(Parser)]
 struct Cli {
     /// Where to run.
     #[arg(long, default_value_t, value_enum)]
     device: DeviceName,
-    /// Times that both routes take their turn.
+    /// How many times both routes take turns.
     #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
 }
 
 const SHAPES: [[usize; 2]; 4] = [[384, 384], [384, 1536], [1024, 1024], [4096, 4096]];
-/// Tokens as shares of the output width, so that the switch lies within.
+/// The numbers of tokens, as shares of the output width. The switch between the routes lies among them.
 const SHARES: [f64; 7] = [0.02, 0.1, 0.2, 0.35, 0.5, 1.0, 2.0];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -1,6 +1,6 @@
-//! The step benchmark: what a training step costs with each adapter, beside a frozen model.
+//! The step benchmark: what a training step costs with each adapter, compared with a frozen model.
 //!
-//! Methods run in turns, so that a machine that slows down slows all of them.
+//! The methods take turns, so that a machine that slows down slows all of them.
 
 mod case;
 mod measure;
@@ -19,7 +19,7 @@ use case::{Case, Loaded};
 use measure::{Row, Times, time};
 use method::{Method, Step};
 
-/// Measures training steps with each adapter, beside a frozen model.
+/// Measures training steps with each adapter, compared with a frozen model.
 #[derive(Parser)]
 struct Cli {
     /// The cases to run; all if none is given.
@@ -31,7 +31,7 @@ struct Cli {
     /// Where to run.
     #[arg(long, default_value_t, value_enum)]
     device: DeviceName,
-    /// Times that every method takes its turn.
+    /// How many times every method takes its turn.
     #[arg(long, default_value_t = 11, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
     /// Print one JSON object per line instead of a table.
@@ -150,7 +150,7 @@ fn print_table(case: Case, rows: &[Row]) {
     }
 }
 
-/// Answers one step after the other, so that another program can alternate with this one.
+/// Runs a step for every line of the input and prints its time, so that another program can take turns with this one.
 fn serve(device: &Device) -> Result<(), String> {
     let mut loaded: HashMap<String, Loaded> = HashMap::new();
     let mut steps: HashMap<(String, String), Step> = HashMap::new();

@@ -1,4 +1,4 @@
-//! Times and memory of steps.
+//! Measures the time and the memory of steps.
 
 use std::time::Instant;
 
@@ -10,7 +10,7 @@ use crate::method::Step;
 #[global_allocator]
 static MEMORY: PeakAlloc = PeakAlloc;
 
-/// What was measured of one method.
+/// The measurements of one method.
 #[derive(Debug, Serialize)]
 pub struct Row {
     pub case: String,
@@ -20,10 +20,10 @@ pub struct Row {
     pub median_ms: f64,
     pub min_ms: f64,
     pub max_ms: f64,
-    /// The first call, which allocates, and tunes on a GPU.
+    /// The time of the first call, which allocates memory, and tunes kernels on a GPU.
     pub cold_ms: f64,
     pub ratio_to_frozen: Option<f64>,
-    /// The most memory that a step adds to what the models hold, where this process can count it.
+    /// The most memory that a step adds to what the models hold; none if this process cannot count it, as on a GPU.
     pub peak_mib: Option<f64>,
     pub trainable: usize,
 }
@@ -36,7 +36,7 @@ pub struct Times {
 }
 
 impl Times {
-    /// Runs the cold call, and a second that measures memory.
+    /// Runs the first call, and a second one that measures memory.
     pub fn start(step: &mut Step) -> Self {
         let cold = time(step);
         let before = MEMORY.current_usage();
@@ -69,7 +69,7 @@ impl Times {
     }
 }
 
-/// Milliseconds of one step, the device included.
+/// The milliseconds of one step, until the device has finished.
 pub fn time(step: &mut Step) -> f64 {
     let start = Instant::now();
     (step.run)();

@@ -1,4 +1,4 @@
-//! How a step treats the model: the methods that are compared.
+//! The methods that are compared: what a step does with the model.
 
 use std::fmt::{self, Display, Formatter};
 
@@ -16,7 +16,7 @@ use crate::network::Network;
 /// A way to run a step. Training steps are forward, backward and an optimizer's update.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
-    /// No adapter; forward and the gradient of the input. The floor.
+    /// No adapter: only the forward pass and the gradient of the input. No training step can cost less.
     Frozen,
     /// BOFT with blocks of `b` and `m` factors.
     Boft { b: usize, m: usize, layer: Layer },
@@ -24,11 +24,11 @@ pub enum Method {
     Oft,
     /// Burn's own LoRA of rank 8.
     Lora,
-    /// Every number is trained.
+    /// Full fine-tuning: every number is trained.
     Full,
     /// Inference without adapters.
     Plain,
-    /// Inference with adapters folded into the weights.
+    /// Inference with adapters merged into the weights.
     Merged,
     /// Inference with adapters attached.
     Attached,
@@ -41,7 +41,7 @@ pub enum Method {
 pub enum Layer {
     /// `BoftLinear`, or a convolution.
     Own,
-    /// Burn's `nn::Linear`, which asks for the adapted weight only.
+    /// Burn's `nn::Linear`, which can only ask for the rotated weight.
     Burn,
 }
 
@@ -77,7 +77,7 @@ impl Method {
         methods
     }
 
-    /// The methods of a case without one.
+    /// The methods of a case without a backward pass.
     pub fn inference() -> Vec<Self> {
         vec![Self::Plain, Self::Attached, Self::Merged]
     }
@@ -182,7 +182,7 @@ impl Method {
     }
 }
 
-/// One step, ready to run again and again.
+/// One step that can be run again and again.
 pub struct Step {
     pub run: Box<dyn FnMut()>,
     pub trainable: usize,

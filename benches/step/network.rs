@@ -13,8 +13,8 @@ pub trait Network: Module {
     /// The layers that a method adapts, by the end of their paths.
     const TARGETS: &'static [&'static str];
 
-    /// Computes the output; where `tracked`, a gradient flows back to the input of the first layer that
-    /// can be adapted, as it does in the middle of a model.
+    /// Computes the output. With `tracked`, a gradient flows back to the input of the first layer that can be adapted, as it
+    /// does in the middle of a model.
     fn forward(&self, input: Tensor<4>, tracked: bool) -> Tensor<4>;
 }
 
@@ -116,7 +116,7 @@ pub fn dinov2_s(device: &Device) -> Dinov2Model {
         .init_backbone(device)
 }
 
-/// The model with its weights drawn, so that its clones share them.
+/// The model after its random weights are drawn, so that its clones share them.
 pub fn initialized<N: Network>(model: N) -> N {
     struct Draw;
 
@@ -130,7 +130,7 @@ pub fn initialized<N: Network>(model: N) -> N {
     model
 }
 
-/// Normal numbers, the same on every run of a device.
+/// Normally distributed numbers, which are the same on every run of a device.
 pub fn input(shape: [usize; 4], device: &Device) -> Tensor<4> {
     device.seed(7);
     Tensor::random(shape, Distribution::Normal(0.0, 1.0), device)

@@ -9,9 +9,10 @@ use super::walk::{ModuleInfo, Parameter, Walk, walk};
 use crate::config::LayerKind;
 use crate::rotation::named;
 
-/// Lists every layer that could be adapted, and every other parameter with the reason why it cannot.
+/// Lists every layer that can be adapted, and every other parameter with the reason why it cannot.
 ///
-/// Use it to find the names for `target_modules` in a model that somebody else, or a generator, has written.
+/// Use it to find the names for `target_modules` in a model that somebody else wrote, or that a program generated from
+/// an ONNX file.
 ///
 /// # Examples
 ///
@@ -60,7 +61,7 @@ pub fn candidates<M: Module>(model: &M) -> Candidates {
     candidates
 }
 
-/// What a model has for adapters, made by [`candidates`]. `Display` is a table.
+/// What can be adapted in a model and what cannot, as [`candidates`] found it. `Display` prints a line for each.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Candidates {
@@ -74,11 +75,11 @@ pub struct Candidates {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Candidate {
-    /// The layer's dotted path.
+    /// The dotted path of the layer, which is empty if the model itself is the layer.
     pub path: String,
-    /// Linear or convolution.
+    /// Whether it is linear or a convolution.
     pub kind: LayerKind,
-    /// Shape of the weight as Burn holds it.
+    /// The shape of its weight in Burn.
     pub shape: Vec<usize>,
 }
 
@@ -86,7 +87,7 @@ pub struct Candidate {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct OtherParameter {
-    /// The parameter's dotted path.
+    /// The dotted path of the parameter.
     pub path: String,
     /// Its shape.
     pub shape: Vec<usize>,
@@ -94,55 +95,56 @@ pub struct OtherParameter {
     pub reason: Unsupported,
 }
 
-/// Why a module cannot be adapted.
+/// Why a parameter, or the module that it belongs to, cannot be adapted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Unsupported {
-    /// It is a layer of another type.
+    /// Its layer is of a type that has no adapter, such as an embedding.
     Type {
         /// The type's name.
         type_name: String,
     },
-    /// It is a module that holds layers.
+    /// It is a module that contains layers and is none itself.
     Holder {
         /// The type's name.
         type_name: String,
     },
-    /// It is a parameter of a layer beside its weight.
+    /// It is a parameter of a layer, but not its weight.
     NotTheWeight {
-        /// The layer's type.
+        /// The type of the layer.
         type_name: String,
     },
-    /// Its name says that it is one of Burn's layers, and its weight has other axes.
+    /// The layer is named like one of Burn's, but its weight has another number of axes.
     Rank {
         /// The type's name.
         type_name: String,
-        /// Axes that such a weight has.
+        /// The number of axes of the weight of Burn's layer.
         expected: usize,
-        /// Axes that it has.
+        /// The number of axes of this weight.
         found: usize,
     },
-    /// Its name says that it is one of Burn's layers, and it has a field that those do not have.
+    /// The layer is named like one of Burn's, but has a field that Burn's layer does not have.
     Field {
         /// The type's name.
         type_name: String,
-        /// The field.
+        /// The name of the field.
         field: String,
     },
-    /// Its bias does not fit the output axis of its weight, so the weight is laid out otherwise.
+    /// The bias does not have as many numbers as the weight has output channels, so the axes of the weight mean
+    /// something else than in Burn's layer.
     Layout {
         /// The type's name.
         type_name: String,
-        /// Shape of the weight.
+        /// The shape of the weight.
         weight: Vec<usize>,
-        /// Shape of the bias.
+        /// The shape of the bias.
         bias: Vec<usize>,
     },
-    /// The configuration says that it is no layer to adapt.
+    /// The configuration says, with [`with_layer_kind`](crate::BoftConfig::with_layer_kind), that it is not to be adapted.
     TakenOut,
-    /// Its weight is quantized, and rotating would rewrite it.
+    /// The weight is quantized, and a rotated one could not be stored in its place.
     Quantized,
-    /// It carries a reparameterization already.
+    /// It already carries an adapter, or another of what Burn calls reparameterizations.
     Adapted {
         /// The name of what it carries.
         name: String,
@@ -150,7 +152,7 @@ pub enum Unsupported {
 }
 
 impl Display for Unsupported {
-    /// A clause that goes on from the name of the module.
+    /// A clause that continues a sentence after the name of the module.
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         match self {
             Self::Type { type_name } => {
@@ -194,7 +196,7 @@ impl Display for Unsupported {
                 "a {type_name} whose bias {bias:?} does not fit the output axis of its weight {weight:?}, so the \
                  weight is laid out in another way than Burn's"
             ),
-            Self::TakenOut => write!(f, "which layer_kinds takes out"),
+            Self::TakenOut => write!(f, "which layer_kinds says is not to be adapted"),
             Self::Quantized => write!(f, "whose weight is quantized"),
             Self::Adapted { name } => {
                 write!(f, "which already carries the reparameterization `{name}`")
@@ -222,11 +224,11 @@ impl Display for Candidates {
     }
 }
 
-/// Whether each parameter is the weight of a layer that can carry an adapter, in the model's order.
+/// Says of each parameter, in the model's order, whether it is the weight of a layer that can carry an adapter.
 ///
-/// The name of a layer's type is a hint and no proof, so its fields, the axes of its weight and the length of its
-/// bias are checked too. `layer_kinds` has the last word about what a layer is. Whether it carries an adapter already
-/// is another question.
+/// The name of a type proves nothing, since anybody can write a struct called `Linear`. Therefore the fields of the layer,
+/// the axes of its weight and the length of its bias are checked as well. `layer_kinds` of the configuration overrules
+/// the name. Whether the layer already carries an adapter makes no difference here.
 pub(crate) fn verdicts<'a>(
     walk: &'a Walk,
     layer_kinds: &[(String, Option<LayerKind>)],
@@ -243,6 +245,7 @@ pub(crate) fn verdicts<'a>(
     })
 }
 
+/// The verdict on one parameter, of a module with this bias.
 fn verdict(
     parameter: &Parameter,
     module: Option<&ModuleInfo>,

@@ -1,6 +1,6 @@
-//! [`AdapterCheckpointer`]: checkpoints of a training run that leave the base out.
+//! [`AdapterCheckpointer`]: checkpoints of a training run that leave out the base.
 //!
-//! What knows Burn's records is in this file.
+//! This is the only file of the library that knows the format of Burn's records.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -14,18 +14,17 @@ use burn_pack::{Reader, Writer};
 
 use super::walk::walk;
 
-/// Where a checkpoint says which base it belongs to.
+/// The entry of a checkpoint's metadata that says which base it belongs to.
 const BASE: &str = "base";
 
-/// Keeps what a training run changes, and not the base it starts from.
+/// A checkpointer for Burn's training that saves what training changes, and not the base model.
 ///
-/// For [`SupervisedTraining::with_custom_checkpointers`](burn::train::SupervisedTraining::with_custom_checkpointers).
-/// A checkpoint holds the adapters, the trained biases and modules, and whatever else is not what it was when
-/// the checkpointer was made, such as running statistics. With the optimizer's and the scheduler's
-/// checkpoints beside it a run resumes bit for bit; random numbers of dropout and shuffling are Burn's, and no
-/// part of a checkpoint.
+/// Pass it to [`SupervisedTraining::with_custom_checkpointers`](burn::train::SupervisedTraining::with_custom_checkpointers).
+/// A checkpoint holds the adapters, the trained biases and modules, and whatever else has changed since the checkpointer
+/// was made, such as running statistics. Together with the checkpoints of the optimizer and the scheduler, a run
+/// resumes bit for bit. The random numbers of dropout and shuffling belong to Burn and are not part of a checkpoint.
 ///
-/// A save reads the whole model, as Burn's own checkpoints do, and writes the part.
+/// A save reads the whole model, as Burn's own checkpointer does, but writes only these parts.
 ///
 /// # Examples
 ///
@@ -46,20 +45,21 @@ const BASE: &str = "base";
 /// ```
 pub struct AdapterCheckpointer {
     folder: PathBuf,
-    /// Parameters that are kept in any case.
+    /// The paths of parameters that are always saved.
     trained: HashSet<String>,
-    /// The fingerprints of all others at the start.
+    /// The fingerprints that all others had at the start.
     base: HashMap<String, u64>,
-    /// The fingerprint of the base as a whole.
+    /// The fingerprint of the whole base.
     identity: String,
 }
 
 impl AdapterCheckpointer {
-    /// A checkpointer of files `adapter-<epoch>.bpk` in a folder, for runs that start from this adapted model.
+    /// Makes a checkpointer for a run that starts from this adapted model. It saves files `adapter-<epoch>.bpk` in a
+    /// folder, which is created.
     ///
     /// # Errors
     ///
-    /// [`CheckpointerError`] where the folder cannot be made.
+    /// [`CheckpointerError`] if the folder cannot be created, or the model cannot be turned into a record.
     pub fn new<M: Module>(folder: impl AsRef<Path>, model: &M) -> Result<Self, CheckpointerError> {
         let folder = folder.as_ref().to_path_buf();
         fs::create_dir_all(&folder).map_err(CheckpointerError::IOError)?;
@@ -121,7 +121,7 @@ impl Checkpointer<ModuleRecord> for AdapterCheckpointer {
         let reader = Reader::from_file(&path).map_err(pack_error)?;
         if reader.metadata().get(BASE) != Some(&self.identity) {
             return Err(CheckpointerError::Unknown(format!(
-                "{} was saved over another base model; load the base that the run started from",
+                "{} was saved with another base model; load the base that the run started from",
                 path.display()
             )));
         }
@@ -143,14 +143,14 @@ fn pack_error(error: burn_pack::Error) -> CheckpointerError {
 
 const SEED: u64 = 0xcbf2_9ce4_8422_2325;
 
-/// A number that changes with the tensor. It tells a changed base from an unchanged one, and keeps no secret.
+/// A hash of a tensor, which tells a changed base from an unchanged one. It is not meant to resist an attacker.
 fn fingerprint(tensor: &burn_pack::Tensor) -> Result<u64, CheckpointerError> {
     let kind = format!("{:?} {:?}", tensor.dtype, tensor.shape);
     let bytes = tensor.to_bytes().map_err(pack_error)?;
     Ok(hash_bytes(hash_bytes(SEED, kind.as_bytes()), &bytes))
 }
 
-/// FNV-1a on words of eight bytes, so that a base takes no longer than reading it.
+/// FNV-1a on words of eight bytes, so that hashing a base takes no longer than reading it.
 fn hash_bytes(hash: u64, bytes: &[u8]) -> u64 {
     let (words, rest) = bytes.as_chunks::<8>();
     let hash = words
@@ -161,11 +161,11 @@ fn hash_bytes(hash: u64, bytes: &[u8]) -> u64 {
 }
 
 fn mix(hash: u64, word: u64) -> u64 {
-    // The rotation brings high bits down, which a product alone never does.
+    // A product only carries bits upwards. The rotation brings high bits down again.
     (hash ^ word).wrapping_mul(0x0100_0000_01b3).rotate_left(23)
 }
 
-/// The paths of the adapters and of all that is trained.
+/// The paths of the adapters and of everything else that is trained.
 fn kept_paths<M: Module>(model: &M) -> HashSet<String> {
     let mut paths = HashSet::new();
     for parameter in walk(model).parameters {

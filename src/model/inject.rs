@@ -11,23 +11,22 @@ use super::walk::{Edit, Numbers, Path, rewrite, walk};
 use crate::config::AdapterConfig;
 use crate::rotation::{Rotation, Values};
 
-/// Attaches an adapter to every layer that the configuration targets, and freezes the rest.
+/// Attaches an adapter to every layer that the configuration targets, and freezes the rest of the model.
 ///
-/// The model keeps its type, and with [`Init::Identity`](crate::Init::Identity) it computes what it did
-/// before. Trainable afterwards: the adapters, the chosen biases, and the modules to save. Layers are
-/// `Linear` and `Conv2d`, wherever the model holds them; embeddings and norms are never adapted.
+/// The model keeps its type, and with [`Init::Identity`](crate::Init::Identity) it computes exactly what it did before.
+/// Afterwards only the adapters, the chosen biases and the modules to save are trainable. Adapters are attached to
+/// `Linear` and `Conv2d` layers, wherever the model holds them, and never to embeddings or norms.
 ///
-/// The running statistics of batch norms are frozen with the rest: in training, a frozen batch norm normalises by
-/// them and leaves them as they are. Name a batch norm in `modules_to_save` to train it. Dropout layers stay as they
-/// are.
+/// The running statistics of batch norms are frozen as well: even in training, a frozen batch norm normalises with them
+/// and does not change them. Name a batch norm in `modules_to_save` to train it. Dropout layers are not changed.
 ///
-/// A model on a device without autodiff stays there. Call [`Module::train`] on the result before the first backward
-/// pass, which would panic in Burn otherwise; [`plan`](crate::plan()) says so too.
+/// The model stays on its device. If that is a device without autodiff, call [`Module::train`] on the result before the
+/// first backward pass, which would panic in Burn otherwise. The table of [`plan`](crate::plan()) reminds you.
 ///
 /// # Errors
 ///
 /// Every misfit of the settings and the model at once; see [`Misfit`](super::Misfit). The model passed in is consumed, so
-/// keep a clone where it is needed after an error; clones share their tensors.
+/// keep a clone if you need it after an error. Clones share their tensors.
 ///
 /// # Examples
 ///
@@ -62,17 +61,18 @@ pub fn inject<M: Module>(model: M, config: impl Into<AdapterConfig>) -> Result<M
     Ok(placement.place(model))
 }
 
-/// What a model gets: everything fits, which is checked before.
+/// What a model gets. Whoever makes one has checked that everything fits.
 pub(crate) struct Placement {
     /// Adapters by the path of their layer.
     pub(crate) layers: HashMap<String, (Rotation, Values)>,
-    /// Paths of the parameters that are trained beside them; all others are frozen.
+    /// Paths of the parameters that are trained in addition; all others are frozen.
     pub(crate) trained: HashSet<String>,
     /// New numbers of parameters by path.
     pub(crate) tensors: HashMap<String, TensorData>,
 }
 
 impl Placement {
+    /// Attaches the adapters, sets the new numbers, and freezes or unfreezes every parameter.
     pub(crate) fn place<M: Module>(self, model: M) -> M {
         let Self {
             mut layers,
@@ -94,7 +94,8 @@ impl Placement {
     }
 }
 
-/// Whether a batch norm moves its running statistics: while it is trained.
+/// Whether the flag at this path, if it is the one of a batch norm, lets training change the running statistics: only if
+/// these are trained. None for every other flag.
 fn statistics_move(path: &Path, trained: &HashSet<String>) -> Option<bool> {
     if path.owner_type() != "BatchNorm" || path.name() != "training" {
         return None;

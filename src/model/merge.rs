@@ -1,4 +1,4 @@
-//! [`merge`], [`unload`], [`project`]: what becomes of an adapted model.
+//! [`merge`] folds adapters into the weights, [`unload`] removes them, [`project`] keeps COFT's numbers in their radius.
 
 use std::collections::{HashMap, HashSet};
 
@@ -8,20 +8,20 @@ use burn::module::Module;
 use super::walk::{Edit, Numbers, Path, rewrite, walk};
 use crate::rotation::named;
 
-/// Why [`merge`] refuses.
+/// Why [`merge`] refuses a model.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum MergeError {
-    /// There is nothing to merge.
+    /// The model carries no adapter.
     #[error("the model carries no adapter; inject one, or use the model as it is")]
     NotAdapted,
-    /// Merged weights are not finite.
+    /// Some merged weights hold NaN or infinity.
     #[error(
         "merging makes weights that are not finite in {}; the base or the adapter holds NaN or infinity",
         listed(paths)
     )]
     NotFinite {
-        /// The layers.
+        /// The paths of the layers.
         paths: Vec<String>,
     },
 }
@@ -33,13 +33,33 @@ fn listed(paths: &[String]) -> String {
 
 /// Folds every adapter into its base weight: `W ← R·W·diag(s)`.
 ///
-/// The result is a plain model. Merging ignores multiplicative dropout but applies the COFT radius. A quantized base
-/// becomes dense.
+/// The result is a plain model that computes what the adapted one computes, without its cost. Merging ignores
+/// multiplicative dropout but applies the COFT radius. A quantized base becomes a dense one.
+///
+/// # Numerics
+///
+/// The rotation is computed in f32, or in f64 for an f64 base, and is rounded to the precision of the base once.
 ///
 /// # Errors
 ///
-/// [`MergeError::NotAdapted`] without adapters, [`MergeError::NotFinite`] where a merged weight holds NaN or
-/// infinity.
+/// - [`MergeError::NotAdapted`] if the model carries no adapter.
+/// - [`MergeError::NotFinite`] if a merged weight would hold NaN or infinity.
+///
+/// # Examples
+///
+/// ```
+/// use burn::module::Module;
+/// use burn::nn::LinearConfig;
+/// use burn_boft::{OftConfig, inject, merge};
+///
+/// # let device = burn::tensor::Device::flex().autodiff();
+/// let layer = LinearConfig::new(64, 32).init(&device);
+/// let layer = inject(layer, OftConfig::new().with_target_modules("all-linear"))?;
+/// // ... training ...
+/// let plain = merge(layer.valid())?;
+/// # drop(plain);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn merge<M: Module>(model: M) -> Result<M, MergeError> {
     let walked = walk(&model);
     let adapted: HashSet<_> = walked
@@ -49,7 +69,7 @@ pub fn merge<M: Module>(model: M) -> Result<M, MergeError> {
     if adapted.is_empty() {
         return Err(MergeError::NotAdapted);
     }
-    // Multiplicative dropout off, so that a training model merges what it means.
+    // Multiplicative dropout is turned off: a model in training would merge without the blocks that it happens to drop.
     let merged = rewrite(
         model,
         |_| Edit::default(),
@@ -69,9 +89,27 @@ pub fn merge<M: Module>(model: M) -> Result<M, MergeError> {
     }
 }
 
-/// Removes every adapter; the base weights are those from before the injection.
+/// Removes every adapter. The base weights are the ones from before the injection, bit for bit.
 ///
-/// What was frozen stays frozen, and trained biases and modules to save keep their trained values.
+/// Parameters that were frozen stay frozen, and trained biases and modules to save keep what they have learned. To get
+/// back the model as it was before training, keep a clone of it; clones share their tensors.
+///
+/// # Examples
+///
+/// ```
+/// use burn::nn::LinearConfig;
+/// use burn_boft::{OftConfig, inject, summary, unload};
+///
+/// # let device = burn::tensor::Device::flex();
+/// let layer = LinearConfig::new(64, 32).init(&device);
+/// let weight = layer.weight.val();
+/// let adapted = inject(layer, OftConfig::new().with_target_modules("all-linear"))?;
+/// assert_eq!(summary(&adapted).layers.len(), 1);
+/// let plain = unload(adapted);
+/// assert!(summary(&plain).layers.is_empty());
+/// assert_eq!(plain.weight.val().into_data(), weight.into_data());
+/// # Ok::<(), burn_boft::model::InjectError>(())
+/// ```
 pub fn unload<M: Module>(model: M) -> M {
     let walked = walk(&model);
     let bases = walked
@@ -84,8 +122,12 @@ pub fn unload<M: Module>(model: M) -> M {
 
 /// Scales every `Q` of a COFT adapter back to the radius, as PEFT does before each forward pass.
 ///
-/// Call it after an optimizer step. The forward pass never leaves the radius either way; this keeps the
-/// stored numbers inside it too. Adapters without a radius are left alone.
+/// Call it after an optimizer step. The forward pass stays within the radius even without it; this keeps the stored
+/// numbers within it as well. Adapters without a radius are not changed.
+///
+/// # References
+///
+/// Qiu et al., *Controlling Text-to-Image Diffusion by Orthogonal Finetuning*: constrained orthogonal finetuning.
 pub fn project<M: Module>(model: M) -> M {
     let walked = walk(&model);
     let bounded = walked
@@ -101,7 +143,7 @@ pub fn project<M: Module>(model: M) -> M {
     set_tensors(model, projected)
 }
 
-/// Sets tensors by path; nothing else changes.
+/// Sets the tensors of the parameters at these paths. Nothing else changes.
 fn set_tensors<M: Module>(model: M, mut tensors: HashMap<String, DispatchTensor>) -> M {
     let edit = |path: &Path| Edit {
         numbers: tensors.remove(path.full()).map(Numbers::Tensor),

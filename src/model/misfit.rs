@@ -1,4 +1,4 @@
-//! Why a model is not adapted: [`Misfit`], and [`InjectError`] with all of them.
+//! Why a model cannot be adapted: [`Misfit`], one reason, and [`InjectError`], all of them.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::{self, Display, Formatter};
@@ -7,39 +7,39 @@ use super::candidates::Unsupported;
 use crate::rotation::{RotationError, named};
 use crate::select::PatternError;
 
-/// How many layers a message names before it only counts them.
+/// How many layers a message names before it only counts the rest.
 const NAMED: usize = 3;
 
-/// One reason why an injection is refused.
+/// One reason why [`inject`](crate::inject()) refuses a configuration for a model.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Misfit {
-    /// The configuration gives a layer no rotation, or works in no layer.
+    /// The configuration cannot rotate a layer, or any layer at all.
     #[error(transparent)]
     Rotation(#[from] RotationError),
-    /// A pattern that cannot be used.
+    /// A regular expression in the settings cannot be used.
     #[error(transparent)]
     Pattern(#[from] PatternError),
-    /// No targets are set.
+    /// `target_modules` is not set.
     #[error("target_modules is not set; name the layers to adapt, or use \"all-linear\"")]
     NoTargetSetting,
-    /// The targets match no layer that is not excluded.
+    /// `target_modules` selects no layer, or only layers that are excluded.
     #[error(
         "target_modules {targets} match none of the {layers} linear and convolution layers{}{}",
         excluded_count(excluded),
         it_has(nearest)
     )]
     NoTarget {
-        /// The setting, in words.
+        /// The setting as a message shows it.
         targets: String,
-        /// How many layers could carry an adapter.
+        /// How many layers of the model can carry an adapter.
         layers: usize,
-        /// How many of them `exclude_modules` or `modules_to_save` took out.
+        /// How many of them `exclude_modules` or `modules_to_save` excludes.
         excluded: usize,
         /// Layers with similar names.
         nearest: Vec<String>,
     },
-    /// A target name that selects nothing in the model.
+    /// A name in `target_modules` selects nothing in the model.
     #[error(
         "target_modules names `{name}`, which selects nothing in the model{}; correct or remove the name, or set \
          allow_absent_targets",
@@ -51,7 +51,7 @@ pub enum Misfit {
         /// Layers with similar names.
         nearest: Vec<String>,
     },
-    /// A target that no adapter exists for.
+    /// `target_modules` selects a module that cannot be adapted.
     #[error("target_modules selects {}, {reason}; leave it out", named(path))]
     UnsupportedTarget {
         /// The module.
@@ -59,7 +59,7 @@ pub enum Misfit {
         /// Why it cannot be adapted.
         reason: Unsupported,
     },
-    /// A target name whose layers are all outside of `layers_to_transform`.
+    /// A name in `target_modules` selects only layers that `layers_to_transform` leaves out.
     #[error(
         "target_modules names `{name}`, and layers_to_transform leaves out {}; correct the indices or \
          layers_pattern, or give full paths",
@@ -71,7 +71,7 @@ pub enum Misfit {
         /// How many layers it selects.
         layers: usize,
     },
-    /// A module to save that the model does not have.
+    /// A name in `modules_to_save` is not the name of a module with parameters.
     #[error(
         "modules_to_save names `{name}`, which the model does not have{}",
         it_has(nearest)
@@ -82,7 +82,7 @@ pub enum Misfit {
         /// Modules with similar names.
         nearest: Vec<String>,
     },
-    /// The model carries a reparameterization already.
+    /// A parameter already carries an adapter, or another of what Burn calls reparameterizations.
     #[error(
         "`{path}` already carries the reparameterization `{name}`, and Burn keeps one per parameter; \
          merge or unload it first"
@@ -93,7 +93,7 @@ pub enum Misfit {
         /// The name of what it carries.
         name: String,
     },
-    /// A quantized weight would have to be rewritten.
+    /// A target has a quantized weight, and the rotated weight could not be stored in its place.
     #[error(
         "the weight of {} is quantized, and rotating it would rewrite it; inject into the float model and \
          quantize the base afterwards, or exclude the layer",
@@ -106,7 +106,7 @@ pub enum Misfit {
 }
 
 impl Misfit {
-    /// The path of the layer that it is about, where it is about one.
+    /// The path of the layer that it is about; none if it is about the settings.
     fn path_mut(&mut self) -> Option<&mut String> {
         match self {
             Self::Rotation(error) => error.path_mut(),
@@ -138,7 +138,7 @@ fn all_of(layers: &usize) -> String {
     }
 }
 
-/// Similar names that the model has, for the end of a message.
+/// The end of a message: similar names that the model does have.
 pub(crate) fn it_has(nearest: &[String]) -> String {
     match nearest {
         [] => String::new(),
@@ -146,9 +146,22 @@ pub(crate) fn it_has(nearest: &[String]) -> String {
     }
 }
 
-/// Why [`inject`](crate::inject()) or [`plan`](crate::plan()) refuses: every misfit of the model and the settings.
+/// Why [`inject`](crate::inject()) or [`plan`](crate::plan()) refuses: every misfit of the settings and the model.
 ///
-/// `Display` has one line per misfit; layers with the same misfit share a line.
+/// `Display` prints one line per misfit. Layers with the same misfit share a line.
+///
+/// # Examples
+///
+/// ```
+/// use burn::nn::LinearConfig;
+/// use burn_boft::model::Misfit;
+/// use burn_boft::{BoftConfig, plan};
+///
+/// # let device = burn::tensor::Device::flex();
+/// let layer = LinearConfig::new(100, 10).init(&device);
+/// let error = plan(&layer, BoftConfig::new().with_block_size(12)).unwrap_err();
+/// assert!(matches!(error.misfits(), [Misfit::NoTargetSetting]));
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct InjectError {
     misfits: Vec<Misfit>,
@@ -159,12 +172,12 @@ impl InjectError {
         Self { misfits }
     }
 
-    /// What does not fit, in the model's order.
+    /// What does not fit: first the settings, then the layers in the model's order.
     pub fn misfits(&self) -> &[Misfit] {
         &self.misfits
     }
 
-    /// The lines of the message: a misfit, and the other layers that have the same one.
+    /// The lines of the message: each a misfit, and the paths of other layers with the same one.
     fn lines(&self) -> Vec<(&Misfit, Vec<String>)> {
         let mut lines: Vec<(&Misfit, Vec<String>)> = Vec::new();
         let mut line_of = HashMap::new();
@@ -212,10 +225,10 @@ impl Display for InjectError {
 
 impl std::error::Error for InjectError {}
 
-/// Up to three candidates whose names are most like a name, each in backticks.
+/// Up to three candidates whose names are most similar to a name, each in backticks.
 ///
-/// Names are compared by as many last components as the name has, and of the candidates that end alike the first is
-/// given: `q_proj` finds one `…query`, not the queries of every layer.
+/// Only the last components are compared, as many as the name has. Of several candidates with the same ending, the first
+/// one stands for all: `q_proj` finds one `…query`, and not those of every layer.
 pub(crate) fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Vec<String> {
     let components = name.split('.').count();
     let mut first_of = BTreeMap::new();

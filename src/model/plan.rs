@@ -14,9 +14,11 @@ use crate::select::{Decision, Selector, endings};
 
 /// Shows what [`inject`](crate::inject()) would do, without doing it.
 ///
+/// The result lists every layer with the sizes that it would get, and prints as a table.
+///
 /// # Errors
 ///
-/// As [`inject`](crate::inject()).
+/// The same as [`inject`](crate::inject()): every misfit of the settings and the model at once.
 ///
 /// # Examples
 ///
@@ -45,21 +47,21 @@ pub fn plan<M: Module>(
     Preparation::new(&walk(model), &config.into()).map(|preparation| preparation.plan)
 }
 
-/// One layer of an [`InjectPlan`].
+/// One layer of an [`InjectPlan`]: what its adapter would be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LayerPlan {
-    /// The layer's dotted path.
+    /// The dotted path of the layer, which is empty if the model itself is the layer.
     pub path: String,
-    /// Linear or convolution.
+    /// Whether it is linear or a convolution.
     pub kind: LayerKind,
-    /// Shape of the weight as Burn holds it.
+    /// The shape of its weight in Burn.
     pub shape: Vec<usize>,
-    /// The rotation's sizes.
+    /// The sizes of the rotation.
     pub butterfly: ButterflyPlan,
-    /// Whether a scale is trained.
+    /// Whether a scale per output channel is trained.
     pub scale: bool,
-    /// The block size that was asked for, where OFT adjusted it.
+    /// The block size that the configuration asks for, if OFT adjusts it to another one.
     pub adjusted_from: Option<usize>,
 }
 
@@ -75,7 +77,7 @@ impl LayerPlan {
         }
     }
 
-    /// Trained numbers of the adapter: packed skew, and scale.
+    /// How many numbers of the adapter are trained: those of the skew and those of the scale.
     pub fn parameters(&self) -> usize {
         let skew: usize = self.butterfly.skew_shape().iter().product();
         match self.scale {
@@ -85,21 +87,21 @@ impl LayerPlan {
     }
 }
 
-/// What [`inject`](crate::inject()) would do, made by [`plan`]. `Display` is a table.
+/// What [`inject`](crate::inject()) would do, as [`plan`] found it. `Display` prints a table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct InjectPlan {
-    /// The adapted layers, in the model's order.
+    /// The layers that would be adapted, in the model's order.
     pub layers: Vec<LayerPlan>,
-    /// Paths of the parameters trained beside them: biases and modules to save.
+    /// Paths of the parameters that would be trained in addition: biases, and parts of modules to save.
     pub trained: Vec<String>,
-    /// Whether the model lives on a device with autodiff. If not, call [`Module::train`] on the injected model before
+    /// Whether the model is on a device with autodiff. If not, call [`Module::train`] on the injected model before
     /// the first backward pass.
     pub is_autodiff: bool,
 }
 
 impl InjectPlan {
-    /// Trained numbers of all adapters.
+    /// How many numbers of all adapters are trained.
     pub fn parameters(&self) -> usize {
         self.layers.iter().map(LayerPlan::parameters).sum()
     }
@@ -155,13 +157,18 @@ impl Display for InjectPlan {
     }
 }
 
-/// A plan that fits, with the rotation of each of its layers.
+/// A plan, and the rotation of each of its layers.
 pub(crate) struct Preparation {
     pub(crate) plan: InjectPlan,
     pub(crate) rotations: Vec<Rotation>,
 }
 
 impl Preparation {
+    /// Finds the layers that a configuration means in a model, and their rotations.
+    ///
+    /// # Errors
+    ///
+    /// Every misfit at once.
     pub(crate) fn new(walk: &Walk, config: &AdapterConfig) -> Result<Self, InjectError> {
         let selection = config.selection();
         let method = Method::unchecked(config);
@@ -223,6 +230,7 @@ fn into_misfits<E: Into<Misfit>>(errors: Vec<E>) -> impl Iterator<Item = Misfit>
     errors.into_iter().map(Into::into)
 }
 
+/// The parameters that already carry something.
 fn already_adapted(walk: &Walk) -> impl Iterator<Item = Misfit> {
     walk.parameters.iter().filter_map(|parameter| {
         let attached = parameter.attached.as_ref()?;
@@ -233,7 +241,7 @@ fn already_adapted(walk: &Walk) -> impl Iterator<Item = Misfit> {
     })
 }
 
-/// The entries of `modules_to_save` that are the ending of no module with parameters.
+/// The entries of `modules_to_save` that no module with parameters ends with.
 fn unknown_modules_to_save(selection: &Selection, walk: &Walk) -> Vec<Misfit> {
     if selection.modules_to_save.is_empty() {
         return Vec::new();
@@ -252,7 +260,7 @@ fn unknown_modules_to_save(selection: &Selection, walk: &Walk) -> Vec<Misfit> {
     unknown.map(misfit).collect()
 }
 
-/// The biases and parts of modules that are trained beside adapters of these layers, in the model's order.
+/// The biases and parts of modules that are trained in addition to adapters of these layers, in the model's order.
 pub(crate) fn trained<'a>(
     selector: &Selector,
     walk: &'a Walk,
@@ -270,9 +278,11 @@ struct Targets<'a> {
     selector: &'a Selector,
     /// What the names in `target_modules` have selected so far.
     uses: HashMap<&'a str, Uses>,
-    /// Layers that could carry an adapter, and how many of them are targets or excluded.
+    /// Layers that can carry an adapter.
     layers: Vec<String>,
+    /// How many of them are targets.
     targets: usize,
+    /// How many of them are excluded.
     excluded: usize,
     misfits: Vec<Misfit>,
 }
@@ -280,11 +290,11 @@ struct Targets<'a> {
 /// What one name in `target_modules` selects.
 #[derive(Default)]
 struct Uses {
-    /// Layers that are adapted, or excluded on purpose.
+    /// How many layers are adapted, or excluded on purpose.
     selected: usize,
-    /// Layers outside of `layers_to_transform`.
+    /// How many layers `layers_to_transform` leaves out.
     outside: usize,
-    /// The first module that no adapter exists for.
+    /// The first module that cannot be adapted, with the reason.
     unsupported: Option<(String, Unsupported)>,
 }
 
@@ -327,7 +337,7 @@ impl<'a> Targets<'a> {
                 Err(reason) => reason,
             };
             match reason {
-                // The layer's weight says what the layer is.
+                // What is to be said about the layer is said for its weight.
                 Unsupported::NotTheWeight { .. } => {}
                 Unsupported::TakenOut => self.count(path, Decision::Excluded),
                 Unsupported::Type { .. } => self.note(path, reason),
@@ -357,6 +367,7 @@ impl<'a> Targets<'a> {
         Ok(found)
     }
 
+    /// Counts a layer, and notes that the names which select it have done so.
     fn count(&mut self, path: &str, decision: Decision) {
         match decision {
             Decision::Target => self.targets += 1,
@@ -373,7 +384,7 @@ impl<'a> Targets<'a> {
         }
     }
 
-    /// Notes for the names that select it that a module cannot be adapted.
+    /// Notes that the module at `path` cannot be adapted, for every name that selects it.
     fn note(&mut self, path: &str, reason: Unsupported) {
         for name in self.selector.names_of(path) {
             if let Some(uses) = self.uses.get_mut(name) {
@@ -398,7 +409,7 @@ impl<'a> Targets<'a> {
         let before = misfits.len();
         for name in names {
             let Some(uses) = self.uses.remove(name.as_str()) else {
-                continue; // The list repeats a name.
+                continue; // The list has this name twice.
             };
             match uses {
                 Uses { selected: 1.., .. } => {}

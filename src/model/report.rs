@@ -1,4 +1,4 @@
-//! What an adapted model is: [`summary`] counts it, [`diagnose`] measures its rotations.
+//! Reports about an adapted model: [`summary`] counts its parameters, [`diagnose`] measures its rotations.
 
 use std::fmt::{self, Display, Formatter};
 
@@ -10,13 +10,13 @@ use crate::config::LayerKind;
 use crate::ops::{Blocks, Direction, Side, upper_triangle, widen};
 use crate::rotation::{ButterflyPlan, Rotation};
 
-/// Parameter counts of a model, made by [`summary`]. `Display` is PEFT's line.
+/// How many parameters a model has, as [`summary`] counted them. `Display` prints the line that PEFT prints.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Summary {
-    /// Numbers that training changes.
+    /// How many numbers training changes.
     pub trainable: usize,
-    /// All numbers, adapters included.
+    /// How many numbers there are, including those of adapters.
     pub total: usize,
     /// One row per adapted layer, in the model's order.
     pub layers: Vec<LayerSummary>,
@@ -26,23 +26,23 @@ pub struct Summary {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LayerSummary {
-    /// The layer's dotted path.
+    /// The dotted path of the layer.
     pub path: String,
-    /// The rotation's sizes.
+    /// The sizes of the rotation.
     pub butterfly: ButterflyPlan,
-    /// Numbers of the adapter, which are its degrees of freedom: packed skew, and scale.
+    /// How many numbers the adapter has: those of the skew and those of the scale. They are its degrees of freedom.
     pub effective: usize,
-    /// Numbers that PEFT stores for the same adapter: its BOFT keeps full squares.
+    /// How many numbers PEFT stores for the same adapter. Its BOFT stores whole squares instead of triangles.
     pub stored_by_peft: usize,
 }
 
 impl Summary {
-    /// Numbers of all adapters: their degrees of freedom.
+    /// How many numbers all adapters have together, which are their degrees of freedom.
     pub fn effective(&self) -> usize {
         self.layers.iter().map(|layer| layer.effective).sum()
     }
 
-    /// Numbers that PEFT stores for the same adapters.
+    /// How many numbers PEFT stores for the same adapters.
     pub fn stored_by_peft(&self) -> usize {
         self.layers.iter().map(|layer| layer.stored_by_peft).sum()
     }
@@ -59,6 +59,7 @@ impl Display for Summary {
     }
 }
 
+/// `1,234,567`.
 fn thousands(number: usize) -> String {
     let digits = number.to_string();
     let groups: Vec<_> = digits
@@ -70,9 +71,25 @@ fn thousands(number: usize) -> String {
     groups.join(",")
 }
 
-/// Counts the parameters of a model.
+/// Counts the parameters of a model, as PEFT's `print_trainable_parameters` does.
 ///
-/// Trainable is what [`Module::train`] would make trainable, so a model and its `valid()` count alike.
+/// A parameter counts as trainable if it is after [`Module::train`], so a model and its `valid()` have the same counts.
+///
+/// # Examples
+///
+/// ```
+/// use burn::nn::LinearConfig;
+/// use burn_boft::{OftConfig, inject, summary};
+///
+/// # let device = burn::tensor::Device::flex().autodiff();
+/// let layer = LinearConfig::new(64, 32).with_bias(false).init(&device);
+/// let layer = inject(layer, OftConfig::new().with_block_size(8).with_target_modules("all-linear"))?;
+/// assert_eq!(
+///     summary(&layer).to_string(),
+///     "trainable params: 224 || all params: 2,272 || trainable%: 9.8592"
+/// );
+/// # Ok::<(), burn_boft::model::InjectError>(())
+/// ```
 pub fn summary<M: Module>(model: &M) -> Summary {
     let walk = walk(model);
     let mut summary = Summary {
@@ -101,7 +118,7 @@ pub fn summary<M: Module>(model: &M) -> Summary {
     summary
 }
 
-/// Measurements of every rotation of a model, made by [`diagnose`]. `Display` is a table.
+/// Measurements of every rotation of a model, as [`diagnose`] made them. `Display` prints a table.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Diagnosis {
@@ -113,17 +130,18 @@ pub struct Diagnosis {
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct LayerDiagnosis {
-    /// The layer's dotted path.
+    /// The dotted path of the layer.
     pub path: String,
-    /// `max|RᵀR − I|`.
+    /// The orthogonality defect, `max|RᵀR − I|`: 0 for a rotation, up to rounding.
     pub orthogonality_defect: f64,
-    /// `‖Q‖₂`, the largest over all blocks.
+    /// The largest `‖Q‖₂` of all blocks: 0 before training.
     pub skew_norm: f64,
-    /// The largest angle by which one block turns a plane, in radians: `2·atan ‖Q‖₂` for an exact block.
+    /// The largest angle by which a block turns a plane, in radians: `2·atan ‖Q‖₂` for the exact map.
     pub largest_angle: f64,
-    /// Hyperspherical energy `Σ_{i≠j} ‖ŵ_i − ŵ_j‖⁻¹` of the base's output neurons.
+    /// The hyperspherical energy `Σ_{i≠j} ‖ŵ_i − ŵ_j‖⁻¹` of the base, where `ŵ_i` are the normalised weights of output
+    /// neuron `i`. It is large where neurons point in similar directions.
     pub energy_before: f64,
-    /// The same of the rotated weight. An orthogonal rotation keeps it.
+    /// The hyperspherical energy of the rotated weight. An orthogonal rotation does not change it.
     pub energy_after: f64,
 }
 
@@ -157,13 +175,31 @@ impl Display for Diagnosis {
     }
 }
 
-/// Measures every rotation of a model, multiplicative dropout off.
+/// Measures every rotation of a model, without multiplicative dropout.
+///
+/// The energy takes `d_output²·d_input` multiplications for each layer, on the model's device.
 ///
 /// # Numerics
 ///
-/// Numbers that are not finite make measurements that are NaN.
+/// The measurements run in f32, or in f64 for an f64 base. If an adapter holds NaN or infinity, its measurements are NaN.
 ///
-/// The energy costs `d_output²·d_input` multiplications per layer, on the model's device.
+/// # Examples
+///
+/// ```
+/// use burn::nn::LinearConfig;
+/// use burn_boft::{BoftConfig, Init, diagnose, inject};
+///
+/// # let device = burn::tensor::Device::flex();
+/// let config = BoftConfig::new()
+///     .with_target_modules("all-linear")
+///     .with_init(Init::Random { seed: 7 });
+/// let layer = inject(LinearConfig::new(64, 32).init(&device), config)?;
+/// let measured = diagnose(&layer);
+/// assert!(measured.layers[0].orthogonality_defect < 1e-6);
+/// assert!(measured.layers[0].largest_angle > 0.0);
+/// println!("{measured}");
+/// # Ok::<(), burn_boft::model::InjectError>(())
+/// ```
 ///
 /// # References
 ///
@@ -185,7 +221,7 @@ pub fn diagnose<M: Module>(model: &M) -> Diagnosis {
     }
 }
 
-/// The weight as a matrix in f32 or wider.
+/// The weight as a `[d_input, d_output]` matrix in f32 or wider.
 fn matrix<const D: usize>(base: Tensor<D>, kind: LayerKind) -> Tensor<2> {
     let base = match base.dtype() {
         DType::QFloat(_) => base.dequantize(),
@@ -218,7 +254,7 @@ fn diagnose_layer(
     }
 }
 
-/// `max|RᵀR − I|`.
+/// The orthogonality defect, `max|RᵀR − I|`.
 pub(crate) fn defect(blocks: &Blocks) -> f64 {
     let rotation = blocks.spans();
     let [_, span, _] = rotation.dims();
@@ -229,7 +265,7 @@ pub(crate) fn defect(blocks: &Blocks) -> f64 {
     defect.into_scalar::<f64>()
 }
 
-/// The largest `‖Q‖₂` of the blocks that a layer computes with.
+/// The largest `‖Q‖₂` of the blocks that a layer computes with, which COFT may have scaled back.
 pub(crate) fn norm(rotation: &Rotation, skew: Tensor<3>) -> f64 {
     skew_norm(&rotation.project(skew), rotation.sizes().block_size())
 }
@@ -249,7 +285,8 @@ fn skew_norm(skew: &Tensor<3>, b: usize) -> f64 {
         result
     };
     let block_norm = |packed: &[f64]| {
-        // No start is orthogonal to the plane looked for but by accident; this one has no pattern.
+        // Only a start that is orthogonal to the plane of the largest norm would fail. This one has no pattern that a
+        // plane could share.
         let mut vector: Vec<f64> = (0..b).map(|i| 1.0 + 0.1 * (1.7 * i as f64).sin()).collect();
         let mut length = 0.0;
         for _ in 0..STEPS {
@@ -263,7 +300,7 @@ fn skew_norm(skew: &Tensor<3>, b: usize) -> f64 {
         }
         length
     };
-    // `f64::max` would pass over NaN.
+    // `f64::max` would ignore NaN.
     let larger = |a: f64, b: f64| if b > a || b.is_nan() { b } else { a };
     numbers
         .chunks(b * (b - 1) / 2)
@@ -271,13 +308,13 @@ fn skew_norm(skew: &Tensor<3>, b: usize) -> f64 {
         .fold(0.0, larger)
 }
 
-/// `Σ_{i≠j} ‖ŵ_i − ŵ_j‖⁻¹` over the normalised columns.
+/// The hyperspherical energy, `Σ_{i≠j} ‖ŵ_i − ŵ_j‖⁻¹` over the normalised columns.
 fn energy(weight: Tensor<2>) -> f64 {
     let [_, columns] = weight.dims();
     let norm = weight.clone().square().sum_dim(0).sqrt().clamp_min(1e-12);
     let unit = weight / norm;
     let cosines = unit.clone().transpose().matmul(unit);
-    // The distance of a column to itself is set to one and taken out of the sum again.
+    // The distance of a column to itself is set to one, and these ones are subtracted from the sum.
     let identity = Tensor::<2>::eye(columns, &cosines.device());
     let identity = identity.cast(FloatDType::from(cosines.dtype()));
     let squares = (cosines * -2.0 + 2.0).clamp_min(1e-12);

@@ -1,8 +1,8 @@
 //! The only traversal of a module: [`walk`] reads a model into a list, [`rewrite`] changes one by path.
 //!
-//! Burn shows a traversal one parameter after the other, each with its rank as a constant, and an adapter's parts
-//! after the weight that carries them. The list puts together what belongs together, so that every verb on a model
-//! is a function of it.
+//! Burn shows a traversal one parameter after the other, each with its rank as a constant, and the parts of an adapter
+//! after the weight that carries it. The list puts together what belongs together, so that every verb on a model is a
+//! function of this list.
 
 use std::collections::HashMap;
 
@@ -16,7 +16,7 @@ use crate::rotation::{Rotation, Values};
 /// Burn's container type for the parameters that a reparameterization adds.
 const REPARAMETERIZATION: &str = "Reparameterization";
 
-/// Normalisation layers of Burn; their `beta` is what PyTorch calls a bias.
+/// The normalisation layers of Burn. What they call `beta` is a bias in PyTorch.
 const NORMS: [&str; 5] = [
     "LayerNorm",
     "BatchNorm",
@@ -25,24 +25,24 @@ const NORMS: [&str; 5] = [
     "RmsNorm",
 ];
 
-/// Reads a model.
+/// Reads a model: one pass over its parameters, whose numbers are not copied.
 pub(crate) fn walk<M: Module>(model: &M) -> Walk {
     let mut walker = Walker::default();
     model.visit(&mut walker);
     walker.walk
 }
 
-/// Everything that a model holds, in its own order.
+/// Everything that a model holds, in the order in which it holds it.
 #[derive(Default)]
 pub(crate) struct Walk {
-    /// Every float parameter and buffer outside of reparameterizations.
+    /// Every float parameter and buffer, without the parameters of adapters, which are with the weight that carries them.
     pub(crate) parameters: Vec<Parameter>,
-    /// Every module outside of reparameterizations, parents before children; the model itself has the path `""`.
+    /// Every module, parents before their children, without adapters. The model itself has the path `""`.
     pub(crate) modules: Vec<ModuleInfo>,
 }
 
 impl Walk {
-    /// The parameters that carry one of our adapters, with it.
+    /// The parameters that carry an adapter of this crate, with the adapter and what it computes.
     pub(crate) fn adapted(&self) -> impl Iterator<Item = (&Parameter, &Attached, &Rotation)> {
         self.parameters.iter().filter_map(|parameter| {
             let attached = parameter.attached.as_ref()?;
@@ -67,30 +67,30 @@ impl Walk {
     }
 }
 
-/// A module of a model.
+/// One module of a model.
 pub(crate) struct ModuleInfo {
     pub(crate) path: String,
-    /// Its type as Burn names it, without the kind of container: `Linear`, `Vec`.
+    /// The name of its type, such as `Linear` or `Vec`.
     pub(crate) type_name: String,
     /// The names of its fields that are modules or parameters.
     pub(crate) fields: Vec<String>,
-    /// Whether it or a module in it has a float parameter.
+    /// Whether the module, or one that it contains, has a float parameter.
     pub(crate) holds_parameters: bool,
 }
 
-/// A float parameter, or a buffer that the model shows like one.
+/// A float parameter, or a buffer, which Burn shows like one.
 pub(crate) struct Parameter {
     path: String,
-    /// Where the owner's path ends in `path`.
+    /// How much of `path` is the path of the module that owns the parameter.
     owner_end: usize,
     owner_type: String,
     pub(crate) stored: Stored,
-    /// The reparameterization that it carries.
+    /// What is attached to it.
     pub(crate) attached: Option<Attached>,
 }
 
 impl Parameter {
-    /// Its dotted path.
+    /// The dotted path.
     pub(crate) fn path(&self) -> &str {
         &self.path
     }
@@ -100,12 +100,12 @@ impl Parameter {
         &self.path[..self.owner_end]
     }
 
-    /// The type of that module.
+    /// The type of the module that owns it.
     pub(crate) fn owner_type(&self) -> &str {
         &self.owner_type
     }
 
-    /// Its name in that module.
+    /// The name in the module that owns it: the last component of the path.
     pub(crate) fn name(&self) -> &str {
         last_component(&self.path)
     }
@@ -114,12 +114,12 @@ impl Parameter {
         NORMS.contains(&self.owner_type())
     }
 
-    /// Whether it is a bias, or what PyTorch calls one.
+    /// Whether PyTorch would call it a bias.
     pub(crate) fn is_bias(&self) -> bool {
         self.name() == "bias" || (self.name() == "beta" && self.is_of_norm())
     }
 
-    /// Its name in PyTorch's module.
+    /// The name that PyTorch has for it.
     pub(crate) fn torch_name(&self) -> &str {
         match self.name() {
             "gamma" if self.is_of_norm() => "weight",
@@ -129,44 +129,44 @@ impl Parameter {
         }
     }
 
-    /// Whether PyTorch's tensor is the transpose.
+    /// Whether PyTorch stores the transpose of it, as it does for the weight of a linear layer.
     pub(crate) fn is_transposed(&self) -> bool {
         self.owner_type() == "Linear" && self.name() == "weight"
     }
 
-    /// Whether it is a running statistic, which is a buffer.
+    /// Whether it is a running statistic of a batch norm, which is a buffer and not a parameter.
     pub(crate) fn is_statistic(&self) -> bool {
         self.owner_type() == "BatchNorm" && matches!(self.name(), "running_mean" | "running_var")
     }
 
-    /// Whether it is the running mean of a norm, beside which PyTorch counts the batches.
+    /// Whether it is the running mean of a batch norm. PyTorch has a count of batches beside it.
     pub(crate) fn counts_batches(&self) -> bool {
         self.is_statistic() && self.name() == "running_mean"
     }
 }
 
-/// The reparameterization of a parameter.
+/// What is attached to a parameter, which Burn calls a reparameterization: an adapter of this crate, or another one.
 pub(crate) struct Attached {
-    /// Its name in Burn, which is its level in the paths of its parts.
+    /// Its name in Burn, such as `boft` or `lora`. It is a component of the paths of its parameters.
     pub(crate) name: String,
-    /// What the adapter computes, where it is one of ours.
+    /// What it computes; none if it is not an adapter of this crate.
     pub(crate) rotation: Option<Rotation>,
-    /// Its parameters with their full paths.
+    /// Its own parameters, with their full paths.
     pub(crate) parts: Vec<(String, Stored)>,
 }
 
 impl Attached {
-    /// The stored skew-symmetric numbers.
+    /// The skew, as it is stored.
     pub(crate) fn skew(&self) -> Option<&Stored> {
         self.part("skew").map(|(_, stored)| stored)
     }
 
-    /// The stored scale.
+    /// The scale, as it is stored; none if no scale is trained.
     pub(crate) fn scale(&self) -> Option<&Stored> {
         self.part("scale").map(|(_, stored)| stored)
     }
 
-    /// A part by its name, with its path.
+    /// One of its own parameters by name, with its path.
     pub(crate) fn part(&self, name: &str) -> Option<(&str, &Stored)> {
         let mut parts = self.parts.iter();
         let (path, stored) = parts.find(|(path, _)| last_component(path) == name)?;
@@ -174,7 +174,8 @@ impl Attached {
     }
 }
 
-/// A parameter of any rank, shared with the model and not initialized before it is asked for its numbers.
+/// The tensor of a parameter, whatever its rank. It is shared with the model. A parameter that Burn initializes lazily is
+/// not initialized before somebody asks for its numbers.
 pub(crate) struct Stored(Box<dyn AnyParam>);
 
 impl Stored {
@@ -190,17 +191,21 @@ impl Stored {
         self.0.is_autodiff()
     }
 
-    /// Whether training changes it, also where it lives on a device without autodiff.
+    /// Whether training changes it, or would after `train()` if the model is on a device without autodiff.
     pub(crate) fn is_trainable(&self) -> bool {
         self.0.is_trainable()
     }
 
-    /// The stored tensor, of the rank that the caller knows it has.
+    /// The stored tensor.
+    ///
+    /// # Panics
+    ///
+    /// - If its rank is not `D`.
     pub(crate) fn tensor<const D: usize>(&self) -> Tensor<D> {
         Tensor::from_dispatch(self.0.base())
     }
 
-    /// The stored tensor whatever its rank.
+    /// The stored tensor without its rank.
     pub(crate) fn base(&self) -> DispatchTensor {
         self.0.base()
     }
@@ -210,13 +215,13 @@ impl Stored {
         self.0.is_finite()
     }
 
-    /// Its numbers on the host.
+    /// The numbers, copied to the host.
     pub(crate) fn data(&self) -> TensorData {
         self.0.data()
     }
 }
 
-/// What a [`Param`] of a tensor offers whatever its rank.
+/// What the [`Param`] of a tensor can do whatever the rank of the tensor.
 trait AnyParam {
     fn shape(&self) -> Vec<usize>;
     fn dtype(&self) -> DType;
@@ -243,7 +248,7 @@ impl<const D: usize> AnyParam for Param<Tensor<D>> {
     fn is_trainable(&self) -> bool {
         match self.is_autodiff() {
             true => Param::base(self).is_require_grad(),
-            // What training will change is known to Burn alone on a plain device.
+            // On a plain device only Burn knows what training would change, so it is asked by way of `train`.
             false => Param::base(&self.clone().train()).is_require_grad(),
         }
     }
@@ -253,7 +258,7 @@ impl<const D: usize> AnyParam for Param<Tensor<D>> {
     }
 
     fn is_finite(&self) -> bool {
-        // Zero times a number is zero; times NaN or infinity it is NaN.
+        // Zero times a finite number is zero, and times NaN or infinity it is NaN. So one sum answers for all.
         let sum: f64 = (Param::base(self) * 0.0).sum().into_scalar();
         sum == 0.0
     }
@@ -263,18 +268,19 @@ impl<const D: usize> AnyParam for Param<Tensor<D>> {
     }
 }
 
+/// `c` of `a.b.c`.
 fn last_component(path: &str) -> &str {
     path.rsplit_once('.').map_or(path, |(_, name)| name)
 }
 
-/// A container type without its kind: `Linear` of `Struct:Linear`.
+/// A container type of Burn without its kind: `Linear` of `Struct:Linear`.
 fn type_name(container: &str) -> &str {
     container
         .rsplit_once(':')
         .map_or(container, |(_, name)| name)
 }
 
-/// The dotted path of a traversal.
+/// Where a traversal is: the dotted path, and the types around it.
 #[derive(Default)]
 pub(crate) struct Path {
     text: String,
@@ -282,11 +288,11 @@ pub(crate) struct Path {
 }
 
 struct Level {
-    /// Where the path of the level above ends.
+    /// The length of the path of the level above.
     parent_end: usize,
-    /// The type of the module above.
+    /// The type of the module that this level is a field of.
     container: String,
-    /// The module at this level, once it is known to hold anything.
+    /// The place of the module at this level in [`Walk::modules`], once something in it was met.
     module: Option<usize>,
 }
 
@@ -315,7 +321,7 @@ impl Path {
         &self.text
     }
 
-    /// The path without its last component: the module that owns the parameter.
+    /// The path of the module that owns the parameter: the path without its last component.
     pub(crate) fn owner(&self) -> &str {
         &self.text[..self.owner_end()]
     }
@@ -336,7 +342,7 @@ impl Path {
         container.map_or("", type_name)
     }
 
-    /// Whether this is inside the parameters that a reparameterization adds.
+    /// Whether this is one of the parameters that an adapter, or another reparameterization, has added.
     pub(crate) fn in_reparameterization(&self) -> bool {
         let mut levels = self.levels.iter().rev();
         levels.any(|level| level.container == REPARAMETERIZATION)
@@ -347,13 +353,13 @@ impl Path {
 #[derive(Default)]
 struct Walker {
     path: Path,
-    /// The model itself, once it is known to hold anything.
+    /// The place of the model itself in [`Walk::modules`], once something in it was met.
     root: Option<usize>,
     walk: Walk,
 }
 
 impl Walker {
-    /// The module that owns the level entered last; those around it are known from entering this one.
+    /// The module that owns the level that was entered last. The modules around it were noted when it was entered.
     fn owner(&mut self) -> &mut ModuleInfo {
         let depth = self.path.levels.len();
         let known = match depth.checked_sub(2) {
@@ -373,7 +379,7 @@ impl Walker {
         &mut modules[index]
     }
 
-    /// Notes in every module around a parameter that it holds one.
+    /// Notes in every module around the current parameter that it has one.
     fn mark_holders(&mut self) {
         let around = self.path.levels.iter().rev().skip(1);
         let around = around.map(|level| level.module).chain([self.root]);
@@ -390,7 +396,7 @@ impl ModuleVisitor for Walker {
     fn enter_module(&mut self, name: &str, container: &str) {
         let in_reparameterization = self.path.in_reparameterization();
         if !in_reparameterization && container == REPARAMETERIZATION {
-            // Burn shows the parameter first and its reparameterization next.
+            // Burn shows a parameter, and directly after it what is attached to it.
             if let Some(parameter) = self.walk.parameters.last_mut() {
                 parameter.attached = Some(Attached {
                     name: name.to_string(),
@@ -436,26 +442,26 @@ impl ModuleVisitor for Walker {
     }
 }
 
-/// What [`rewrite`] does to one parameter. What is not set stays.
+/// What [`rewrite`] does to one parameter. Whatever is none stays as it is.
 #[derive(Default)]
 pub(crate) struct Edit {
     /// Whether training changes it.
     pub(crate) trainable: Option<bool>,
-    /// New numbers, in the precision and on the device of the old ones where they come from the host.
+    /// New numbers. Those that come from the host get the precision and the device of the old ones.
     pub(crate) numbers: Option<Numbers>,
-    /// The adapter that it gets.
+    /// The adapter that is attached: what it computes, and the numbers that it starts with.
     pub(crate) adapter: Option<(Rotation, Values)>,
 }
 
 /// New numbers of a parameter.
 pub(crate) enum Numbers {
-    /// From the host.
+    /// Numbers on the host.
     Data(TensorData),
-    /// A tensor of the same rank, shared.
+    /// A tensor of the same rank, which is shared and not copied.
     Tensor(DispatchTensor),
 }
 
-/// Changes every parameter as `edit` says of its path, and every flag that `switch` says something of.
+/// Changes every parameter as `edit` says for its path, and sets every flag for which `switch` has a value.
 pub(crate) fn rewrite<M: Module>(
     model: M,
     edit: impl FnMut(&Path) -> Edit,
@@ -513,6 +519,7 @@ impl<E: FnMut(&Path) -> Edit, S: FnMut(&Path) -> Option<bool>> ModuleMapper for 
     }
 }
 
+/// A tensor of the new numbers that takes the place of the old one, and is trained if the old one was.
 fn replace<const D: usize>(old: Tensor<D>, numbers: Numbers) -> Tensor<D> {
     let require_grad = old.is_require_grad();
     let new = match numbers {
@@ -524,6 +531,6 @@ fn replace<const D: usize>(old: Tensor<D>, numbers: Numbers) -> Tensor<D> {
         }
         Numbers::Tensor(tensor) => Tensor::from_dispatch(tensor),
     };
-    // Detached last: a tensor that requires a gradient keeps that when it is detached.
+    // A detached tensor still requires a gradient if it did before, so the flag is set after detaching.
     new.detach().set_require_grad(require_grad)
 }

@@ -163,7 +163,7 @@ fn a_checkpoint_of_another_base_model_is_refused() {
     };
     let error = restored(&other, 1).unwrap_err().to_string();
     assert!(
-        error.contains("was saved over another base model"),
+        error.contains("was saved with another base model"),
         "{error}"
     );
     assert!(restored(&checkpointer, 2).is_err());

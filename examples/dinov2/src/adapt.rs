@@ -1,4 +1,4 @@
-//! The default job: adapt one model, compare it with a linear probe, save what was trained.
+//! The default job: adapt one model, compare it with a linear probe, and save what was trained.
 
 use std::path::Path;
 
@@ -18,7 +18,7 @@ use crate::model::Dinov2ForImageClassification;
 use crate::progress::Progress;
 use crate::train::{Recipe, logits, predictions, test, train};
 
-/// The file that a run leaves in its output folder: of an adapter of this crate beside its settings.
+/// The file that a run leaves in its output folder. For BOFT and OFT, the settings of the adapter lie beside it.
 const ADAPTER: &str = "adapter_model.safetensors";
 const RECORD: &str = "adapter.bpk";
 
@@ -26,7 +26,7 @@ const RECORD: &str = "adapter.bpk";
 ///
 /// # Errors
 ///
-/// The images, the backbone, the output folder or the sizes cannot be used, or the training stopped.
+/// The images, the backbone, the output folder or the sizes cannot be used, or the training failed.
 pub fn adapt(request: &Adapt, recipe: &Recipe, device: &Device) -> Result<(), Error> {
     let task = read_task(request, recipe.seed)?;
     println!(
@@ -38,7 +38,7 @@ pub fn adapt(request: &Adapt, recipe: &Recipe, device: &Device) -> Result<(), Er
         task.split.test.len(),
     );
 
-    // What can be refused is refused before the first training.
+    // Everything that can be wrong with the input is checked before the first training.
     let Adapt {
         method, backbone, ..
     } = request;
@@ -78,7 +78,7 @@ pub fn adapt(request: &Adapt, recipe: &Recipe, device: &Device) -> Result<(), Er
     check_merged(method, &trained, &task)
 }
 
-/// Trains in sight and says which epoch was kept.
+/// Trains, shows the progress, and says which epoch was kept.
 fn run(
     method: &Method,
     model: Dinov2ForImageClassification,
@@ -117,13 +117,14 @@ pub fn prepare(
 ) -> Result<Dinov2ForImageClassification, Error> {
     device.seed(recipe.seed);
     let model = backbone.load(task.classes.len(), &device.clone().autodiff())?;
-    // Burn draws a parameter when it is first read; the head must come before a method's own draws.
+    // Burn draws the random numbers of a parameter when it is first read, so the head is read here, before a method
+    // draws numbers of its own.
     model.classifier.weight.val();
     model.classifier.bias.as_ref().map(Param::val);
     method.prepare(model)
 }
 
-/// Folds the adapter into the weights and compares what both models say about the test images.
+/// Merges the adapter into the weights, and compares the predictions of both models on the test images.
 fn check_merged(
     method: &Method,
     model: &Dinov2ForImageClassification,
@@ -150,8 +151,8 @@ fn check_merged(
     Ok(())
 }
 
-/// Saves what was trained and nothing of the frozen backbone: an adapter of this crate as PEFT does, under the
-/// names of transformers 5, anything else as a record.
+/// Saves what was trained, and nothing of the frozen backbone. BOFT and OFT are saved in PEFT's format with the names of
+/// transformers 5, and everything else as a record of Burn.
 fn save(
     method: &Method,
     model: &Dinov2ForImageClassification,

@@ -10,7 +10,7 @@ use crate::digits;
 use crate::error::Error;
 use crate::model::{Dinov2Config, Dinov2ForImageClassification, Head, load_safetensors};
 
-/// The backbone of the example; `--pretrain` wrote it.
+/// The backbone that comes with the example, as `--pretrain` wrote it.
 static EMBEDDED: &[u8] = include_bytes!("../data/backbone.safetensors");
 
 /// Register tokens of the published models that have them.

@@ -38,7 +38,7 @@ impl Checkpointer<ModuleRecord> for BestEpoch {
     }
 }
 
-/// Keeps nothing: a run is never resumed, so the states of optimizer and schedule may go.
+/// Keeps nothing. A run is never resumed, so nobody needs the states of the optimizer and the schedule.
 #[derive(Clone, Debug)]
 pub struct Discard;
 

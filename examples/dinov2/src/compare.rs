@@ -22,7 +22,7 @@ const RATES: [f64; 5] = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1];
 /// Neighbours that vote on an old digit.
 const NEIGHBOURS: usize = 5;
 
-/// What a method costs and brings; one entry per seed in the lists.
+/// What a method costs and what it achieves. The lists have one entry per seed.
 struct Row {
     method: Method,
     trainable: usize,
@@ -36,7 +36,7 @@ struct Row {
 ///
 /// # Errors
 ///
-/// The sizes do not fit, or a training stopped.
+/// The sizes do not fit, or a training failed.
 pub fn compare(
     methods: &[Method],
     seeds: u64,
@@ -47,7 +47,7 @@ pub fn compare(
     let first = recipe.seed;
     let task = |seed| digits::digits(digits::NEW).split(seed);
 
-    // All sizes are tried before the first training.
+    // Every method is set up once before the first training, so that wrong sizes are found at once.
     let mut rows = Vec::new();
     for method in methods {
         let model = prepare(method, &Backbone::Embedded, &task(first), recipe, device)?;
@@ -129,7 +129,7 @@ fn best_rate(
     Ok(best)
 }
 
-/// How well the features still tell the old digits apart.
+/// How well the old digits can still be told apart by their features.
 fn kept(model: &Dinov2ForImageClassification, Task { split, format, .. }: &Task) -> f64 {
     let known = features(model, &split.train, format);
     knn::accuracy(&known, &features(model, &split.test, format), NEIGHBOURS)

@@ -4,7 +4,7 @@ use std::ops::RangeInclusive;
 
 use crate::images::{Dataset, Format, Image, Task};
 
-/// The digits that the shipped backbone has seen.
+/// The digits that the backbone of the example has seen.
 pub const OLD: RangeInclusive<u8> = 0..=4;
 /// The digits that it is adapted to.
 pub const NEW: RangeInclusive<u8> = 5..=9;
@@ -39,7 +39,7 @@ pub fn digits(range: RangeInclusive<u8>) -> Dataset {
     }
 }
 
-/// The old digits, always split alike: the shipped backbone has seen this training part.
+/// The old digits. They are always split in the same way, because the backbone has seen the training part.
 pub fn old_task() -> Task {
     digits(OLD).split(0)
 }

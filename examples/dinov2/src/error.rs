@@ -5,7 +5,7 @@ use thiserror::Error;
 
 use crate::model::LoadError;
 
-/// Misfits that a message lists, and its longest length.
+/// How many misfits a message lists, and how long it may be.
 const LINE_PARTS: usize = 3;
 const LINE_LENGTH: usize = 600;
 
@@ -16,7 +16,7 @@ pub enum Error {
     #[error("{0}")]
     Settings(String),
 
-    /// A folder or file that is not there or cannot be used.
+    /// A folder or a file that does not exist or cannot be used.
     #[error("{path}: {source}", path = path.display())]
     Path {
         path: PathBuf,
@@ -49,11 +49,11 @@ pub enum Error {
     #[error("the adapter cannot be merged: {0}")]
     Merge(#[from] MergeError),
 
-    /// A merged model that does not say what the adapted one said.
+    /// A merged model whose predictions differ from those of the adapted one.
     #[error("merging changed {differing} predictions, logits by up to {difference:.1e}")]
     Merged { differing: usize, difference: f64 },
 
-    /// A training run that stopped on an error.
+    /// A training run that failed.
     #[error("training stopped: {0}")]
     Training(String),
 
@@ -63,7 +63,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// The exit code: 2 where the input is at fault, 1 otherwise.
+    /// The exit code: 2 if the input is wrong, 1 for any other failure.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Settings(_)
@@ -76,7 +76,7 @@ impl Error {
         }
     }
 
-    /// The message as one line of readable length, whatever its parts wrote.
+    /// The message as one line of readable length, even if its parts have several lines.
     pub fn line(&self) -> String {
         let text = self.to_string();
         let parts: Vec<&str> = text

@@ -8,7 +8,7 @@ use image::{ImageReader, imageops::FilterType};
 use crate::error::Error;
 use crate::images::{Dataset, Format, Image};
 
-/// Images that a class needs so that each part of the split has one.
+/// How many images a class needs at least, so that each part of the split gets one.
 const LEAST_IMAGES: usize = 3;
 
 /// Reads every image of a folder, cut to a centred square of `size` pixels. The classes are the
@@ -16,7 +16,7 @@ const LEAST_IMAGES: usize = 3;
 ///
 /// # Errors
 ///
-/// Names the first folder or file that cannot be used: nothing is skipped.
+/// The first folder or file that cannot be used, by name. No file is skipped.
 pub fn read(folder: &Path, size: usize) -> Result<Dataset, Error> {
     let mut images = Vec::new();
     let mut classes = Vec::new();

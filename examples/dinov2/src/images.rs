@@ -98,7 +98,7 @@ impl Dataset {
     }
 }
 
-/// Images to learn from, to choose by, and to report on.
+/// Images for training, for choosing the best epoch, and for the reported accuracy.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Split {
     pub train: Vec<Image>,
@@ -107,8 +107,8 @@ pub struct Split {
 }
 
 impl Split {
-    /// Splits every class alike, 60 : 15 : 25, the same way for the same seed. A class of three
-    /// images or more has at least one in each part.
+    /// Splits every class 60 : 15 : 25, always in the same way for the same seed. A class with three images or more
+    /// has at least one in each part.
     pub fn new(images: &[Image], seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
         let mut split = Self {

@@ -1,4 +1,4 @@
-//! What a backbone's features still tell apart, without any training: nearest neighbours.
+//! Nearest neighbours: how well classes can be told apart by the features of a backbone, without any training.
 
 /// Feature vectors and the classes of the images they came from.
 #[derive(Clone, Debug)]
@@ -27,8 +27,8 @@ impl Features {
     }
 }
 
-/// The share of queries whose class wins the vote of their `k` nearest neighbours by cosine; of
-/// tied classes, the one with the nearest member wins.
+/// The share of queries whose class wins the vote of their `k` nearest neighbours by cosine. If classes have equally many
+/// votes, the one with the nearest neighbour wins.
 pub fn accuracy(known: &Features, queries: &Features, k: usize) -> f64 {
     let rows = known.directions();
     let classes = known

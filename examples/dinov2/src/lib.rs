@@ -34,11 +34,11 @@ pub fn embedded(
     backbone::Backbone::Embedded.load(num_labels, device)
 }
 
-/// Does what was asked for.
+/// Does the job that the command line asks for.
 ///
 /// # Errors
 ///
-/// The first thing that ends the job early.
+/// The first failure, which ends the job.
 pub fn run(settings: Settings) -> Result<(), Error> {
     let Settings {
         job,

@@ -7,7 +7,7 @@ fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) if error.use_stderr() => {
-            // Clap adds usage and tips below the complaint; the complaint alone is one line.
+            // Clap prints the error first, and below it usage and tips, which would not fit in one line.
             let text = error.to_string();
             let lines = text.lines().take_while(|line| !line.trim().is_empty());
             let complaint: Vec<&str> = lines.map(str::trim).collect();

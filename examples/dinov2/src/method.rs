@@ -11,8 +11,8 @@ use burn_boft::{AdapterConfig, Bias, BoftConfig, OftConfig, inject, merge};
 use crate::error::Error;
 use crate::model::Dinov2ForImageClassification;
 
-/// The projections of every transformer layer, by the end of their paths; the giant's MLP has names of
-/// its own.
+/// The projections of every transformer layer, by the ends of their paths. The MLP of the giant model has other names
+/// than the rest.
 const TARGETS: [&str; 8] = [
     "query",
     "key",
@@ -26,22 +26,22 @@ const TARGETS: [&str; 8] = [
 /// The head: always trained, always saved.
 const HEAD: &str = "classifier";
 
-/// A way to adapt a model. The head is trained by all of them.
+/// A way to adapt a model. All of them train the head.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Method {
-    /// Nothing beside the head.
+    /// Nothing but the head is trained: a linear probe.
     Linear,
-    /// Low-rank updates, as Burn has them.
+    /// LoRA: low-rank updates, by Burn's own implementation.
     Lora { rank: usize },
-    /// Block-diagonal rotations.
+    /// OFT: rotations by blocks on the diagonal.
     Oft { block_size: usize },
-    /// Butterfly products of block-diagonal rotations.
+    /// BOFT: products of such rotations that reach further and further, a butterfly.
     Boft {
         block_size: usize,
         factors: usize,
         dropout: f64,
     },
-    /// Every number.
+    /// Every number of the model is trained: full fine-tuning.
     Full,
 }
 
@@ -73,8 +73,8 @@ impl Method {
         }
     }
 
-    /// Prepares a model for training: what the method adapts, and the head, are trainable, all
-    /// else is frozen. The adapters also train the biases of the layers they adapt.
+    /// Prepares a model for training. What the method adapts and the head are trainable, and everything else is frozen.
+    /// Methods with adapters also train the biases of the layers that they adapt.
     ///
     /// # Errors
     ///
@@ -106,7 +106,7 @@ impl Method {
         })
     }
 
-    /// The settings of the adapter, where this crate adapts.
+    /// The settings of the adapter, for BOFT and OFT.
     pub fn adapter(&self) -> Option<AdapterConfig> {
         match self {
             Self::Oft { block_size } => {
@@ -135,7 +135,7 @@ impl Method {
         }
     }
 
-    /// Says which block sizes OFT took where the one asked for does not divide a layer, as PEFT does.
+    /// Says which block sizes OFT uses where the requested one does not divide a layer, as PEFT does.
     pub fn adjusted(&self, sizes: &Summary) -> Option<String> {
         let Self::Oft { block_size } = self else {
             return None;
@@ -154,7 +154,7 @@ impl Method {
         })
     }
 
-    /// The same model in plain weights; nothing where the method adds no adapter.
+    /// The same model with plain weights; none if the method adds no adapter.
     pub fn merged(
         &self,
         model: Dinov2ForImageClassification,
@@ -167,7 +167,7 @@ impl Method {
     }
 }
 
-/// The parameters that training would move.
+/// The parameters that training would change.
 pub fn trainable<M: Module>(model: &M) -> ParamGroup {
     #[derive(Default)]
     struct Trainable(Vec<ParamId>);

@@ -1,4 +1,4 @@
-//! `--pretrain`: the backbone that comes with the example, from nothing.
+//! `--pretrain`: trains the backbone that comes with the example from random weights.
 
 use std::fs::File;
 use std::path::Path;
@@ -14,14 +14,14 @@ use crate::method::Method;
 use crate::progress::Progress;
 use crate::train::{Recipe, test, train};
 
-/// The learning rate that the backbone is trained from.
+/// The learning rate that the training of the backbone starts with.
 const RATE: f64 = 1e-3;
 
 /// Trains the backbone on the old digits and writes it with the names of Hugging Face's checkpoints.
 ///
 /// # Errors
 ///
-/// The file cannot be written, which shows before the training, or the training stopped.
+/// The file cannot be written, which is found before the training, or the training failed.
 pub fn pretrain(output: &Path, recipe: &Recipe, device: &Device) -> Result<(), Error> {
     File::options()
         .create(true)
@@ -69,7 +69,7 @@ fn shifts(image: &Image) -> Vec<Image> {
         .collect()
 }
 
-/// An image moved down and to the right; what enters is empty paper.
+/// An image moved down and to the right. The pixels that enter are empty paper.
 fn shifted(image: &Image, down: isize, right: isize) -> Image {
     let size = digits::SIZE as isize;
     let pixel = |row: isize, column: isize| {

@@ -15,7 +15,7 @@ use burn::train::renderer::{
 /// How much a training run shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
-    /// Burn's dashboard on a terminal, a line per epoch elsewhere.
+    /// Burn's dashboard if the output is a terminal, otherwise a line per epoch.
     Shown,
     /// Nothing.
     Quiet,

@@ -1,4 +1,4 @@
-//! One way to train for every method, every job: Burn's `Learner`, the best epoch kept.
+//! The training that every method and every job shares: Burn's `Learner`, which keeps the best epoch.
 
 use std::time::{Duration, Instant};
 
@@ -24,9 +24,9 @@ use crate::knn::Features;
 use crate::model::Dinov2ForImageClassification;
 use crate::progress::Progress;
 
-/// Images that a model reads at once outside training.
+/// How many images a model reads at once when it is not trained.
 const INFERENCE_BATCH: usize = 128;
-/// Steps before and within a time measurement.
+/// How many steps run before a time measurement, and how many are measured.
 const WARM_UP_STEPS: usize = 3;
 const TIMED_STEPS: usize = 15;
 const TIMED_RATE: f64 = 1e-4;
@@ -36,7 +36,7 @@ const TIMED_RATE: f64 = 1e-4;
 pub struct Recipe {
     pub epochs: usize,
     pub batch_size: usize,
-    /// At most this many optimizer steps: whole epochs where they fit, else one short epoch.
+    /// At most this many optimizer steps: whole epochs if at least one fits, otherwise one short epoch.
     pub max_steps: Option<usize>,
     /// Orders the images.
     pub seed: u64,
@@ -55,9 +55,8 @@ impl Recipe {
         }
     }
 
-    /// AdamW with PyTorch's moments and epsilon. Without weight decay: on the skew parameters of a
-    /// rotation it would pull towards the identity, on a LoRA factor towards zero, and the methods
-    /// would no longer be compared on the same terms.
+    /// AdamW with the moments and the epsilon of PyTorch, and without weight decay. Decay would pull a rotation towards the
+    /// identity but a LoRA factor towards zero, so the methods would not be compared on the same terms.
     fn optimizer(&self) -> ModuleOptimizer {
         AdamWConfig::new()
             .with_beta_1(0.9)
@@ -112,12 +111,12 @@ fn classify(model: &Dinov2ForImageClassification, batch: ImageBatch) -> Classifi
     ClassificationOutput::new(loss, logits, batch.labels)
 }
 
-/// Trains a prepared model, which must live on an autodiff device, and returns its best epoch. The
-/// learning rate falls to zero along a cosine.
+/// Trains a prepared model, which must be on a device with autodiff, and returns its best epoch. The learning rate falls
+/// to zero along a cosine.
 ///
 /// # Errors
 ///
-/// The training stopped on an error of the device.
+/// The training failed because of the device.
 pub fn train(
     model: Dinov2ForImageClassification,
     Task { split, format, .. }: &Task,
@@ -143,7 +142,7 @@ pub fn train(
 
     let best = BestEpoch::default();
     let interrupter = Interrupter::new();
-    // Nothing is written there: metrics and checkpoints stay in memory.
+    // Burn asks for a folder. Nothing is written there, since metrics and checkpoints stay in memory.
     let result = SupervisedTraining::new(std::env::temp_dir(), train, valid)
         .metrics((AccuracyMetric::new(), LossMetric::new()))
         .with_metric_logger(InMemoryMetricLogger::new())
@@ -182,7 +181,7 @@ pub fn train(
     })
 }
 
-/// At most `count` images, evenly spaced: they come class by class, and a short epoch needs all classes.
+/// At most `count` images, evenly spaced. The images are sorted by class, and a short epoch needs all classes.
 fn spread(images: &[Image], count: usize) -> Vec<Image> {
     let count = count.min(images.len());
     (0..count)
@@ -190,8 +189,8 @@ fn spread(images: &[Image], count: usize) -> Vec<Image> {
         .collect()
 }
 
-/// A batch size that cuts the images into batches of equal size, as nearly as it goes: Burn's loss
-/// metric weighs every batch alike, a last one of few images included.
+/// A batch size that cuts the images into batches of nearly equal size. Burn's metric of the loss gives every batch the
+/// same weight, so a small last batch would count too much.
 fn even_batch(images: usize) -> usize {
     images.div_ceil(images.div_ceil(INFERENCE_BATCH))
 }
@@ -211,7 +210,7 @@ pub fn step_time(
         let start = Instant::now();
         let output = TrainStep::step(&model, batch.clone());
         model = model.optimize(&mut optimizer, TIMED_RATE.into(), output.grads);
-        // A failure of the device shows in the training run; here it would only spoil the clock.
+        // A failure of the device is reported by the training run. Checking for it here would distort the times.
         device.sync().ok();
         if step >= WARM_UP_STEPS {
             times.push(start.elapsed());

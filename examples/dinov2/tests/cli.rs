@@ -40,13 +40,13 @@ fn image_folder() -> tempfile::TempDir {
 }
 
 #[test]
-fn a_wrong_path_is_named() {
+fn an_error_names_the_path_that_is_wrong() {
     let line = complaint(&["--images", "/no/such/folder", "--backbone", "/no/such/file"]);
     assert!(line.contains("/no/such/"), "{line}");
 }
 
 #[test]
-fn a_missing_checkpoint_is_named() {
+fn an_error_names_the_checkpoint_that_is_missing() {
     let images = image_folder();
     let line = complaint(&[
         "--images",
@@ -58,7 +58,7 @@ fn a_missing_checkpoint_is_named() {
 }
 
 #[test]
-fn an_output_that_cannot_be_written_is_named_before_training() {
+fn an_output_that_cannot_be_written_is_refused_before_training() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("file");
     fs::write(&file, b"").unwrap();
@@ -69,7 +69,7 @@ fn an_output_that_cannot_be_written_is_named_before_training() {
 }
 
 #[test]
-fn a_file_that_is_no_checkpoint_is_named() {
+fn an_error_names_the_file_that_is_not_a_checkpoint() {
     let images = image_folder();
     let backbone = images.path().join(".model.safetensors");
     fs::write(&backbone, b"not a checkpoint").unwrap();
@@ -83,7 +83,7 @@ fn a_file_that_is_no_checkpoint_is_named() {
 }
 
 #[test]
-fn a_corrupt_image_is_named_before_anything_else_is_done() {
+fn a_corrupt_image_is_refused_before_anything_else_is_done() {
     let images = image_folder();
     let bad = images.path().join("dog").join("2.png");
     fs::write(&bad, b"\x89PNG\r\n\x1a\nand then nothing").unwrap();
@@ -97,7 +97,7 @@ fn a_corrupt_image_is_named_before_anything_else_is_done() {
 }
 
 #[test]
-fn a_folder_without_classes_is_named() {
+fn an_error_names_the_folder_without_classes() {
     let folder = tempfile::tempdir().unwrap();
     let line = complaint(&[
         "--images",
@@ -109,7 +109,7 @@ fn a_folder_without_classes_is_named() {
 }
 
 #[test]
-fn impossible_options_are_named() {
+fn an_error_names_the_option_that_is_impossible() {
     let cases: [(&[&str], &str); 14] = [
         (&["--dropout", "1"], "--dropout"),
         (&["--epochs", "0"], "--epochs"),
@@ -150,7 +150,7 @@ fn a_block_size_that_does_not_fit_is_explained_before_training() {
 }
 
 #[test]
-fn a_block_size_that_oft_adjusts_is_said() {
+fn a_run_prints_the_block_sizes_that_oft_adjusts() {
     let folder = tempfile::tempdir().unwrap();
     let run = dinov2(&[
         "--method",
@@ -170,7 +170,7 @@ fn a_block_size_that_oft_adjusts_is_said() {
 }
 
 #[test]
-fn a_short_run_of_each_adapter_leaves_its_file() {
+fn a_short_run_of_each_adapter_saves_its_file() {
     for method in ["boft", "oft", "lora", "linear", "full"] {
         let folder = tempfile::tempdir().unwrap();
         let run = dinov2(&[

@@ -66,13 +66,13 @@ fn a_half_precision_backbone_becomes_f32_under_the_head_of_the_model() {
 }
 
 #[test]
-fn a_transposed_weight_would_be_noticed() {
+fn transposing_one_weight_changes_the_output() {
     let device = Device::default();
     let mut model = load("mlp", &mlp(), Head::FromFile, &device);
     let mut answers = Answers::open("mlp", "native", &device);
     let expected: Tensor<2> = answers.tensor("logits");
 
-    // Square, so nothing but the numbers tells.
+    // The weight is square, so that only its numbers can reveal the transposition.
     let query = &mut model.dinov2.encoder.layer[1].attention.attention.query;
     query.weight = query.weight.clone().map(Tensor::transpose);
     let drift = drift(model.forward(answers.tensor("pixels")), expected);
@@ -95,7 +95,7 @@ fn positions_learn_at_other_image_sizes_too() {
 
 #[test]
 #[should_panic(expected = "expected [batch, 3, ≥ 4, ≥ 4] pixels, found [1, 1, 16, 16]")]
-fn images_of_other_channels_are_refused() {
+fn images_with_another_number_of_channels_are_refused() {
     let device = Device::default();
     mlp()
         .init(&device)
@@ -115,7 +115,7 @@ fn a_file_in_memory_loads_like_one_on_disk() {
 }
 
 #[test]
-fn a_new_head_passes_over_the_head_of_the_file() {
+fn a_new_head_ignores_the_head_of_the_file() {
     let device = Device::default();
     let model = load("mlp", &mlp().with_num_labels(7), Head::New, &device);
 
@@ -146,7 +146,7 @@ fn layers_that_the_file_lacks_are_reported() {
 }
 
 #[test]
-fn tensors_that_the_model_has_no_place_for_are_reported() {
+fn tensors_that_the_model_has_no_parameter_for_are_reported() {
     let config = registers().with_num_register_tokens(0);
     let (missing, unused, wrong) = misfits("registers", &config);
 
@@ -164,7 +164,7 @@ fn shapes_that_differ_are_reported() {
 }
 
 #[test]
-fn a_misfit_names_every_offender() {
+fn an_error_names_every_tensor_that_does_not_fit() {
     let error = load_safetensors(
         mlp().with_use_swiglu_ffn(true).init(&Device::default()),
         fixture("mlp", "model"),
@@ -191,7 +191,7 @@ fn a_file_that_ends_early_is_refused() {
 }
 
 #[test]
-fn what_is_no_safetensors_file_is_refused() {
+fn a_file_that_is_not_safetensors_is_refused() {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     for path in [path.join("Cargo.toml"), path.join("no-such-file")] {
         let model = mlp().init(&Device::default());
@@ -227,7 +227,7 @@ fn backbone() -> Dinov2Config {
         .with_layer_norm_eps(0.01)
 }
 
-/// Compares all that a model says in all `cases`, with and without autodiff.
+/// Compares everything that a model computes in all `cases`, with and without autodiff.
 fn check(name: &str, config: &Dinov2Config, cases: &[&str]) {
     for device in [Device::default(), Device::default().autodiff()] {
         let model = load(name, config, Head::FromFile, &device);
@@ -280,7 +280,7 @@ fn drift<const D: usize>(found: Tensor<D>, expected: Tensor<D>) -> f32 {
     difference / largest
 }
 
-/// What `transformers` answered in one case.
+/// What `transformers` computed in one case.
 struct Answers {
     name: String,
     case: String,

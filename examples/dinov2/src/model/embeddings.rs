@@ -12,7 +12,7 @@ use super::resample::Cubic;
 pub struct Dinov2Embeddings {
     /// The class token: `[1, 1, hidden_size]`.
     pub cls_token: Param<Tensor<3>>,
-    /// What a masked patch is replaced by: `[1, hidden_size]`.
+    /// The token that replaces a masked patch: `[1, hidden_size]`.
     pub mask_token: Param<Tensor<2>>,
     /// The register tokens, which have no position: `[1, num_register_tokens, hidden_size]`.
     pub register_tokens: Option<Param<Tensor<3>>>,
@@ -81,8 +81,7 @@ impl Dinov2Embeddings {
             .map_or(0, |registers| registers.dims()[1])
     }
 
-    /// The positions of the class token and of a `grid` of patches, resampled where it is not the
-    /// trained one.
+    /// The positions of the class token and of a `grid` of patches, resampled if the grid is not the one of training.
     fn positions(&self, grid: [usize; 2]) -> (Tensor<3>, Tensor<3>) {
         let positions = self.position_embeddings.val();
         let [_, count, width] = positions.dims();
@@ -92,12 +91,12 @@ impl Dinov2Embeddings {
             return (cls, patches);
         }
 
-        // Hugging Face antialiases in the models with registers only.
+        // Hugging Face antialiases only in models with registers.
         let cubic = match self.register_tokens {
             Some(_) => Cubic::Antialiased,
             None => Cubic::Interpolating,
         };
-        // Resampling in half precision would move the positions.
+        // In half precision, resampling would change the positions noticeably.
         let dtype: FloatDType = patches.dtype().into();
         let patches = patches
             .cast(DType::F32)
@@ -124,7 +123,7 @@ impl Dinov2PatchEmbeddings {
         }
     }
 
-    /// Turns images into patch tokens, row by row; pixels that fill no patch are left out.
+    /// Turns images into patch tokens, row by row. Pixels at the edge that do not fill a patch are left out.
     ///
     /// # Shapes
     ///

@@ -6,7 +6,7 @@ use burn::tensor::{Device, Tensor};
 
 use super::{Dinov2Attention, Dinov2Config, Dinov2Mlp};
 
-/// Attention and MLP, each normalized before, scaled after, and added to what came in.
+/// Attention and MLP. The input of each is normalized, its output is scaled, and the sum of both is passed on.
 #[derive(Module, Debug)]
 pub struct Dinov2Layer {
     /// The norm before the attention.

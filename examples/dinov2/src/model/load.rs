@@ -14,9 +14,9 @@ use super::Dinov2ForImageClassification;
 /// Where the head comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Head {
-    /// The file holds it.
+    /// The file has one.
     FromFile,
-    /// It stays as the model has it; one in the file is passed over.
+    /// The model keeps its own, and one in the file is ignored.
     New,
 }
 
@@ -81,7 +81,7 @@ fn load(
     store: SafetensorsStore,
     head: Head,
 ) -> Result<Dinov2ForImageClassification, LoadError> {
-    // Nothing is refused by the store, so that every misfit can be told at once.
+    // The store accepts everything here, so that all misfits can be reported at once.
     let mut store = store
         .with_from_adapter(PyTorchToBurnAdapter.chain(FloatCastAdapter::to(DType::F32)))
         .with_key_remapping(r"^dinov2_with_registers\.", "dinov2.")
@@ -102,7 +102,7 @@ fn is_head(path: &str) -> bool {
     path.starts_with("classifier.")
 }
 
-/// Refuses anything but a complete fit.
+/// Refuses a file that does not fit the model completely.
 fn check(result: ApplyResult, head: Head) -> Result<(), LoadError> {
     let missing: Vec<String> = result
         .missing

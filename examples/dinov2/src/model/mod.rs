@@ -2,8 +2,8 @@
 //!
 //! Fields are named after the keys of Hugging Face's checkpoint files, so the path of every
 //! parameter *is* its key: `dinov2.encoder.layer.0.attention.attention.query.weight`. (In memory,
-//! transformers 5 calls that `attention.q_proj` and has the two halves of `weights_in` apart; it
-//! reads and writes the names here.)
+//! transformers 5 calls that `attention.q_proj` and keeps the two halves of `weights_in` as two layers; it reads and
+//! writes files with the names used here.)
 
 mod attention;
 mod classifier;
@@ -24,5 +24,5 @@ pub use layer::{Dinov2Layer, Dinov2LayerScale};
 pub use load::{Head, LoadError, load_safetensors, load_safetensors_bytes};
 pub use mlp::Dinov2Mlp;
 
-// The one place that says which linear layer the model is made of.
+// The model is made of `BoftLinear`, which takes the fast route. This is the only place that says so.
 use burn_boft::{BoftLinear, BoftLinearConfig};

@@ -1,8 +1,8 @@
 //! Attention and GELU with backward passes of their own.
 //!
 //! Burn's fused attention has no backward pass, and Burn's CPU backend computes softmax and GELU one number after the
-//! other. Here both are an operation of the graph, with kernels for single precision on the CPU. Everywhere else
-//! Burn's own operations serve.
+//! other. Here attention and GELU are operations of the graph, with kernels for single precision on the CPU. In all other
+//! cases they are computed by Burn's own operations.
 
 mod autodiff;
 mod flex;
@@ -11,7 +11,7 @@ use burn::backend::{Backend, Dispatch, DispatchDevice, backend_extension, tensor
 use burn::tensor::activation::softmax;
 use burn::tensor::{DType, Tensor, activation, module};
 
-/// The operations of a transformer that the CPU runs by kernels of this example.
+/// The operations of a transformer for which this example has CPU kernels.
 #[backend_extension(Flex, Autodiff)]
 pub trait TransformerBackend: Backend {
     /// `x·Φ(x)`, with `Φ` the normal distribution.
@@ -64,8 +64,8 @@ pub fn attention(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>) -> Tensor<4
         ));
     }
     match query.is_autodiff() {
-        // What stands in for the backward pass of Burn's attention differentiates the maximum of every
-        // row too, which a softmax does not need.
+        // Burn would differentiate its fallback for attention, including the maximum of every row, which the gradient of
+        // a softmax does not need.
         true => {
             let scale = (query.dims()[3] as f64).powf(-0.5);
             let scores = (query * scale).matmul(key.transpose());

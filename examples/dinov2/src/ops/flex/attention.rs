@@ -1,4 +1,4 @@
-//! Attention, head by head, on tokens where they lie.
+//! Attention, head by head, without copying the tokens of a head together.
 
 use std::ops::Range;
 
@@ -11,7 +11,7 @@ use super::elementwise::exp;
 use super::matrix::{Matrix, MatrixMut};
 use super::tensor;
 
-/// What a thread needs from tile to tile.
+/// The memory that a thread reuses from tile to tile.
 #[derive(Default)]
 pub(super) struct Scratch {
     weights: Vec<f32>,
@@ -101,7 +101,7 @@ pub(super) fn backward(
     }
 }
 
-/// The most queries that attend at a time, so that their weights stay in a small cache.
+/// How many queries are computed at a time, at most, so that their weights stay in a small cache.
 const TILE: usize = 192;
 
 /// Ranges of about as many rows each.

@@ -1,6 +1,6 @@
 //! The verbs on a model, with their results and their errors.
 //!
-//! [`candidates`] and [`plan`](plan()) look at a model before anything happens to it. [`inject`](inject()) attaches
+//! [`candidates`](candidates()) and [`plan`](plan()) look at a model before anything happens to it. [`inject`](inject()) attaches
 //! adapters. [`merge`](merge()) and [`unload`] end with a plain model again, [`project`] keeps COFT within its radius, and
 //! [`summary`] and [`diagnose`] report about an adapted model. All of them work on any Burn module and need to know
 //! nothing of its type.

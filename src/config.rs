@@ -650,6 +650,30 @@ impl AdapterConfig {
         }
     }
 
+    /// How the learned numbers become blocks. BOFT's map is always exact.
+    pub fn cayley(&self) -> Cayley {
+        match self {
+            Self::Boft(_) => Cayley::Exact,
+            Self::Oft(config) => config.cayley,
+        }
+    }
+
+    /// Whether one block serves all channels of a layer, which the settings of BOFT cannot say.
+    pub fn block_share(&self) -> bool {
+        match self {
+            Self::Boft(_) => false,
+            Self::Oft(config) => config.block_share,
+        }
+    }
+
+    /// Whether layers have a scale beside their rotation. Those of OFT have none.
+    pub fn scale(&self) -> bool {
+        match self {
+            Self::Boft(config) => config.scale,
+            Self::Oft(_) => false,
+        }
+    }
+
     pub(crate) fn selection_mut(&mut self) -> &mut Selection {
         match self {
             Self::Boft(config) => &mut config.selection,
@@ -676,6 +700,23 @@ impl AdapterConfig {
         match self {
             Self::Boft(config) => config.block = block,
             Self::Oft(config) => config.block = block,
+        }
+    }
+}
+
+/// The method in a few words, such as `OFT, exact, COFT radius 0.001`.
+impl Display for AdapterConfig {
+    fn fmt(&self, f: &mut Formatter) -> fmt::Result {
+        let Self::Oft(config) = self else {
+            return f.write_str("BOFT");
+        };
+        write!(f, "OFT, {}", config.cayley)?;
+        if let Some(radius) = config.coft_radius {
+            write!(f, ", COFT radius {radius}")?;
+        }
+        match config.block_share {
+            true => f.write_str(", one block per layer"),
+            false => Ok(()),
         }
     }
 }

@@ -4,9 +4,6 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::error::Error;
-use crate::{convert, inspect, merge, unmerge};
-
 /// OFT and BOFT adapters on disk: looks into them, merges them into safetensors models, takes them out again,
 /// converts them.
 ///
@@ -15,12 +12,14 @@ use crate::{convert, inspect, merge, unmerge};
 #[derive(Debug, Parser)]
 #[command(name = "burn-boft", version)]
 pub struct Cli {
+    /// What to do.
     #[command(subcommand)]
-    command: Command,
+    pub command: Command,
 }
 
+/// The commands.
 #[derive(Debug, Subcommand)]
-enum Command {
+pub enum Command {
     /// Writes a model with an adapter folded into its weights
     Merge(Merge),
     /// Takes a merged adapter out of a model again, and says how exact that is
@@ -145,20 +144,4 @@ pub struct AdapterArgs {
     /// last `=`, or `dinov2` for the names of transformers 4 and 5. Can be repeated; rules apply in order
     #[arg(long = "map", value_name = "RULE")]
     pub maps: Vec<String>,
-}
-
-impl Cli {
-    /// Does what was asked for.
-    ///
-    /// # Errors
-    ///
-    /// Everything that is wrong with the input or the output.
-    pub fn run(self) -> Result<(), Error> {
-        match self.command {
-            Command::Merge(options) => merge::run(&options),
-            Command::Unmerge(options) => unmerge::run(&options),
-            Command::Inspect(options) => inspect::run(&options),
-            Command::Convert(options) => convert::run(&options),
-        }
-    }
 }

@@ -6,9 +6,9 @@ use burn_boft::value::AdapterLayer;
 use burn_boft::{Adapter, AdapterConfig, BoftConfig, Cayley, LayerKind, OftConfig};
 
 use crate::base::Base;
-use crate::changes::check_shape;
 use crate::cli::{Convert, To};
 use crate::error::Error;
+use crate::find::check_shape;
 use crate::merge::load;
 use crate::names::{Names, join};
 use crate::output::{Form, OutputFolder, check_free, check_outside};

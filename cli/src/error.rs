@@ -7,7 +7,8 @@ use burn_boft::peft::{LoadError, SaveError};
 use burn_boft::value::Mismatch;
 use thiserror::Error;
 
-use crate::interrupt;
+/// The exit code that a shell reports of a program that an interrupt ended.
+pub const INTERRUPTED: u8 = 130;
 
 /// Problems that a message lists, and its longest length.
 pub const LINE_PARTS: usize = 3;
@@ -109,7 +110,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Write { .. } => 1,
-            Self::Interrupted => interrupt::EXIT_CODE,
+            Self::Interrupted => INTERRUPTED,
             _ => 2,
         }
     }

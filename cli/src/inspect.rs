@@ -3,7 +3,7 @@
 use burn::tensor::Device;
 use burn_boft::peft::LoadOptions;
 use burn_boft::value::{AdapterLayer, LayerMeasure};
-use burn_boft::{Adapter, AdapterConfig, Cayley, LayerKind, TargetModules};
+use burn_boft::{Adapter, LayerKind, TargetModules};
 use serde_json::{Value, json};
 
 use crate::cli::Inspect;
@@ -51,15 +51,9 @@ struct About {
 
 impl About {
     fn new(adapter: &Adapter, json: &serde_json::Map<String, Value>) -> Self {
-        let method = match adapter.config() {
-            AdapterConfig::Oft(config) => {
-                oft(config.cayley, config.coft_radius, config.block_share)
-            }
-            _ => "BOFT".to_string(),
-        };
         let text = |key: &str| json.get(key).and_then(Value::as_str).map(str::to_string);
         Self {
-            method,
+            method: adapter.config().to_string(),
             targets: match &adapter.config().selection().target_modules {
                 None => "none".into(),
                 Some(TargetModules::AllLinear) => "all-linear".into(),
@@ -71,13 +65,6 @@ impl About {
             tensors: adapter.tensors().len(),
         }
     }
-}
-
-fn oft(cayley: Cayley, radius: Option<f64>, share: bool) -> String {
-    let mut parts = vec![format!("OFT, {cayley}")];
-    parts.extend(radius.map(|radius| format!("COFT radius {radius}")));
-    parts.extend(share.then(|| "one block per layer".into()));
-    parts.join(", ")
 }
 
 /// One layer.

@@ -7,10 +7,7 @@ use std::io;
 use std::process;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::error::Error;
-
-/// What a shell reports of a program that an interrupt ended.
-pub const EXIT_CODE: u8 = 130;
+use crate::error::{Error, INTERRUPTED};
 
 /// How far the result is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,7 +31,7 @@ pub fn handle() {
         let mut state = state();
         match *state {
             // The lock is kept, so nothing temporary appears while the program ends.
-            State::Idle => process::exit(i32::from(EXIT_CODE)),
+            State::Idle => process::exit(i32::from(INTERRUPTED)),
             State::Writing => *state = State::Stopping,
             // The program is about to end in any case.
             State::Stopping | State::Complete => {}

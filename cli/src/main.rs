@@ -5,6 +5,7 @@ mod changes;
 mod cli;
 mod convert;
 mod error;
+mod find;
 mod header;
 mod inspect;
 mod interrupt;
@@ -29,7 +30,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use clap::error::ErrorKind;
 
-use crate::cli::Cli;
+use crate::cli::{Cli, Command};
 use crate::error::Error;
 use crate::terminal::{note, print};
 
@@ -56,7 +57,17 @@ fn main() -> ExitCode {
         }
     };
     interrupt::handle();
-    ExitCode::from(code(|| cli.run()))
+    ExitCode::from(code(|| run(cli.command)))
+}
+
+/// Does what was asked for.
+fn run(command: Command) -> Result<(), Error> {
+    match command {
+        Command::Merge(options) => merge::run(&options),
+        Command::Unmerge(options) => unmerge::run(&options),
+        Command::Inspect(options) => inspect::run(&options),
+        Command::Convert(options) => convert::run(&options),
+    }
 }
 
 /// The exit code of a run, which says why it failed: also where the fault is the tool's own.

@@ -3,17 +3,16 @@
 use std::path::Path;
 
 use burn::tensor::TensorData;
+use burn_boft::peft::{key, saved_key};
 use burn_boft::value::SavedTensor;
 use serde_json::{Map, Value, json};
 
 use crate::error::Error;
 use crate::header;
-use crate::names::join;
 use crate::numbers::{encode, file_dtype};
 use crate::output::OutputFolder;
 use crate::settings;
 
-const PREFIX: &str = "base_model.model.";
 const TENSORS: &str = "adapter_model.safetensors";
 
 /// The tensors of an adapter by their keys in PEFT's file.
@@ -23,17 +22,13 @@ pub struct Tensors(Vec<(String, TensorData)>);
 impl Tensors {
     /// Adds a tensor of a module.
     pub fn push(&mut self, module: &str, name: &str, data: TensorData) {
-        let key = format!("{PREFIX}{}", join(module, name));
-        self.0.push((key, data));
+        self.0.push((key(module, name), data));
     }
 
     /// Adds a trained bias, or a part of a saved module.
     pub fn push_saved(&mut self, tensor: &SavedTensor, is_adapted: bool) {
-        let name = match is_adapted {
-            true => format!("base_layer.{}", tensor.name()),
-            false => tensor.name().to_string(),
-        };
-        self.push(tensor.module(), &name, tensor.data().clone());
+        let key = saved_key(tensor.module(), tensor.name(), is_adapted);
+        self.0.push((key, tensor.data().clone()));
     }
 
     /// Writes the two files.

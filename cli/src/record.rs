@@ -30,7 +30,6 @@ const NORM: [(&str, &str); 2] = [("weight", "gamma"), ("bias", "beta")];
 
 /// Writes an adapter as the record of its model.
 pub fn write(adapter: &Adapter, base: Option<&Base>, output: &Path) -> Result<(), Error> {
-    let is_boft = matches!(adapter.config(), AdapterConfig::Boft(_));
     let mut tensors = Vec::new();
     let mut kinds = Map::new();
     for layer in adapter.layers().iter().filter(|layer| !layer.is_identity()) {
@@ -40,7 +39,7 @@ pub fn write(adapter: &Adapter, base: Option<&Base>, output: &Path) -> Result<()
                 "`{path}` has blocks of one channel and a scale, which no injected layer has alone; merge it"
             )));
         }
-        if is_boft && layer.block_share() {
+        if layer.block_share() && !adapter.config().block_share() {
             return Err(Error::Settings(format!(
                 "`{path}` has one block for all its channels, as PEFT 0.14 and 0.15 shared it, and BOFT's settings \
                  cannot say that; convert it with --to peft --base first"
@@ -250,8 +249,8 @@ impl RecordReader<'_> {
 
     fn layer(&self, layer: &str, skew: &TensorData) -> Result<AdapterLayer, Error> {
         let scale = self.tensors.get(&format!("{layer}{SCALE}"));
-        let kind = match (&self.config, scale) {
-            (AdapterConfig::Oft(_), _) => None,
+        let kind = match (self.config.scale(), scale) {
+            (false, _) => None,
             (_, Some(_)) => {
                 let told = self
                     .kinds

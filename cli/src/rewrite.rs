@@ -10,8 +10,9 @@ use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use crate::base::{Base, Shard};
-use crate::changes::{Added, Change, Changes, compute_dtype};
+use crate::changes::{Added, Change, Changes};
 use crate::error::Error;
+use crate::find::compute_dtype;
 use crate::header::{self, Entry};
 use crate::numbers::{burn_dtype, decode, encode, file_dtype, is_finite, part};
 use crate::output::{OutputFile, OutputFolder};

@@ -5,7 +5,7 @@ use std::ops::Range;
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use burn_boft::ops::{Blocks, Direction, Side};
 use burn_boft::value::AdapterLayer;
-use burn_boft::{Adapter, AdapterConfig, Cayley};
+use burn_boft::{Adapter, Cayley};
 use faer::Mat;
 use faer::linalg::solvers::DenseSolveCore;
 
@@ -194,10 +194,7 @@ impl Turn for Backward<'_> {
             ));
         }
         let rotation = Rotation::new(self.adapter, layer, widths, &self.device)?;
-        let is_orthogonal = match self.adapter.config() {
-            AdapterConfig::Oft(config) => config.cayley == Cayley::Exact,
-            _ => true,
-        };
+        let is_orthogonal = self.adapter.config().cayley() == Cayley::Exact;
         let inverse = match &rotation.blocks {
             Some(blocks) if !is_orthogonal => Some(invert(blocks, &self.device)?),
             _ => None,

@@ -232,9 +232,9 @@ fn a_folder_that_is_interrupted_while_its_last_files_are_written_is_complete_or_
             let start = Instant::now();
             // The files appear, or the folder has its name already.
             while !place.path().join(writer.output).exists()
-                && !place
+                && place
                     .temporary()
-                    .is_some_and(|folder| count(&folder) >= Some(awaited))
+                    .is_none_or(|folder| count(&folder) < Some(awaited))
             {
                 assert!(
                     start.elapsed() < Duration::from_secs(60),

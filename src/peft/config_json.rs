@@ -410,7 +410,7 @@ fn shortened(value: &Value) -> String {
 }
 
 /// Refuses settings that [`read`] would not read back as they are.
-pub(crate) fn check(config: &AdapterConfig) -> Result<(), ConfigError> {
+pub(super) fn check(config: &AdapterConfig) -> Result<(), ConfigError> {
     let number = match config {
         AdapterConfig::Boft(config) => ("boft_dropout", config.dropout),
         AdapterConfig::Oft(config) => ("eps", config.coft_radius.unwrap_or(EPS)),

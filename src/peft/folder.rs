@@ -8,22 +8,11 @@ use burn::tensor::TensorData;
 use safetensors::tensor::{SafeTensors, TensorView};
 use serde_json::{Map, Value};
 
+use super::error::{LoadError, NameError, SaveError, Unrepresentable};
 use super::keys::{CONFIG_FILE, TENSORS_FILE};
-use super::load::LoadError;
 use super::pair;
-use super::save::{SaveError, Unrepresentable};
 use crate::tensors::{decode, encode, file_name, to_file};
 use crate::value::mismatch::{Mismatch, Wrong};
-
-/// The name of an adapter is not the name of a folder.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "`{name}` cannot name an adapter: it must be the name of one folder, without `.` and separators"
-)]
-pub struct NameError {
-    /// The name given.
-    pub name: String,
-}
 
 /// The pieces of an adapter's folder as they are in PEFT's two files, understood by nobody yet.
 ///

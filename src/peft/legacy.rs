@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 
 use super::config_json::{self, ConfigError};
 use super::keys::{Layout, key};
-use super::read::read_scale;
+use super::scale;
 use crate::config::{Block, BoftConfig};
 use crate::tensors::{from_values, values, widened};
 use crate::value::layer::{AdapterLayer, check_sizes, pack};
@@ -67,7 +67,7 @@ impl Squares {
             reason,
         };
         let [rows, b] = self.sizes(&shape).map_err(wrong)?;
-        let (scale, _) = read_scale(key(path, "oft_s"), s)?;
+        let (scale, _) = scale::read(key(path, "oft_s"), s)?;
         let mut squares = values(r);
         if let Some(radius) = self.radius(rows, scale.len()).map_err(wrong)? {
             project(&mut squares, rows, b, radius);

@@ -1,88 +1,15 @@
 //! [`Adapter::load`]: an adapter out of PEFT's folder.
 
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use safetensors::SafeTensorError;
 use serde_json::Map;
 
-use super::config_json::ConfigError;
-use super::folder::{self, NameError};
+use super::error::LoadError;
+use super::folder;
 use super::keys::{CONFIG_FILE, TENSORS_FILE};
 use super::read::{Findings, Parsed, Reader};
-use crate::value::keymap::{KeyMap, KeyMapError};
-use crate::value::mismatch::Mismatch;
+use crate::value::keymap::KeyMap;
 use crate::value::{Adapter, LoadReport, Promise};
-
-/// Why [`Adapter::load`](crate::Adapter::load) refuses.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum LoadError {
-    /// A file cannot be read.
-    #[error("{} cannot be read: {source}", path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The folder has tensors in Python's pickle format only.
-    #[error(
-        "{} has adapter_model.bin and no adapter_model.safetensors; pickles run code, so load it in PEFT and \
-         save it there as safetensors",
-        folder.display()
-    )]
-    Pickle {
-        /// The folder.
-        folder: PathBuf,
-    },
-    /// The name of an adapter is not the name of a folder.
-    #[error(transparent)]
-    Name(#[from] NameError),
-    /// The settings are not JSON.
-    #[error("{} is not a JSON object: {source}", path.display())]
-    Json {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: serde_json::Error,
-    },
-    /// The settings are refused.
-    #[error("{}: {reason}", path.display())]
-    Config {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        reason: ConfigError,
-    },
-    /// The tensors are not safetensors.
-    #[error("{} is not a safetensors file: {source}", path.display())]
-    Safetensors {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: SafeTensorError,
-    },
-    /// Somebody replaced the files each time that they were read.
-    #[error("{} is being written; load it again when that is done", folder.display())]
-    Busy {
-        /// The folder.
-        folder: PathBuf,
-    },
-    /// Names cannot be mapped.
-    #[error(transparent)]
-    KeyMap(#[from] KeyMapError),
-    /// Tensors are missing, unexpected or wrong.
-    #[error("{}: {mismatch}", path.display())]
-    Mismatch {
-        /// The file.
-        path: PathBuf,
-        /// Which tensors, and why.
-        #[source]
-        mismatch: Mismatch,
-    },
-}
 
 /// How [`Adapter::load_with`] reads.
 ///

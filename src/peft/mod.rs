@@ -4,6 +4,7 @@
 //! for tools that look at the files themselves.
 
 mod config_json;
+mod error;
 mod folder;
 mod fused;
 mod keys;
@@ -18,12 +19,11 @@ mod write;
 use serde_json::{Map, Value};
 
 pub use config_json::ConfigError;
-pub use folder::{Folder, NameError, read_settings};
+pub use error::{LoadError, NameError, SaveError, Unrepresentable};
+pub use folder::{Folder, read_settings};
 pub use keys::{CONFIG_FILE, PREFIX, TENSORS_FILE, key, saved_key};
-pub use load::{LoadError, LoadOptions};
-pub use save::{SaveError, SaveOptions, Unrepresentable};
-
-pub(crate) use config_json::check as check_settings;
+pub use load::LoadOptions;
+pub use save::SaveOptions;
 
 use crate::value::Adapter;
 

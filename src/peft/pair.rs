@@ -20,9 +20,8 @@ use std::time::Duration;
 use same_file::Handle;
 use xxhash_rust::xxh3::xxh3_128;
 
+use super::error::{LoadError, SaveError};
 use super::keys::{CONFIG_FILE, PICKLE_FILE, TENSORS_FILE};
-use super::load::LoadError;
-use super::save::SaveError;
 
 /// How often a folder is read that somebody else is writing, and how long to wait in between.
 const ATTEMPTS: usize = 200;

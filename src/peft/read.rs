@@ -18,7 +18,7 @@ use super::fused::to_model_names;
 use super::keys::{Format, Layout, Leaf, PREFIX, is_stray, key, leaf};
 use super::legacy::{self, Squares};
 use super::scale;
-use crate::config::{AdapterConfig, Bias, LayerKind, Selection, TargetModules, is_saved};
+use crate::config::{AdapterConfig, Bias, Selection, TargetModules, is_saved};
 use crate::tensors::{from_values, is_finite, values, widened};
 use crate::value::LoadReport;
 use crate::value::keymap::{KeyMap, KeyMapError, ends_with};
@@ -418,7 +418,9 @@ fn read_boft(path: String, r: &TensorData, s: Option<&TensorData>) -> Result<Ada
         shape: r.shape().to_vec(),
         reason,
     })?;
-    let scale = s.map(|s| read_scale(key(&path, "boft_s"), s)).transpose()?;
+    let scale = s
+        .map(|s| scale::read(key(&path, "boft_s"), s))
+        .transpose()?;
     let dtype = widened(r.dtype());
     let skew = from_values(pack(&values(r), b), [m, n, b * (b - 1) / 2], dtype);
     Ok(AdapterLayer {
@@ -433,27 +435,6 @@ fn read_boft(path: String, r: &TensorData, s: Option<&TensorData>) -> Result<Ada
             from_values(scale, shape, dtype)
         }),
     })
-}
-
-/// A scale, and the kind of layer that its shape means: (out, 1) is linear, (1, out) a convolution.
-pub(super) fn read_scale(
-    key: String,
-    s: &TensorData,
-) -> Result<(Vec<f64>, Option<LayerKind>), Wrong> {
-    let kind = match **s.shape() {
-        [1, 1] => None,
-        [o, 1] if o > 0 => Some(LayerKind::Linear),
-        [1, o] if o > 0 => Some(LayerKind::Conv2d),
-        _ => {
-            let expected = "(outputs, 1) or (1, outputs) expected";
-            return Err(Wrong::Tensor {
-                key,
-                shape: s.shape().to_vec(),
-                reason: SizeError::Axes { expected },
-            });
-        }
-    };
-    Ok((values(s), kind))
 }
 
 /// Says in the model's names which layers are adapted and which modules are saved.

@@ -1,129 +1,15 @@
 //! [`Adapter::save`]: an adapter into PEFT's folder.
 
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use burn::tensor::FloatDType;
-use safetensors::SafeTensorError;
 
-use super::config_json::{self, ConfigError};
-use super::folder::{self, Folder, NameError};
-use super::{scale, write};
+use super::error::SaveError;
+use super::folder::{self, Folder};
+use super::{config_json, scale, write};
 use crate::config::{Selection, TargetModules};
-use crate::rotation::factors;
 use crate::value::Adapter;
-use crate::value::keymap::{KeyMap, KeyMapError};
-
-/// Why [`Adapter::save`](crate::Adapter::save) refuses.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum SaveError {
-    /// A file cannot be written.
-    #[error("{} cannot be written: {source}", path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The name of an adapter is not the name of a folder.
-    #[error(transparent)]
-    Name(#[from] NameError),
-    /// Names cannot be mapped.
-    #[error(transparent)]
-    KeyMap(#[from] KeyMapError),
-    /// The settings could not be read back.
-    #[error("the settings cannot be written: {0}")]
-    Config(#[from] ConfigError),
-    /// PEFT's file has no place for it.
-    #[error("PEFT's format cannot hold `{path}`: {reason}")]
-    Unrepresentable {
-        /// The layer, or the tensor.
-        path: String,
-        /// Why.
-        reason: Unrepresentable,
-    },
-    /// The settings cannot be put into JSON.
-    #[error("{} cannot be written: {source}", path.display())]
-    Json {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: serde_json::Error,
-    },
-    /// The tensors make no safetensors file.
-    #[error("{} cannot be written: {source}", path.display())]
-    Safetensors {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: SafeTensorError,
-    },
-}
-
-/// Why PEFT's format has no place for a part of an adapter.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum Unrepresentable {
-    /// One block for all channels, in BOFT.
-    #[error(
-        "its blocks share their numbers, and BOFT's have their own; attach the adapter to its model and extract it there"
-    )]
-    SharedBlocks,
-    /// BOFT without a scale for outputs whose number is not known.
-    #[error("it has no scale, and BOFT has one")]
-    NoScale,
-    /// A scale of a layer that may be of either kind.
-    #[error(
-        "its file does not tell a linear layer from a convolution, whose scales PEFT stores differently; attach the \
-         adapter to its model and extract it there"
-    )]
-    UnknownKind,
-    /// OFT with more than OFT has.
-    #[error("OFT has one factor and no scale")]
-    NotOft,
-    /// A scale that does not split into the layers that the file has for one of the model.
-    #[error("its {outputs} outputs do not split into {parts}")]
-    Outputs {
-        /// The outputs of the layer.
-        outputs: usize,
-        /// The layers in the file.
-        parts: usize,
-    },
-    /// A tensor that does not split into the layers that the file has for one of the model.
-    #[error("its {shape:?} do not split into {parts}")]
-    Rows {
-        /// The shape of the tensor.
-        shape: Vec<usize>,
-        /// The layers in the file.
-        parts: usize,
-    },
-    /// A layer with factors of its own.
-    #[error(
-        "it has {} where the configuration says {settings}, and PEFT has one number for all layers",
-        factors(*layer)
-    )]
-    Factors {
-        /// The factors of the layer.
-        layer: usize,
-        /// Those of the configuration.
-        settings: usize,
-    },
-    /// A layer with blocks that the configuration does not mean.
-    #[error("it has blocks of {layer}, and PEFT makes blocks of {settings} of the configuration")]
-    BlockSize {
-        /// The block size of the layer.
-        layer: usize,
-        /// The one that PEFT would make.
-        settings: usize,
-    },
-    /// A precision that the file does not have.
-    #[error("it is {dtype}; f64, f32, f16, bf16 and i64 are written")]
-    Precision {
-        /// The precision.
-        dtype: &'static str,
-    },
-}
+use crate::value::keymap::KeyMap;
 
 /// How [`Adapter::save_with`] writes.
 ///

@@ -1,12 +1,17 @@
-//! Whether a scale is trained, which PEFT's format cannot say: its BOFT always has one.
+//! Scales in PEFT's files, and whether they are trained, which the format cannot say: PEFT's BOFT always has one.
 //!
 //! An adapter without scales is written with ones, as PEFT would make them, and one line of text beside the tensors says that
 //! they are not trained. PEFT does not read that text, and leaves it out when it saves in its turn.
 
 use std::collections::BTreeMap;
 
+use burn::tensor::TensorData;
+
 use super::keys::Format;
+use crate::config::LayerKind;
+use crate::tensors::values;
 use crate::value::layer::AdapterLayer;
+use crate::value::mismatch::{SizeError, Wrong};
 
 const KEY: &str = "burn_boft.scale";
 const UNTRAINED: &str = "untrained";
@@ -24,4 +29,22 @@ pub(super) fn restore(layers: &mut [AdapterLayer], metadata: &BTreeMap<String, S
     if is_noted && !layers.iter().any(AdapterLayer::scales) {
         layers.iter_mut().for_each(|layer| layer.scale = None);
     }
+}
+
+/// A scale, and the kind of layer that its shape means: (out, 1) is linear, (1, out) a convolution.
+pub(super) fn read(key: String, s: &TensorData) -> Result<(Vec<f64>, Option<LayerKind>), Wrong> {
+    let kind = match **s.shape() {
+        [1, 1] => None,
+        [o, 1] if o > 0 => Some(LayerKind::Linear),
+        [1, o] if o > 0 => Some(LayerKind::Conv2d),
+        _ => {
+            let expected = "(outputs, 1) or (1, outputs) expected";
+            return Err(Wrong::Tensor {
+                key,
+                shape: s.shape().to_vec(),
+                reason: SizeError::Axes { expected },
+            });
+        }
+    };
+    Ok((values(s), kind))
 }

@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use burn::tensor::{FloatDType, TensorData};
 
+use super::error::{SaveError, Unrepresentable};
 use super::keys::{Format, Layout, key, saved_key};
-use super::save::{SaveError, Unrepresentable};
 use crate::config::{AdapterConfig, LayerKind};
 use crate::rotation::Method;
 use crate::tensors::{from_values, split, values};

@@ -240,9 +240,6 @@ pub enum Wrong {
         /// The layer's path.
         path: String,
     },
-    /// Settings that no file could hold.
-    #[error("the settings: {0}")]
-    Settings(#[from] crate::peft::ConfigError),
     /// Settings that give no layer a rotation.
     #[error("the settings: {0}")]
     Rotation(#[from] RotationError),

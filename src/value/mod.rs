@@ -26,7 +26,6 @@ pub use report::LoadReport;
 
 use crate::config::{AdapterConfig, LayerKind, Selection};
 use crate::ops::Blocks;
-use crate::peft::check_settings;
 use crate::rotation::Method;
 use crate::tensors::is_float;
 
@@ -60,8 +59,8 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// [`Mismatch`]: layers that the method does not allow, biases that do not fit their layer, tensors of a precision that
-    /// no file keeps, and settings that no file could hold.
+    /// [`Mismatch`]: layers that the method does not allow, biases that do not fit their layer, and tensors of a precision
+    /// that no file keeps. Settings are checked where they are used: when the adapter is attached or saved.
     ///
     /// # Examples
     ///
@@ -108,7 +107,6 @@ impl Adapter {
             return Err(mismatch);
         }
         reconcile::reconcile(&mut config, &layers, &mut LoadReport::default());
-        check_settings(&config).map_err(Wrong::from)?;
         let mut adapter = Self {
             config,
             layers,

@@ -113,6 +113,8 @@ impl Method {
                 let config = OftConfig::new()
                     .with_block_size(*block_size)
                     .with_target_modules(TARGETS)
+                    // The names of both kinds of MLP, of which a model has one.
+                    .with_absent_targets_allowed(true)
                     .with_bias(Bias::AdapterOnly)
                     .with_modules_to_save([HEAD]);
                 Some(config.into())
@@ -126,6 +128,8 @@ impl Method {
                     .with_block_size(*block_size)
                     .with_n_butterfly_factor(*factors)
                     .with_target_modules(TARGETS)
+                    // The names of both kinds of MLP, of which a model has one.
+                    .with_absent_targets_allowed(true)
                     .with_dropout(*dropout)
                     .with_bias(Bias::AdapterOnly)
                     .with_modules_to_save([HEAD]);

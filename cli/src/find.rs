@@ -1,0 +1,304 @@
+//! The place of everything in an adapter: checked against the model before anything is written.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use burn::tensor::DType;
+use burn_boft::value::{AdapterLayer, SavedTensor};
+use burn_boft::{Adapter, LayerKind};
+use safetensors::Dtype;
+
+use crate::base::Base;
+use crate::changes::{Added, Change, Changes};
+use crate::error::{Error, LINE_PARTS};
+use crate::header::Entry;
+use crate::names::{Names, join, nearest};
+use crate::tie::{Head, is_head};
+
+impl<'a> Changes<'a> {
+    /// Finds the place of every layer and every saved tensor of the adapter.
+    pub fn find(
+        adapter: &'a Adapter,
+        base: &Base,
+        names: &Names,
+        head: &Head,
+    ) -> Result<Self, Error> {
+        let mut finder = Finder {
+            base,
+            names,
+            head,
+            adapted: adapter
+                .layers()
+                .iter()
+                .map(|layer| first(layer.path()))
+                .collect(),
+            changes: Self::default(),
+            problems: Vec::new(),
+        };
+        for layer in adapter.layers() {
+            finder.layer(layer)?;
+        }
+        for tensor in adapter.tensors() {
+            finder.tensor(tensor, Owner::of(tensor, adapter))?;
+        }
+        match finder.problems.is_empty() {
+            true => Ok(finder.changes),
+            false => Err(Error::Fit(finder.problems)),
+        }
+    }
+}
+
+struct Finder<'a, 'b> {
+    base: &'b Base,
+    names: &'b Names,
+    head: &'b Head,
+    /// The modules at the top that have adapted layers, by the adapter's names.
+    adapted: BTreeSet<&'a str>,
+    changes: Changes<'a>,
+    problems: Vec<String>,
+}
+
+impl<'a> Finder<'a, '_> {
+    /// The nearest keys for a message, as long as it is one that is shown: each takes a look at all keys.
+    fn nearest(&self, key: &str) -> String {
+        match self.problems.len() < LINE_PARTS {
+            true => nearest(key, self.base),
+            false => String::new(),
+        }
+    }
+
+    fn layer(&mut self, layer: &'a AdapterLayer) -> Result<(), Error> {
+        if layer.is_identity() {
+            self.changes.idle.push(layer.path().to_string());
+            return Ok(());
+        }
+        let place = self.names.place(layer.path(), "weight", self.base)?;
+        let key = join(&place.module, "weight");
+        let Some((shard, entry)) = self.base.entry(&key) else {
+            let (path, module) = (self.base.path.display(), layer.path());
+            self.problems.push(match self.head.is_shared(&key) {
+                true => format!(
+                    "{path}: `{key}` is the embedding, and rotating it for the head would rotate both; save the model \
+                     with a head of its own first"
+                ),
+                false => format!(
+                    "{path}: the adapter of `{module}` has no `{key}`{}; --map bridges names",
+                    self.nearest(&key)
+                ),
+            });
+            return Ok(());
+        };
+        match rows(entry, place.part)
+            .and_then(|rows| check_layer(layer, entry, &rows).map(|()| rows))
+        {
+            Ok(rows) => self.insert(key, Part::Layer(rows, layer)),
+            Err(why) => self.problems.push(format!(
+                "{}: `{key}` is {:?} {}, and the adapter of `{}` {why}",
+                shard.path.display(),
+                entry.shape,
+                entry.dtype,
+                layer.path()
+            )),
+        }
+        Ok(())
+    }
+
+    fn tensor(&mut self, tensor: &'a SavedTensor, owner: Owner) -> Result<(), Error> {
+        let place = self
+            .names
+            .place(tensor.module(), tensor.name(), self.base)?;
+        let key = join(&place.module, tensor.name());
+        let Some((shard, entry)) = self.base.entry(&key) else {
+            let is_new = owner == Owner::Saved && self.is_new_head(tensor.module(), &key);
+            match is_new || self.head.is_shared(&key) {
+                true => {
+                    let added = Added::Saved(tensor);
+                    if self.changes.added.insert(key.clone(), added).is_some() {
+                        self.clash(&key);
+                    }
+                }
+                false => self.problems.push(format!(
+                    "{}: the adapter's `{}` has no `{key}`{}; --map bridges names",
+                    self.base.path.display(),
+                    join(tensor.module(), tensor.name()),
+                    self.nearest(&key)
+                )),
+            }
+            return Ok(());
+        };
+        let shape = tensor.data().shape().to_vec();
+        let rows = rows(entry, place.part).ok().filter(|rows| {
+            let mut expected = entry.shape.clone();
+            if let Some(first) = expected.first_mut() {
+                *first = rows.len();
+            }
+            expected == shape
+        });
+        // Counts are I64; floats are rounded to one another.
+        let same_kind = match tensor.data().dtype() {
+            DType::I64 => entry.dtype == Dtype::I64,
+            _ => compute_dtype(entry.dtype).is_some(),
+        };
+        match rows {
+            Some(rows) if same_kind => self.insert(key, Part::Rows(rows, tensor)),
+            // A new head for other classes.
+            None if same_kind
+                && owner == Owner::Saved
+                && place.part.1 == 1
+                && entry.shape.len() == shape.len()
+                && entry.shape.get(1..) == shape.get(1..) =>
+            {
+                self.insert(key, Part::Whole(tensor));
+            }
+            _ => self.problems.push(format!(
+                "{}: `{key}` is {:?} {}, and the adapter's `{}` is {shape:?} {:?}",
+                shard.path.display(),
+                entry.shape,
+                entry.dtype,
+                join(tensor.module(), tensor.name()),
+                tensor.data().dtype()
+            )),
+        }
+        Ok(())
+    }
+
+    /// Whether a saved module that the model's file lacks is a head that the model does not have yet: a module of its
+    /// own at the top. Anything else is in the file under another name.
+    fn is_new_head(&self, module: &str, key: &str) -> bool {
+        let (top, end) = (first(key), format!(".{key}"));
+        let is_other = |other: &str| {
+            first(other) == top || other.ends_with(&end) || (is_head(key) && is_head(other))
+        };
+        !self.adapted.contains(first(module)) && !self.base.keys().any(is_other)
+    }
+
+    /// Notes a change, unless the tensor has one already that this is not another part of.
+    fn insert(&mut self, key: String, part: Part<'a>) {
+        let changes = &mut self.changes.of;
+        let taken = match (changes.get_mut(&key), part) {
+            (None, part) => {
+                let change = match part {
+                    Part::Layer(rows, layer) => Change::Rotate(vec![(rows, layer)]),
+                    Part::Rows(rows, tensor) => Change::Replace(vec![(rows, tensor)]),
+                    Part::Whole(tensor) => Change::New(tensor),
+                };
+                changes.insert(key, change);
+                return;
+            }
+            (Some(Change::Rotate(parts)), Part::Layer(rows, layer)) => add(parts, rows, layer),
+            (Some(Change::Replace(parts)), Part::Rows(rows, tensor)) => add(parts, rows, tensor),
+            _ => true,
+        };
+        if taken {
+            self.clash(&key);
+        }
+    }
+
+    fn clash(&mut self, key: &str) {
+        self.problems.push(format!(
+            "{}: two parts of the adapter change `{key}`",
+            self.base.path.display()
+        ));
+    }
+}
+
+/// One part of an adapter at its place.
+enum Part<'a> {
+    Layer(Range<usize>, &'a AdapterLayer),
+    Rows(Range<usize>, &'a SavedTensor),
+    Whole(&'a SavedTensor),
+}
+
+/// The first name of a path.
+fn first(path: &str) -> &str {
+    path.split('.').next().unwrap_or(path)
+}
+
+/// Whose tensor a saved one is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Owner {
+    /// A layer that is adapted, or another whose bias alone was trained.
+    Layer,
+    /// A module that is saved as a whole.
+    Saved,
+}
+
+impl Owner {
+    fn of(tensor: &SavedTensor, adapter: &Adapter) -> Self {
+        let module = tensor.module();
+        let is_whole = |other: &SavedTensor| other.module() == module && other.name() != "bias";
+        let is_adapted = adapter.layers().iter().any(|layer| layer.path() == module);
+        match !is_adapted && adapter.tensors().iter().any(is_whole) {
+            true => Self::Saved,
+            false => Self::Layer,
+        }
+    }
+}
+
+/// Adds rows in order; true where they were taken.
+fn add<T>(parts: &mut Vec<(Range<usize>, T)>, rows: Range<usize>, part: T) -> bool {
+    let at = parts.partition_point(|(other, _)| other.start < rows.start);
+    let free = parts
+        .iter()
+        .all(|(other, _)| other.end <= rows.start || rows.end <= other.start);
+    if free {
+        parts.insert(at, (rows, part));
+    }
+    !free
+}
+
+/// The rows of a tensor that are this one of so many equal parts.
+fn rows(entry: &Entry, (index, count): (usize, usize)) -> Result<Range<usize>, String> {
+    let rows = entry.shape.first().copied().unwrap_or(1);
+    if !rows.is_multiple_of(count) {
+        return Err(format!("is for one of {count} equal parts of its rows"));
+    }
+    let each = rows / count;
+    Ok(index * each..(index + 1) * each)
+}
+
+/// The precision that weights of a precision are rotated in, where they are.
+pub fn compute_dtype(dtype: Dtype) -> Option<DType> {
+    match dtype {
+        Dtype::F64 => Some(DType::F64),
+        Dtype::F32 | Dtype::F16 | Dtype::BF16 => Some(DType::F32),
+        _ => None,
+    }
+}
+
+/// The kind of a layer with a weight of this shape, or why the adapter's does not fit it, after "the adapter of …".
+pub fn check_shape(
+    layer: &AdapterLayer,
+    shape: &[usize],
+    rows: usize,
+) -> Result<LayerKind, String> {
+    let kind =
+        LayerKind::of_rank(shape.len()).ok_or("is for a matrix or a convolution's four axes")?;
+    if let Some(expected) = layer.kind().filter(|expected| *expected != kind) {
+        return Err(format!("is for {}", expected.in_words()));
+    }
+    let d_input: usize = shape[1..].iter().product();
+    let b = layer.block_size();
+    match (layer.d_input(), layer.d_output()) {
+        (Some(d), _) if d != d_input => Err(format!("rotates {d} input features")),
+        (None, _) if d_input == 0 || !d_input.is_multiple_of(b) => {
+            Err(format!("rotates blocks of {b} input features"))
+        }
+        (_, Some(o)) if o != rows => Err(format!("scales {o} outputs")),
+        _ => Ok(kind),
+    }
+}
+
+/// Why a layer of the adapter does not fit a weight, after "the adapter of …".
+fn check_layer(layer: &AdapterLayer, entry: &Entry, rows: &Range<usize>) -> Result<(), String> {
+    check_shape(layer, &entry.shape, rows.len())?;
+    match compute_dtype(entry.dtype) {
+        None => {
+            Err("rotates F32, F16 and BF16; merge into the model before it is quantized".into())
+        }
+        Some(DType::F64) if layer.skew().dtype() != DType::F64 => {
+            Err("is less precise; save both in the same precision".into())
+        }
+        Some(_) => Ok(()),
+    }
+}

@@ -1,13 +1,11 @@
 //! Files and settings with sizes that no layer has are refused at once: no endless loop, no huge allocation, no panic.
 
-mod common;
-
 use std::fs;
 
+use crate::common::models::Net;
 use burn::tensor::{Device, TensorData};
 use burn_boft::value::{AdapterLayer, SavedTensor};
 use burn_boft::{Adapter, AdapterConfig, Block, BoftConfig, BoftLinear, OftConfig};
-use common::models::Net;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 

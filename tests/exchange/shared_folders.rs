@@ -51,7 +51,11 @@ fn load(folder: &Path) -> usize {
 /// A process that saves these adapters in turn.
 fn writer(folder: &Path, adapters: &str, saves: usize) -> Child {
     Command::new(env::current_exe().unwrap())
-        .args(["--exact", "writes_adapters_when_told_to", "--nocapture"])
+        .args([
+            "--exact",
+            "shared_folders::writes_adapters_when_told_to",
+            "--nocapture",
+        ])
         .env(FOLDER, folder)
         .env(ADAPTERS, adapters)
         .env(SAVES, saves.to_string())

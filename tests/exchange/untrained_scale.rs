@@ -1,14 +1,12 @@
 //! An adapter without a scale stays one when it goes through PEFT's files, whose BOFT always has a scale.
 
-mod common;
-
 use std::fs;
 use std::path::Path;
 
+use crate::common::models::{Net, numbers, set, trainable};
 use burn::tensor::Device;
 use burn_boft::peft::Folder;
 use burn_boft::{Adapter, AdapterConfig, BoftConfig, BoftLinear, Init, inject};
-use common::models::{Net, numbers, set, trainable};
 use safetensors::SafeTensors;
 
 fn config(scale: bool) -> BoftConfig {

@@ -1,10 +1,8 @@
 //! Settings go through JSON, and through a model, without a change of their last digit.
 
-mod common;
-
+use crate::common::models::Net;
 use burn::tensor::Device;
 use burn_boft::{Adapter, AdapterConfig, BoftConfig, BoftLinear, OftConfig, inject};
-use common::models::Net;
 use proptest::prelude::*;
 
 /// A double that a parser without exact rounding reads as its neighbour.

@@ -1,7 +1,7 @@
 //! `convert`: an adapter in another form.
 
 use burn::tensor::TensorData;
-use burn_boft::peft::LoadOptions;
+use burn_boft::peft::{LoadOptions, read_settings};
 use burn_boft::value::AdapterLayer;
 use burn_boft::{Adapter, AdapterConfig, BoftConfig, Cayley, LayerKind, OftConfig};
 
@@ -13,7 +13,7 @@ use crate::merge::load;
 use crate::names::{Names, join};
 use crate::output::{Form, OutputFolder, check_free, check_outside};
 use crate::terminal::{plural, print};
-use crate::{lora, record, settings};
+use crate::{lora, record};
 
 pub fn run(options: &Convert) -> Result<(), Error> {
     let names = Names::parse(&options.maps)?;
@@ -63,11 +63,7 @@ fn needs_base(what: &str) -> Error {
 fn read(options: &Convert, names: &Names, base: Option<&Base>) -> Result<Adapter, Error> {
     let input = &options.input;
     if input.is_file() {
-        let settings = options
-            .config
-            .as_deref()
-            .map(settings::read_file)
-            .transpose()?;
+        let settings = options.config.as_deref().map(read_settings).transpose()?;
         return record::read(input, settings, base);
     }
     if options.config.is_some() {

@@ -1,7 +1,7 @@
 //! `inspect`: what an adapter is, and how far it turns.
 
 use burn::tensor::Device;
-use burn_boft::peft::LoadOptions;
+use burn_boft::peft::{LoadOptions, read_settings};
 use burn_boft::value::{AdapterLayer, LayerMeasure};
 use burn_boft::{Adapter, LayerKind, TargetModules};
 use serde_json::{Value, json};
@@ -11,7 +11,6 @@ use crate::error::Error;
 use crate::merge::load;
 use crate::output::{Form, check_free};
 use crate::plot;
-use crate::settings;
 use crate::terminal::{plural, print, shown};
 
 pub fn run(options: &Inspect) -> Result<(), Error> {
@@ -19,7 +18,7 @@ pub fn run(options: &Inspect) -> Result<(), Error> {
         check_free(path, Form::File)?;
     }
     let adapter = load(&options.adapter, &LoadOptions::new())?;
-    let json = settings::read(&options.adapter)?;
+    let json = read_settings(&options.adapter)?;
     let about = About::new(&adapter, &json);
     let rows: Vec<_> = adapter
         .layers()

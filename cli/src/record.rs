@@ -7,6 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use burn::tensor::{Bytes, DType, TensorData};
+use burn_boft::tensors::to_file;
 use burn_boft::value::{AdapterLayer, SavedTensor};
 use burn_boft::{Adapter, AdapterConfig, Bias, LayerKind};
 use burn_pack::{Reader, Tensor, Writer};
@@ -15,7 +16,6 @@ use serde_json::{Map, Value, json};
 use crate::base::Base;
 use crate::error::Error;
 use crate::names::join;
-use crate::numbers::file_dtype;
 use crate::output::OutputFile;
 
 /// Where a record keeps PEFT's settings, and which layers are convolutions.
@@ -290,7 +290,7 @@ impl RecordReader<'_> {
         if name.contains(".weight.boft.") || !(is_bias || selection.saves(module)) {
             return Ok(None);
         }
-        if file_dtype(data.dtype()).is_none() {
+        if to_file(data.dtype()).is_none() {
             let why = format!("is {:?}, which no file keeps", data.dtype());
             return Err(Error::tensor(self.path, name, why));
         }

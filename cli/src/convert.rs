@@ -2,7 +2,7 @@
 
 use burn::tensor::TensorData;
 use burn_boft::peft::{LoadOptions, read_settings};
-use burn_boft::value::AdapterLayer;
+use burn_boft::value::{AdapterLayer, join};
 use burn_boft::{Adapter, AdapterConfig, BoftConfig, Cayley, LayerKind, OftConfig};
 
 use crate::base::Base;
@@ -10,7 +10,7 @@ use crate::cli::{Convert, To};
 use crate::error::Error;
 use crate::find::check_shape;
 use crate::merge::load;
-use crate::names::{Names, join};
+use crate::names::Names;
 use crate::output::{Form, OutputFolder, check_free, check_outside};
 use crate::terminal::{plural, print};
 use crate::{lora, record};
@@ -25,11 +25,11 @@ pub fn run(options: &Convert) -> Result<(), Error> {
     check_free(&options.output, form)?;
     check_outside(&options.output, &options.input)?;
     if let Some(rank) = options.to_lora {
-        let adapter = read(options, &Names::default(), base.as_ref())?;
+        let adapter = read(options, Names::default(), base.as_ref())?;
         let base = base.ok_or_else(|| needs_base("--to-lora"))?;
         return lora::write(&adapter, &base, &names, rank as usize, &options.output);
     }
-    let adapter = read(options, &names, base.as_ref())?;
+    let adapter = read(options, names, base.as_ref())?;
     let adapter = match options.to {
         Some(To::Oft) => to_oft(&adapter)?,
         Some(To::Boft) => to_boft(&adapter, base.as_ref())?,
@@ -60,7 +60,7 @@ fn needs_base(what: &str) -> Error {
 }
 
 /// Reads the adapter, which is a folder or a record.
-fn read(options: &Convert, names: &Names, base: Option<&Base>) -> Result<Adapter, Error> {
+fn read(options: &Convert, names: Names, base: Option<&Base>) -> Result<Adapter, Error> {
     let input = &options.input;
     if input.is_file() {
         let settings = options.config.as_deref().map(read_settings).transpose()?;
@@ -70,7 +70,7 @@ fn read(options: &Convert, names: &Names, base: Option<&Base>) -> Result<Adapter
         let refused = "--config is for a record; a folder has its own settings".to_string();
         return Err(Error::Settings(refused));
     }
-    let load_options = LoadOptions::new().with_key_map(names.to_key_map()?);
+    let load_options = LoadOptions::new().with_key_map(names.into_key_map());
     load(input, &load_options)
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 use burn::tensor::DType;
-use burn_boft::value::{AdapterLayer, SavedTensor};
+use burn_boft::value::{AdapterLayer, SavedTensor, join};
 use burn_boft::{Adapter, LayerKind};
 use safetensors::Dtype;
 
@@ -12,7 +12,7 @@ use crate::base::Base;
 use crate::changes::{Added, Change, Changes};
 use crate::error::{Error, LINE_PARTS};
 use crate::header::Entry;
-use crate::names::{Names, join, nearest};
+use crate::names::{Names, nearest};
 use crate::tie::{Head, is_head};
 
 impl<'a> Changes<'a> {

@@ -8,14 +8,13 @@ use std::path::Path;
 
 use burn::tensor::{Bytes, DType, TensorData};
 use burn_boft::tensors::to_file;
-use burn_boft::value::{AdapterLayer, SavedTensor};
+use burn_boft::value::{AdapterLayer, SavedTensor, join};
 use burn_boft::{Adapter, AdapterConfig, Bias, LayerKind};
 use burn_pack::{Reader, Tensor, Writer};
 use serde_json::{Map, Value, json};
 
 use crate::base::Base;
 use crate::error::Error;
-use crate::names::join;
 use crate::output::OutputFile;
 
 /// Where a record keeps PEFT's settings, and which layers are convolutions.

@@ -2,13 +2,13 @@
 
 use burn::tensor::TensorData;
 use burn_boft::peft::{LoadOptions, read_settings};
+use burn_boft::tensors::{from_values, values};
 use burn_boft::value::{AdapterLayer, join};
 use burn_boft::{Adapter, AdapterConfig, BoftConfig, Cayley, LayerKind, OftConfig};
 
 use crate::base::Base;
 use crate::cli::{Convert, To};
 use crate::error::Error;
-use crate::find::check_shape;
 use crate::merge::load;
 use crate::names::Names;
 use crate::output::{Form, OutputFolder, check_free, check_outside};
@@ -104,16 +104,20 @@ impl Place {
             )
         })?;
         let shape = &entry.shape;
-        let d_output = shape.first().copied().unwrap_or(1);
-        let kind = check_shape(layer, shape, d_output).map_err(|why| {
-            let why = format!("is {shape:?}, and the adapter of `{}` {why}", layer.path());
-            Error::tensor(&shard.path, &key, why)
+        let kind = layer.check_fit(shape).map_err(|why| {
+            Error::malformed(
+                &shard.path,
+                format!(
+                    "the adapter of `{}`{why}; `{key}` is {shape:?}",
+                    layer.path()
+                ),
+            )
         })?;
         shard.check_numbers(entry)?;
         Ok(Self {
             kind,
             d_input: shape[1..].iter().product(),
-            d_output,
+            d_output: shape[0],
         })
     }
 
@@ -123,10 +127,9 @@ impl Place {
         let skew = match layer.block_share() {
             false => skew,
             true => {
-                let numbers: Vec<f64> = skew.iter::<f64>().collect();
+                let numbers = values(&skew);
                 let blocks = self.d_input / layer.block_size();
-                TensorData::new(numbers.repeat(blocks), [1, blocks, numbers.len()])
-                    .convert_dtype(dtype)
+                from_values(numbers.repeat(blocks), [1, blocks, numbers.len()], dtype)
             }
         };
         let ones = || TensorData::new(vec![1.0f32; self.d_output], [self.d_output]);

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{DType, TensorData};
-use burn_boft::tensors::{decode, encode, from_file, is_finite, part, to_file};
+use burn_boft::tensors::{decode, encode, from_file, is_finite, is_float, part, to_file};
 use burn_boft::value::{AdapterLayer, SavedTensor};
 use indicatif::{ProgressBar, ProgressStyle};
 use safetensors::Dtype;
@@ -13,7 +13,6 @@ use serde_json::{Map, Value};
 use crate::base::{Base, Shard};
 use crate::changes::{Added, Change, Changes};
 use crate::error::Error;
-use crate::find::compute_dtype;
 use crate::header::{self, Entry};
 use crate::output::{OutputFile, OutputFolder};
 use crate::tie;
@@ -115,9 +114,9 @@ impl Writer<'_> {
         }
         // What is not new keeps its count: tied weights count once, and buffers only in the size.
         let bytes = |dtype, shape: &[usize]| header::byte_count(dtype, shape).unwrap_or_default();
-        let numbers = |dtype, shape: &[usize]| match compute_dtype(dtype) {
-            Some(_) => shape.iter().product::<usize>() as u64,
-            None => 0,
+        let numbers = |dtype, shape: &[usize]| match from_file(dtype).is_some_and(is_float) {
+            true => shape.iter().product::<usize>() as u64,
+            false => 0,
         };
         if let Some(Value::Object(metadata)) = index.get_mut("metadata") {
             self.grow(base, metadata, "total_size", bytes);

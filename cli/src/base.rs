@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Component, Path, PathBuf};
 
+use burn_boft::peft::{CONFIG_FILE, TENSORS_FILE};
 use serde_json::{Map, Value};
 
 use crate::error::Error;
@@ -17,7 +18,7 @@ const OTHER_FORMATS: [&str; 9] = [
     "bin", "ckpt", "gguf", "h5", "msgpack", "onnx", "ot", "pt", "pth",
 ];
 /// Adapters lie beside models in training folders.
-const ADAPTER: [&str; 2] = ["adapter_model.safetensors", "adapter_config.json"];
+const ADAPTER: [&str; 2] = [TENSORS_FILE, CONFIG_FILE];
 
 /// A model on disk, open for reading.
 pub struct Base {

@@ -4,15 +4,16 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 use burn::tensor::DType;
-use burn_boft::value::{AdapterLayer, SavedTensor};
-use burn_boft::{Adapter, LayerKind};
+use burn_boft::Adapter;
+use burn_boft::tensors::{file_name, from_file, is_float};
+use burn_boft::value::{AdapterLayer, Place, SavedTensor, join};
 use safetensors::Dtype;
 
 use crate::base::Base;
 use crate::changes::{Added, Change, Changes};
 use crate::error::{Error, LINE_PARTS};
 use crate::header::Entry;
-use crate::names::{Names, join, nearest};
+use crate::names::{Names, nearest};
 use crate::tie::{Head, is_head};
 
 impl<'a> Changes<'a> {
@@ -88,16 +89,14 @@ impl<'a> Finder<'a, '_> {
             });
             return Ok(());
         };
-        match rows(entry, place.part)
-            .and_then(|rows| check_layer(layer, entry, &rows).map(|()| rows))
-        {
+        match rows(layer, entry, &place) {
             Ok(rows) => self.insert(key, Part::Layer(rows, layer)),
             Err(why) => self.problems.push(format!(
-                "{}: `{key}` is {:?} {}, and the adapter of `{}` {why}",
+                "{}: the adapter of `{}`{why}; `{key}` is {:?} {}",
                 shard.path.display(),
+                layer.path(),
                 entry.shape,
-                entry.dtype,
-                layer.path()
+                file_name(entry.dtype)
             )),
         }
         Ok(())
@@ -127,7 +126,7 @@ impl<'a> Finder<'a, '_> {
             return Ok(());
         };
         let shape = tensor.data().shape().to_vec();
-        let rows = rows(entry, place.part).ok().filter(|rows| {
+        let rows = place.rows(d_output(entry)).filter(|rows| {
             let mut expected = entry.shape.clone();
             if let Some(first) = expected.first_mut() {
                 *first = rows.len();
@@ -137,7 +136,7 @@ impl<'a> Finder<'a, '_> {
         // Counts are I64; floats are rounded to one another.
         let same_kind = match tensor.data().dtype() {
             DType::I64 => entry.dtype == Dtype::I64,
-            _ => compute_dtype(entry.dtype).is_some(),
+            _ => from_file(entry.dtype).is_some_and(is_float),
         };
         match rows {
             Some(rows) if same_kind => self.insert(key, Part::Rows(rows, tensor)),
@@ -247,58 +246,33 @@ fn add<T>(parts: &mut Vec<(Range<usize>, T)>, rows: Range<usize>, part: T) -> bo
     !free
 }
 
-/// The rows of a tensor that are this one of so many equal parts.
-fn rows(entry: &Entry, (index, count): (usize, usize)) -> Result<Range<usize>, String> {
-    let rows = entry.shape.first().copied().unwrap_or(1);
-    if !rows.is_multiple_of(count) {
-        return Err(format!("is for one of {count} equal parts of its rows"));
+/// What is wrong between a layer of the adapter and the tensor at its place, after "the adapter of …", or its rows.
+fn rows(layer: &AdapterLayer, entry: &Entry, place: &Place) -> Result<Range<usize>, String> {
+    let rows = d_output(entry);
+    let rows = place.rows(rows).ok_or_else(|| {
+        let parts = place.part.1;
+        format!(
+            " is for one of {parts} equal parts of its rows, and {rows} rows have no such parts"
+        )
+    })?;
+    let mut shape = entry.shape.clone();
+    if let Some(first) = shape.first_mut() {
+        *first = rows.len();
     }
-    let each = rows / count;
-    Ok(index * each..(index + 1) * each)
-}
-
-/// The precision that weights of a precision are rotated in, where they are.
-pub fn compute_dtype(dtype: Dtype) -> Option<DType> {
-    match dtype {
-        Dtype::F64 => Some(DType::F64),
-        Dtype::F32 | Dtype::F16 | Dtype::BF16 => Some(DType::F32),
-        _ => None,
-    }
-}
-
-/// The kind of a layer with a weight of this shape, or why the adapter's does not fit it, after "the adapter of …".
-pub fn check_shape(
-    layer: &AdapterLayer,
-    shape: &[usize],
-    rows: usize,
-) -> Result<LayerKind, String> {
-    let kind =
-        LayerKind::of_rank(shape.len()).ok_or("is for a matrix or a convolution's four axes")?;
-    if let Some(expected) = layer.kind().filter(|expected| *expected != kind) {
-        return Err(format!("is for {}", expected.in_words()));
-    }
-    let d_input: usize = shape[1..].iter().product();
-    let b = layer.block_size();
-    match (layer.d_input(), layer.d_output()) {
-        (Some(d), _) if d != d_input => Err(format!("rotates {d} input features")),
-        (None, _) if d_input == 0 || !d_input.is_multiple_of(b) => {
-            Err(format!("rotates blocks of {b} input features"))
-        }
-        (_, Some(o)) if o != rows => Err(format!("scales {o} outputs")),
-        _ => Ok(kind),
-    }
-}
-
-/// Why a layer of the adapter does not fit a weight, after "the adapter of …".
-fn check_layer(layer: &AdapterLayer, entry: &Entry, rows: &Range<usize>) -> Result<(), String> {
-    check_shape(layer, &entry.shape, rows.len())?;
-    match compute_dtype(entry.dtype) {
-        None => {
-            Err("rotates F32, F16 and BF16; merge into the model before it is quantized".into())
-        }
+    layer.check_fit(&shape).map_err(|why| why.to_string())?;
+    match from_file(entry.dtype).filter(|dtype| is_float(*dtype)) {
+        None => Err(
+            " rotates weights in f64, f32, f16 and bf16 only; merge it into the model before the model is quantized"
+                .into(),
+        ),
         Some(DType::F64) if layer.skew().dtype() != DType::F64 => {
-            Err("is less precise; save both in the same precision".into())
+            Err(" is less precise than the weight; save both in the same precision".into())
         }
-        Some(_) => Ok(()),
+        Some(_) => Ok(rows),
     }
+}
+
+/// The length of the first axis.
+fn d_output(entry: &Entry) -> usize {
+    entry.shape.first().copied().unwrap_or(1)
 }

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{DType, TensorData};
+use burn_boft::tensors::{decode, encode, from_file, is_finite, is_float, part, to_file};
 use burn_boft::value::{AdapterLayer, SavedTensor};
 use indicatif::{ProgressBar, ProgressStyle};
 use safetensors::Dtype;
@@ -12,9 +13,7 @@ use serde_json::{Map, Value};
 use crate::base::{Base, Shard};
 use crate::changes::{Added, Change, Changes};
 use crate::error::Error;
-use crate::find::compute_dtype;
 use crate::header::{self, Entry};
-use crate::numbers::{burn_dtype, decode, encode, file_dtype, is_finite, part};
 use crate::output::{OutputFile, OutputFolder};
 use crate::tie;
 
@@ -115,9 +114,9 @@ impl Writer<'_> {
         }
         // What is not new keeps its count: tied weights count once, and buffers only in the size.
         let bytes = |dtype, shape: &[usize]| header::byte_count(dtype, shape).unwrap_or_default();
-        let numbers = |dtype, shape: &[usize]| match compute_dtype(dtype) {
-            Some(_) => shape.iter().product::<usize>() as u64,
-            None => 0,
+        let numbers = |dtype, shape: &[usize]| match from_file(dtype).is_some_and(is_float) {
+            true => shape.iter().product::<usize>() as u64,
+            false => 0,
         };
         if let Some(Value::Object(metadata)) = index.get_mut("metadata") {
             self.grow(base, metadata, "total_size", bytes);
@@ -313,7 +312,7 @@ impl Writer<'_> {
 fn added_layout(base: &Base, added: &Added) -> Option<(Dtype, Vec<usize>)> {
     match added {
         Added::Saved(tensor) => {
-            let dtype = file_dtype(tensor.data().dtype())?;
+            let dtype = to_file(tensor.data().dtype())?;
             Some((dtype, tensor.data().shape().to_vec()))
         }
         Added::Copy(of) => {
@@ -336,7 +335,7 @@ fn write_rounded(
     entry: &Entry,
     file: &mut OutputFile,
 ) -> Result<(), Error> {
-    let dtype = burn_dtype(entry.dtype)
+    let dtype = from_file(entry.dtype)
         .ok_or_else(|| Error::tensor(&shard.path, &entry.key, format!("is {}", entry.dtype)))?;
     write_saved(tensor.data(), dtype, shard, &entry.key, file)
 }

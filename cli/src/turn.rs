@@ -3,9 +3,10 @@
 use std::ops::Range;
 
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
+use burn_boft::Adapter;
 use burn_boft::ops::{Blocks, Direction, Side};
+use burn_boft::tensors::{from_values, values};
 use burn_boft::value::AdapterLayer;
-use burn_boft::{Adapter, Cayley};
 use faer::Mat;
 use faer::linalg::solvers::DenseSolveCore;
 
@@ -194,9 +195,8 @@ impl Turn for Backward<'_> {
             ));
         }
         let rotation = Rotation::new(self.adapter, layer, widths, &self.device)?;
-        let is_orthogonal = self.adapter.config().cayley() == Cayley::Exact;
         let inverse = match &rotation.blocks {
-            Some(blocks) if !is_orthogonal => Some(invert(blocks, &self.device)?),
+            Some(blocks) if !self.adapter.is_orthogonal() => Some(invert(blocks, &self.device)?),
             _ => None,
         };
         self.rotation = Some((rotation, inverse));
@@ -222,12 +222,12 @@ impl Turn for Backward<'_> {
 
 /// The transposed inverses of the blocks of one factor.
 fn invert(blocks: &Blocks, device: &Device) -> Result<Tensor<3>, String> {
-    let values = blocks.values();
-    let ([m, n, b, _], dtype) = (values.dims(), values.dtype());
+    let squares = blocks.values();
+    let ([m, n, b, _], dtype) = (squares.dims(), squares.dtype());
     if m != 1 {
         return Err(format!("has {m} factors of blocks that are not orthogonal"));
     }
-    let numbers: Vec<f64> = values.into_data().iter::<f64>().collect();
+    let numbers = values(&squares.into_data());
     let mut inverses = Vec::with_capacity(numbers.len());
     for (index, block) in numbers.chunks_exact(b * b).enumerate() {
         let block = Mat::from_fn(b, b, |row, column| block[row * b + column]);
@@ -252,6 +252,6 @@ fn invert(blocks: &Blocks, device: &Device) -> Result<Tensor<3>, String> {
         }
         inverses.extend((0..b * b).map(|at| inverse[(at % b, at / b)]));
     }
-    let data = TensorData::new(inverses, [n, b, b]).convert_dtype(dtype);
+    let data = from_values(inverses, [n, b, b], dtype);
     Ok(Tensor::from_data(data, (device, dtype)))
 }

@@ -244,7 +244,7 @@ fn a_file_that_is_not_a_record_of_an_adapter_is_refused() {
                 "out"
             ]
         ),
-        "b.bpk: no adapter: no name ends with `.weight.boft.skew`"
+        "b.bpk: no adapter: no name ends with `weight.boft.skew`"
     );
     let plain = BoftConfig::new()
         .with_scale(false)

@@ -1,4 +1,4 @@
-//! `inspect`: what an adapter is, and how far it turns.
+//! `inspect`: shows what an adapter is, and how far it rotates each layer.
 
 use burn::tensor::Device;
 use burn_boft::peft::{LoadOptions, read_settings};

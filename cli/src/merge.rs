@@ -4,12 +4,14 @@ use std::path::Path;
 
 use burn_boft::Adapter;
 use burn_boft::peft::LoadOptions;
+use burn_boft::tensors::file_name;
 use burn_boft::value::{AdapterLayer, SavedTensor};
 
 use crate::base::Base;
 use crate::changes::{Added, Change, Changes};
 use crate::cli::Merge;
 use crate::error::Error;
+use crate::header::Entry;
 use crate::names::Names;
 use crate::output::{Form, check_free, check_outside};
 use crate::rewrite::rewrite;
@@ -44,7 +46,7 @@ pub fn run(options: &Merge) -> Result<(), Error> {
     }
 }
 
-/// Loads an adapter, and says what is worth knowing.
+/// Loads an adapter, and prints the notes and warnings of the load.
 pub fn load(folder: &Path, options: &LoadOptions) -> Result<Adapter, Error> {
     let (adapter, report) = Adapter::load_with(folder, options)?;
     for line in &report.converted {
@@ -81,7 +83,7 @@ pub fn check_output(output: &Path, base: &Base, adapter: &Path) -> Result<(), Er
     check_outside(output, adapter)
 }
 
-/// What is done, in numbers.
+/// How many layers and tensors change, in words.
 pub fn counts(changes: &Changes, [rotated, replaced, added]: [&str; 3]) -> String {
     let mut parts = vec![format!(
         "{} {rotated}",
@@ -101,14 +103,14 @@ pub fn counts(changes: &Changes, [rotated, replaced, added]: [&str; 3]) -> Strin
     parts.join(", ")
 }
 
-/// What would change, a tensor a line.
+/// What would change, with a line for each tensor.
 fn table(base: &Base, changes: &Changes) -> String {
     let mut rows = Vec::new();
     for (key, change) in &changes.of {
         let Some((shard, entry)) = base.entry(key) else {
             continue;
         };
-        let shape = format!("{:?} {}", entry.shape, entry.dtype);
+        let shape = entry_shape(entry);
         let mut row =
             |what: String| rows.push([shown(key), shape.clone(), shown(&shard.name), what]);
         match change {
@@ -142,9 +144,7 @@ fn table(base: &Base, changes: &Changes) -> String {
         let (shape, what) = match added {
             Added::Saved(tensor) => (shape_of(tensor), "add".to_string()),
             Added::Copy(of) => {
-                let shape = base
-                    .entry(of)
-                    .map(|(_, entry)| format!("{:?} {}", entry.shape, entry.dtype));
+                let shape = base.entry(of).map(|(_, entry)| entry_shape(entry));
                 (shape.unwrap_or_default(), format!("add as a copy of {of}"))
             }
         };
@@ -165,11 +165,16 @@ fn table(base: &Base, changes: &Changes) -> String {
     format!("{lines}{total}\n")
 }
 
-fn shape_of(tensor: &SavedTensor) -> String {
-    format!("{:?} {:?}", &**tensor.data().shape(), tensor.data().dtype())
+fn entry_shape(entry: &Entry) -> String {
+    format!("{:?} {}", entry.shape, file_name(entry.dtype))
 }
 
-/// Which rows, where they are not all.
+fn shape_of(tensor: &SavedTensor) -> String {
+    let data = tensor.data();
+    format!("{:?} {}", &**data.shape(), data.dtype().name())
+}
+
+/// Which rows are meant, unless all of them are.
 fn rows_of(count: usize, start: usize, all: usize) -> String {
     match count == all {
         true => String::new(),

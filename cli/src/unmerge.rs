@@ -43,9 +43,9 @@ pub fn run(options: &Unmerge) -> Result<(), Error> {
     ))
 }
 
-/// What the merge replaced is not in the adapter.
+/// Refuses an adapter with saved tensors: it does not hold what the merge replaced by them.
 fn refuse_saved(adapter: &Adapter) -> Result<(), Error> {
-    // Counts of batches are no loss.
+    // Counts of batches are not missed.
     let is_lost = |tensor: &&SavedTensor| tensor.data().dtype() != DType::I64;
     let lost: Vec<_> = adapter
         .tensors()
@@ -56,8 +56,8 @@ fn refuse_saved(adapter: &Adapter) -> Result<(), Error> {
     match lost.first() {
         None => Ok(()),
         Some(first) => Err(Error::Settings(format!(
-            "{first} and what else the adapter saves ({} tensors) took the place of numbers that no file has any \
-             more; --keep-saved leaves them as they are",
+            "the merge replaced {first} and everything else that the adapter saves ({} tensors), and no file holds what \
+             was there before; pass --keep-saved to leave them as they are",
             lost.len()
         ))),
     }

@@ -165,13 +165,14 @@ fn a_record_loads_into_an_injected_model_and_one_of_it_becomes_pefts() {
     let convert = ["convert", "model.bpk", "--to", "peft", "--output", "back"];
     assert_eq!(
         refused(folder.path(), &convert),
-        "model.bpk: it does not say how the adapter was made; --config names an adapter_config.json that does"
+        "model.bpk: it does not hold the settings of the adapter; pass --config with its adapter_config.json"
     );
     let config = case.adapter.join("adapter_config.json");
     let convert = [&convert[..], &["--config", config.to_str().unwrap()]].concat();
     assert_eq!(
         refused(folder.path(), &convert),
-        "`fc1` is a linear layer or a convolution, which PEFT stores differently; --base tells"
+        "PEFT stores linear layers and convolutions differently, and nothing says which of them `fc1` is; pass --base so \
+         that the layer type can be looked up"
     );
     succeed(
         folder.path(),
@@ -202,7 +203,7 @@ fn a_parameter_that_pytorch_itself_calls_gamma_is_not_put_into_a_record() {
                 "base.safetensors"
             ]
         ),
-        "`norm.gamma` has a name that means `weight` in Burn's norms, and would come back as that; keep the adapter in \
+        "`norm.gamma` has a name that means `weight` in Burn's norms, and would be read back as that; keep the adapter in \
          PEFT's folder"
     );
 }
@@ -244,7 +245,7 @@ fn a_file_that_is_not_a_record_of_an_adapter_is_refused() {
                 "out"
             ]
         ),
-        "b.bpk: no adapter: no name ends with `weight.boft.skew`"
+        "b.bpk: it holds no adapter: no tensor has a name that ends with `weight.boft.skew`"
     );
     let plain = BoftConfig::new()
         .with_scale(false)

@@ -9,7 +9,7 @@ use burn_boft::{Adapter, AdapterConfig, BoftConfig, Cayley, LayerKind, OftConfig
 use crate::base::Base;
 use crate::cli::{Convert, To};
 use crate::error::Error;
-use crate::merge::load;
+use crate::load::load;
 use crate::names::Names;
 use crate::output::{Form, OutputFolder, check_free, check_outside};
 use crate::terminal::{plural, print};

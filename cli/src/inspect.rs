@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::cli::Inspect;
 use crate::error::Error;
-use crate::merge::load;
+use crate::load::load;
 use crate::output::{Form, check_free};
 use crate::plot;
 use crate::terminal::{plural, print, shown};

@@ -9,6 +9,7 @@ mod find;
 mod header;
 mod inspect;
 mod interrupt;
+mod load;
 mod lora;
 mod merge;
 mod names;

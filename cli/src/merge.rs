@@ -1,8 +1,5 @@
 //! `merge`: an adapter folded into a model's weights.
 
-use std::path::Path;
-
-use burn_boft::Adapter;
 use burn_boft::peft::LoadOptions;
 use burn_boft::tensors::file_name;
 use burn_boft::value::{AdapterLayer, SavedTensor};
@@ -12,9 +9,9 @@ use crate::changes::{Added, Change, Changes};
 use crate::cli::Merge;
 use crate::error::Error;
 use crate::header::Entry;
+use crate::load::load;
 use crate::names::Names;
-use crate::output::{Form, check_free, check_outside};
-use crate::rewrite::rewrite;
+use crate::rewrite::{check_output, rewrite};
 use crate::terminal::{note, plural, print, shown};
 use crate::tie::Head;
 use crate::turn::Forward;
@@ -46,45 +43,8 @@ pub fn run(options: &Merge) -> Result<(), Error> {
     }
 }
 
-/// Loads an adapter, and prints the notes and warnings of the load.
-pub fn load(folder: &Path, options: &LoadOptions) -> Result<Adapter, Error> {
-    let (adapter, report) = Adapter::load_with(folder, options)?;
-    for line in &report.converted {
-        note(&format!("note: {line}"));
-    }
-    for warning in &report.warnings {
-        note(&format!("warning: {warning}"));
-    }
-    Ok(adapter)
-}
-
-/// Refuses an output that is there, is of another form than the model, or inside one of the inputs.
-pub fn check_output(output: &Path, base: &Base, adapter: &Path) -> Result<(), Error> {
-    let form = match base.is_folder() {
-        true => Form::Folder,
-        false => Form::File,
-    };
-    check_free(output, form)?;
-    let extension = output
-        .extension()
-        .is_some_and(|extension| extension == "safetensors");
-    if base.is_folder() && extension {
-        return Err(Error::Output {
-            path: output.to_path_buf(),
-            reason: format!(
-                "is the name of a file, and {} is a folder; name a folder",
-                base.path.display()
-            ),
-        });
-    }
-    if base.is_folder() {
-        check_outside(output, &base.path)?;
-    }
-    check_outside(output, adapter)
-}
-
 /// How many layers and tensors change, in words.
-pub fn counts(changes: &Changes, [rotated, replaced, added]: [&str; 3]) -> String {
+fn counts(changes: &Changes, [rotated, replaced, added]: [&str; 3]) -> String {
     let mut parts = vec![format!(
         "{} {rotated}",
         plural(changes.rotations(), "layer")

@@ -16,7 +16,7 @@ use crate::base::{Base, Shard};
 use crate::changes::{Added, Change, Changes};
 use crate::error::Error;
 use crate::header::{self, Entry};
-use crate::output::{OutputFile, OutputFolder};
+use crate::output::{Form, OutputFile, OutputFolder, check_free, check_outside};
 use crate::tie;
 
 /// How many bytes are copied at a time.
@@ -31,6 +31,31 @@ pub trait Turn {
 
     /// The rotated rows, in the precision that they came in. `rows` counts from the first row of the layer.
     fn turn(&mut self, numbers: TensorData, rows: Range<usize>) -> Result<TensorData, String>;
+}
+
+/// Refuses an output that is there, is of another form than the model, or inside one of the inputs.
+pub fn check_output(output: &Path, base: &Base, adapter: &Path) -> Result<(), Error> {
+    let form = match base.is_folder() {
+        true => Form::Folder,
+        false => Form::File,
+    };
+    check_free(output, form)?;
+    let extension = output
+        .extension()
+        .is_some_and(|extension| extension == "safetensors");
+    if base.is_folder() && extension {
+        return Err(Error::Output {
+            path: output.to_path_buf(),
+            reason: format!(
+                "is the name of a file, and {} is a folder; name a folder",
+                base.path.display()
+            ),
+        });
+    }
+    if base.is_folder() {
+        check_outside(output, &base.path)?;
+    }
+    check_outside(output, adapter)
 }
 
 /// Writes the model with its changes.

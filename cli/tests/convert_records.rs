@@ -4,7 +4,8 @@ use burn::module::Module;
 use burn::nn::{LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use burn::store::ModuleRecord;
 use burn::tensor::{Device, TensorData};
-use burn_boft::{Adapter, BoftConfig, inject, merge};
+use burn_boft::value::AdapterLayer;
+use burn_boft::{Adapter, AdapterConfig, BoftConfig, OftConfig, TargetModules, inject, merge};
 use serde_json::{Value, json};
 
 use crate::files::*;
@@ -206,6 +207,36 @@ fn a_parameter_that_pytorch_itself_calls_gamma_is_not_put_into_a_record() {
         "`norm.gamma` has a name that means `weight` in Burn's norms, and would be read back as that; keep the adapter in \
          PEFT's folder"
     );
+}
+
+/// The path of such a layer is empty, so the names in its record start with those of the adapter.
+#[test]
+fn the_record_of_a_model_that_is_one_layer_is_converted() {
+    let folder = tempfile::tempdir().unwrap();
+    let layer = LinearConfig::new(8, 6).init(&Device::flex());
+    let config = OftConfig::new()
+        .with_block_size(4)
+        .with_target_modules(TargetModules::AllLinear);
+    let settings = serde_json::to_value(AdapterConfig::from(config.clone())).unwrap();
+    write_json(&folder.path().join("settings.json"), &settings);
+    let record = inject(layer, config).unwrap().into_record();
+    record.save(folder.path().join("layer.bpk")).unwrap();
+    succeed(
+        folder.path(),
+        &[
+            "convert",
+            "layer.bpk",
+            "--config",
+            "settings.json",
+            "--to",
+            "peft",
+            "--output",
+            "adapter",
+        ],
+    );
+    let (adapter, _) = Adapter::load(folder.path().join("adapter")).unwrap();
+    let layers = adapter.layers().iter().map(AdapterLayer::path);
+    assert_eq!(layers.collect::<Vec<_>>(), [""]);
 }
 
 #[test]

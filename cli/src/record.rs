@@ -103,10 +103,11 @@ fn saved(adapter: &Adapter, base: Option<&Base>) -> Result<Vec<Tensor>, Error> {
         if saved.data().dtype() == DType::I64 {
             continue;
         }
+        let path = join(module, name);
         let torch = torch_name(name);
         if torch != name {
             return Err(Error::Settings(format!(
-                "`{module}.{name}` has a name that means `{torch}` in Burn's norms, and would be read back as that; keep the \
+                "`{path}` has a name that means `{torch}` in Burn's norms, and would be read back as that; keep the \
                  adapter in PEFT's folder"
             )));
         }
@@ -122,15 +123,15 @@ fn saved(adapter: &Adapter, base: Option<&Base>) -> Result<Vec<Tensor>, Error> {
             (_, Some(1)) => TensorOwner::Norm,
             ("weight", Some(2)) if !biases.contains(module) => {
                 return Err(Error::Settings(format!(
-                    "`{module}.weight` belongs to a linear layer or an embedding, whose weights Burn stores differently; attach \
+                    "`{path}` belongs to a linear layer or an embedding, whose weights Burn stores differently; attach \
                      the adapter to its model in Rust and save that"
                 )));
             }
             (_, Some(2)) => TensorOwner::Linear,
             ("bias", None) => {
                 return Err(Error::Settings(format!(
-                    "`{module}.bias` belongs to a linear layer or a norm, whose biases Burn names differently; pass --base so that the layer \
-                     type can be looked up"
+                    "`{path}` belongs to a linear layer or a norm, whose biases Burn names differently; pass --base so that \
+                     the layer type can be looked up"
                 )));
             }
             _ => TensorOwner::Other,

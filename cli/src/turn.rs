@@ -12,7 +12,7 @@ use faer::linalg::solvers::DenseSolveCore;
 
 use crate::rewrite::Turn;
 
-/// A block counts as singular where its largest entry times the largest of its inverse reaches this: then the inverse is
+/// A block counts as singular where its largest entry times the largest of its inverse reaches this. Such an inverse is
 /// mostly rounding errors.
 const SINGULAR: f64 = 1e6;
 

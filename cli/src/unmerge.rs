@@ -3,7 +3,7 @@
 use burn::tensor::DType;
 use burn_boft::Adapter;
 use burn_boft::peft::LoadOptions;
-use burn_boft::value::SavedTensor;
+use burn_boft::value::{SavedTensor, join};
 
 use crate::base::Base;
 use crate::changes::{Change, Changes};
@@ -51,7 +51,7 @@ fn refuse_saved(adapter: &Adapter) -> Result<(), Error> {
         .tensors()
         .iter()
         .filter(is_lost)
-        .map(|tensor| format!("`{}.{}`", tensor.module(), tensor.name()))
+        .map(|tensor| format!("`{}`", join(tensor.module(), tensor.name())))
         .collect();
     match lost.first() {
         None => Ok(()),

@@ -32,8 +32,8 @@ pub fn write(adapter: &Adapter, base: Option<&Base>, output: &Path) -> Result<()
         let path = layer.path();
         if layer.block_size() == 1 {
             return Err(Error::Settings(format!(
-                "`{path}` has blocks of one channel, which do not rotate, and a scale, which Burn's adapters do not have alone; \
-                 merge it"
+                "`{path}` has blocks of one channel, which do not rotate, and a scale, which Burn's adapters do not have \
+                 alone; merge it"
             )));
         }
         if layer.block_share() && !adapter.config().block_share() {
@@ -304,8 +304,8 @@ impl RecordReader<'_> {
                 return Err(Error::tensor(
                     self.path,
                     name,
-                    "belongs to a linear layer or an embedding, whose weights Burn stores differently; extract the adapter from its \
-                     model in Rust",
+                    "belongs to a linear layer or an embedding, whose weights Burn stores differently; extract the adapter \
+                     from its model in Rust",
                 ));
             }
             ("weight", 2) => TensorOwner::Linear,

@@ -294,7 +294,8 @@ impl Head {
         };
         if touched.iter().any(|key| last(key) == "shared") {
             return refuse(
-                "the encoder and the decoder share it, and PEFT trains a copy that neither of them uses; train the adapter without it",
+                "the encoder and the decoder share it, and PEFT trains a copy that neither of them uses; train the adapter \
+                 without it",
             );
         }
         match &self.tied {

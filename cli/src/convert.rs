@@ -9,7 +9,7 @@ use burn_boft::{Adapter, AdapterConfig, BoftConfig, Cayley, LayerKind, OftConfig
 use crate::base::Base;
 use crate::cli::{Convert, To};
 use crate::error::Error;
-use crate::merge::load;
+use crate::load::load;
 use crate::names::Names;
 use crate::output::{Form, OutputFolder, check_free, check_outside};
 use crate::terminal::{plural, print};
@@ -74,7 +74,7 @@ fn read(options: &Convert, names: Names, base: Option<&Base>) -> Result<Adapter,
     load(input, &load_options)
 }
 
-/// The adapter with the kind of every layer that has a scale: of old versions the file does not tell.
+/// The adapter with the kind of every layer that has a scale. Files of old versions do not say it.
 fn with_kinds(adapter: Adapter, base: Option<&Base>) -> Result<Adapter, Error> {
     let is_unknown = |layer: &AdapterLayer| layer.kind().is_none() && layer.d_output() > Some(1);
     let Some(unknown) = adapter.layers().iter().find(|layer| is_unknown(layer)) else {
@@ -99,7 +99,7 @@ impl Place {
         let refuse = |why: String| Error::tensor(&base.path, &key, why);
         let (shard, entry) = base.entry(&key).ok_or_else(|| {
             refuse(
-                "is not there, and the adapter has a layer of that name; --map bridges names"
+                "is not there, and the adapter has a layer of that name; use --map to rename modules"
                     .into(),
             )
         })?;
@@ -121,7 +121,7 @@ impl Place {
         })
     }
 
-    /// The layer as BOFT's: with its kind, a scale, and the numbers of a shared block as often as there are blocks.
+    /// The layer as BOFT has it: with its kind, a scale, and a copy of a shared block for each of its blocks.
     fn layer(&self, layer: &AdapterLayer) -> Result<AdapterLayer, Error> {
         let (skew, dtype) = (layer.skew().clone(), layer.skew().dtype());
         let skew = match layer.block_share() {
@@ -146,11 +146,13 @@ impl Place {
 /// BOFT with one factor and a scale of ones is OFT with the exact map.
 fn to_oft(adapter: &Adapter) -> Result<Adapter, Error> {
     let AdapterConfig::Boft(config) = adapter.config() else {
-        return Err(Error::Settings("the adapter is OFT already".into()));
+        return Err(Error::Settings(
+            "the adapter is an OFT adapter already".into(),
+        ));
     };
     let mut oft = OftConfig::new();
     (oft.block, oft.init, oft.selection) = (config.block, config.init, config.selection.clone());
-    // Of PEFT 0.14 and 0.15, whose squares are read as BOFT, one block may serve a layer.
+    // The squares of PEFT 0.14 and 0.15 are read as BOFT, and in them one block may serve a whole layer.
     oft.block_share = adapter.layers().iter().any(AdapterLayer::block_share);
     assemble(adapter, oft.into(), |layer| {
         let refuse = |why: String| Error::Settings(format!("`{}` {why}", layer.path()));
@@ -177,7 +179,9 @@ fn to_oft(adapter: &Adapter) -> Result<Adapter, Error> {
 /// OFT with the exact map is BOFT with one factor and a scale of ones.
 fn to_boft(adapter: &Adapter, base: Option<&Base>) -> Result<Adapter, Error> {
     let AdapterConfig::Oft(config) = adapter.config() else {
-        return Err(Error::Settings("the adapter is BOFT already".into()));
+        return Err(Error::Settings(
+            "the adapter is a BOFT adapter already".into(),
+        ));
     };
     let refuse = |why: &str| {
         Err(Error::Settings(format!(
@@ -200,7 +204,7 @@ fn to_boft(adapter: &Adapter, base: Option<&Base>) -> Result<Adapter, Error> {
     })
 }
 
-/// The adapter with other settings and layers, and all else that it has.
+/// The adapter with other settings and layers, and everything else unchanged.
 fn assemble(
     adapter: &Adapter,
     config: AdapterConfig,

@@ -1,4 +1,4 @@
-//! The place of everything in an adapter: checked against the model before anything is written.
+//! Finds where each part of an adapter belongs in a model. Everything is checked before anything is written.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -53,14 +53,14 @@ struct Finder<'a, 'b> {
     base: &'b Base,
     names: &'b Names,
     head: &'b Head,
-    /// The modules at the top that have adapted layers, by the adapter's names.
+    /// The top-level modules that have adapted layers, with the adapter's names.
     adapted: BTreeSet<&'a str>,
     changes: Changes<'a>,
     problems: Vec<String>,
 }
 
 impl<'a> Finder<'a, '_> {
-    /// The nearest keys for a message, as long as it is one that is shown: each takes a look at all keys.
+    /// The nearest keys for a message that is shown. The search looks at all keys, so the others go without.
     fn nearest(&self, key: &str) -> String {
         match self.problems.len() < LINE_PARTS {
             true => nearest(key, self.base),
@@ -79,11 +79,11 @@ impl<'a> Finder<'a, '_> {
             let (path, module) = (self.base.path.display(), layer.path());
             self.problems.push(match self.head.is_shared(&key) {
                 true => format!(
-                    "{path}: `{key}` is the embedding, and rotating it for the head would rotate both; save the model \
+                    "{path}: `{key}` is the embedding, and a rotation of the head would rotate both; save the model \
                      with a head of its own first"
                 ),
                 false => format!(
-                    "{path}: the adapter of `{module}` has no `{key}`{}; --map bridges names",
+                    "{path} has no `{key}` for the adapter of `{module}`{}; use --map to rename modules",
                     self.nearest(&key)
                 ),
             });
@@ -117,7 +117,7 @@ impl<'a> Finder<'a, '_> {
                     }
                 }
                 false => self.problems.push(format!(
-                    "{}: the adapter's `{}` has no `{key}`{}; --map bridges names",
+                    "{} has no `{key}` for the adapter's `{}`{}; use --map to rename modules",
                     self.base.path.display(),
                     join(tensor.module(), tensor.name()),
                     self.nearest(&key)
@@ -133,7 +133,7 @@ impl<'a> Finder<'a, '_> {
             }
             expected == shape
         });
-        // Counts are I64; floats are rounded to one another.
+        // Counts stay i64, and floats are rounded to the precision of the model.
         let same_kind = match tensor.data().dtype() {
             DType::I64 => entry.dtype == Dtype::I64,
             _ => from_file(entry.dtype).is_some_and(is_float),
@@ -150,12 +150,12 @@ impl<'a> Finder<'a, '_> {
                 self.insert(key, Part::Whole(tensor));
             }
             _ => self.problems.push(format!(
-                "{}: `{key}` is {:?} {}, and the adapter's `{}` is {shape:?} {:?}",
+                "{}: `{key}` is {:?} {}, and the adapter's `{}` is {shape:?} {}",
                 shard.path.display(),
                 entry.shape,
-                entry.dtype,
+                file_name(entry.dtype),
                 join(tensor.module(), tensor.name()),
-                tensor.data().dtype()
+                tensor.data().dtype().name()
             )),
         }
         Ok(())
@@ -171,7 +171,7 @@ impl<'a> Finder<'a, '_> {
         !self.adapted.contains(first(module)) && !self.base.keys().any(is_other)
     }
 
-    /// Notes a change, unless the tensor has one already that this is not another part of.
+    /// Notes a change of a tensor. It is a problem if the tensor has one already and this is not for other rows of it.
     fn insert(&mut self, key: String, part: Part<'a>) {
         let changes = &mut self.changes.of;
         let taken = match (changes.get_mut(&key), part) {
@@ -208,15 +208,15 @@ enum Part<'a> {
     Whole(&'a SavedTensor),
 }
 
-/// The first name of a path.
+/// The first component of a path.
 fn first(path: &str) -> &str {
     path.split('.').next().unwrap_or(path)
 }
 
-/// Whose tensor a saved one is.
+/// What a saved tensor belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Owner {
-    /// A layer that is adapted, or another whose bias alone was trained.
+    /// A layer that is adapted, or another layer of which only the bias was trained.
     Layer,
     /// A module that is saved as a whole.
     Saved,
@@ -234,7 +234,7 @@ impl Owner {
     }
 }
 
-/// Adds rows in order; true where they were taken.
+/// Adds rows in order, unless they overlap with other rows. Returns whether they do.
 fn add<T>(parts: &mut Vec<(Range<usize>, T)>, rows: Range<usize>, part: T) -> bool {
     let at = parts.partition_point(|(other, _)| other.start < rows.start);
     let free = parts
@@ -246,7 +246,8 @@ fn add<T>(parts: &mut Vec<(Range<usize>, T)>, rows: Range<usize>, part: T) -> bo
     !free
 }
 
-/// What is wrong between a layer of the adapter and the tensor at its place, after "the adapter of …", or its rows.
+/// The rows of a tensor that a layer of the adapter rotates, or why it does not fit them: the words after "the adapter
+/// of …".
 fn rows(layer: &AdapterLayer, entry: &Entry, place: &Place) -> Result<Range<usize>, String> {
     let rows = d_output(entry);
     let rows = place.rows(rows).ok_or_else(|| {

@@ -1,4 +1,4 @@
-//! `inspect`: what an adapter is, and how far it turns.
+//! `inspect`: shows what an adapter is, and how far it rotates each layer.
 
 use burn::tensor::Device;
 use burn_boft::peft::{LoadOptions, read_settings};
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::cli::Inspect;
 use crate::error::Error;
-use crate::merge::load;
+use crate::load::load;
 use crate::output::{Form, check_free};
 use crate::plot;
 use crate::terminal::{plural, print, shown};

@@ -6,10 +6,11 @@ use std::path::Path;
 
 use burn::tensor::{DType, TensorData};
 use burn_boft::peft::{Folder, key, saved_key};
-use burn_boft::tensors::{decode, from_values, values};
+use burn_boft::tensors::{decode, file_name, from_values, values};
 use burn_boft::value::AdapterLayer;
 use burn_boft::{Adapter, Bias};
 use faer::Mat;
+use faer::linalg::solvers::SvdError;
 use serde_json::{Map, Value, json};
 
 use crate::base::Base;
@@ -22,7 +23,7 @@ use crate::terminal::{plural, print, shown};
 use crate::tie::Head;
 use crate::turn::Forward;
 
-/// Writes `B·A ≈ W' − W` of every layer, by singular values, and prints what that leaves out.
+/// Writes `B·A ≈ W' − W` for every layer, from the largest singular values, and prints how much that leaves out.
 pub fn write(
     adapter: &Adapter,
     base: &Base,
@@ -107,7 +108,7 @@ fn config(adapter: &Adapter, rank: usize, targets: &[String]) -> Map<String, Val
 
 /// A weight and what the adapter makes of it.
 struct Weight {
-    /// The axes of the whole tensor, the first being this part's rows.
+    /// The axes of the whole tensor, except that the first is the number of rows of this part.
     shape: Vec<usize>,
     change: Mat<f64>,
     merged_norm: f64,
@@ -131,7 +132,7 @@ impl Weight {
         let mut bytes = vec![0; rows.len() * row as usize];
         shard.read(entry, rows.start as u64 * row, &mut bytes)?;
         let before = decode(entry.dtype, &bytes, vec![rows.len(), d_input])
-            .ok_or_else(|| refuse(format!("is {}", entry.dtype)))?;
+            .ok_or_else(|| refuse(format!("is {}", file_name(entry.dtype))))?;
         // Widened first: the change is not rounded to the weight's precision.
         let before = before.convert_dtype(layer.skew().dtype());
         let mut turn = Forward::new(adapter);
@@ -176,11 +177,14 @@ impl LowRank {
         let svd = weight
             .change
             .thin_svd()
-            .map_err(|error| format!("has a change without singular values: {error:?}"))?;
+            .map_err(|SvdError::NoConvergence| {
+                "has a change whose singular values cannot be computed: the iteration does not converge"
+                    .to_string()
+            })?;
         let (u, s, v) = (svd.U(), svd.S().column_vector(), svd.V());
         let values: Vec<f64> = (0..s.nrows()).map(|k| s[k]).collect();
         let kept = rank.min(values.len());
-        // Where there are fewer than the rank, the rest is zero.
+        // Where there are fewer values than the rank asks for, the rest is zero.
         let part = |k: usize, number: f64| {
             if k < kept {
                 values[k].sqrt() * number
@@ -210,7 +214,7 @@ impl LowRank {
         let mut a = vec![self.rank];
         a.extend(&shape[1..]);
         let mut b = vec![shape[0], self.rank];
-        // Of a convolution, the second factor mixes channels alone.
+        // The second factor of a convolution only mixes channels.
         b.resize(shape.len(), 1);
         [("lora_A.weight", self.a, a), ("lora_B.weight", self.b, b)].map(
             |(name, numbers, shape)| (key(path, name), from_values(numbers, shape, DType::F32)),

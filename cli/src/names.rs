@@ -24,7 +24,7 @@ impl Names {
             let refuse = |reason: String| Error::Settings(format!("--map {rule}: {reason}"));
             let (pattern, replacement) = rule
                 .rsplit_once('=')
-                .ok_or_else(|| refuse("neither `dinov2` nor <regex>=<replacement>".into()))?;
+                .ok_or_else(|| refuse("a rule is `dinov2` or <regex>=<replacement>".into()))?;
             names = names
                 .with_to_model(pattern, replacement)
                 .map_err(|error| refuse(error.to_string()))?;
@@ -53,7 +53,7 @@ impl Names {
     }
 }
 
-/// Up to three keys that are written most like this one, for a message.
+/// Up to three keys whose spelling is closest to this one, as the end of a message.
 pub fn nearest(key: &str, base: &Base) -> String {
     const SHOWN: usize = 3;
     let (_, tensor) = key.rsplit_once('.').unwrap_or(("", key));
@@ -89,11 +89,11 @@ mod tests {
     }
 
     #[test]
-    fn rules_that_are_none_are_refused() {
+    fn a_rule_that_is_malformed_is_refused() {
         let refused = |rule: &str| Names::parse(&[rule.to_string()]).unwrap_err().line();
         assert_eq!(
             refused("dino"),
-            "--map dino: neither `dinov2` nor <regex>=<replacement>"
+            "--map dino: a rule is `dinov2` or <regex>=<replacement>"
         );
         assert!(
             refused("(=x").starts_with("--map (=x: "),

@@ -1,6 +1,7 @@
 //! Burn's records of adapters: the parameters that `inject` adds to a model, under their paths in it.
 //!
-//! A record says nothing of settings and of the kinds of layers, so those that are written here carry them beside.
+//! Records of Burn do not hold settings or the types of layers, so the records that are written here carry them as
+//! metadata.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -17,10 +18,10 @@ use crate::base::Base;
 use crate::error::Error;
 use crate::output::OutputFile;
 
-/// Where a record keeps PEFT's settings, and which layers are convolutions.
+/// Where a record keeps PEFT's settings and the kinds of its layers.
 const CONFIG: &str = "adapter_config";
 const KINDS: &str = "layer_kinds";
-/// Where a record keeps the counts of batches that PyTorch's norms have and Burn's have not.
+/// Where a record keeps the counts of batches, which PyTorch's norms have and Burn's do not.
 const BATCHES: &str = "num_batches_tracked";
 
 /// Writes an adapter as the record of its model.
@@ -31,7 +32,8 @@ pub fn write(adapter: &Adapter, base: Option<&Base>, output: &Path) -> Result<()
         let path = layer.path();
         if layer.block_size() == 1 {
             return Err(Error::Settings(format!(
-                "`{path}` has blocks of one channel and a scale, which no injected layer has alone; merge it"
+                "`{path}` has blocks of one channel, which do not rotate, and a scale, which Burn's adapters do not have \
+                 alone; merge it"
             )));
         }
         if layer.block_share() && !adapter.config().block_share() {
@@ -101,10 +103,11 @@ fn saved(adapter: &Adapter, base: Option<&Base>) -> Result<Vec<Tensor>, Error> {
         if saved.data().dtype() == DType::I64 {
             continue;
         }
+        let path = join(module, name);
         let torch = torch_name(name);
         if torch != name {
             return Err(Error::Settings(format!(
-                "`{module}.{name}` has a name that means `{torch}` in Burn's norms, and would come back as that; keep the \
+                "`{path}` has a name that means `{torch}` in Burn's norms, and would be read back as that; keep the \
                  adapter in PEFT's folder"
             )));
         }
@@ -120,14 +123,15 @@ fn saved(adapter: &Adapter, base: Option<&Base>) -> Result<Vec<Tensor>, Error> {
             (_, Some(1)) => TensorOwner::Norm,
             ("weight", Some(2)) if !biases.contains(module) => {
                 return Err(Error::Settings(format!(
-                    "`{module}.weight` is a linear layer's or an embedding's, which Burn stores differently; attach \
+                    "`{path}` belongs to a linear layer or an embedding, whose weights Burn stores differently; attach \
                      the adapter to its model in Rust and save that"
                 )));
             }
             (_, Some(2)) => TensorOwner::Linear,
             ("bias", None) => {
                 return Err(Error::Settings(format!(
-                    "`{module}.bias` is a linear layer's or a norm's, which Burn names differently; --base tells"
+                    "`{path}` belongs to a linear layer or a norm, whose biases Burn names differently; pass --base so that \
+                     the layer type can be looked up"
                 )));
             }
             _ => TensorOwner::Other,
@@ -159,14 +163,15 @@ pub fn kind_in(base: &Base, path: &str) -> Option<LayerKind> {
     LayerKind::of_rank(entry.shape.len())
 }
 
-/// What is refused where the kind of a layer is not known.
+/// The error where nothing says which kind a layer is.
 pub fn unknown_kind(path: &str) -> Error {
     Error::Settings(format!(
-        "`{path}` is a linear layer or a convolution, which PEFT stores differently; --base tells"
+        "PEFT stores linear layers and convolutions differently, and nothing says which of them `{path}` is; pass --base \
+         so that the layer type can be looked up"
     ))
 }
 
-/// Reads the adapter out of a record, with the settings of the record or these.
+/// Reads the adapter of a record, with these settings or else those of the record.
 pub fn read(
     path: &Path,
     settings: Option<Map<String, Value>>,
@@ -182,7 +187,7 @@ pub fn read(
     let kinds = object(KINDS).unwrap_or_default();
     let batches = object(BATCHES).unwrap_or_default();
     let settings = settings.or_else(|| object(CONFIG)).ok_or_else(|| {
-        Error::malformed(path, "it does not say how the adapter was made; --config names an adapter_config.json that does")
+        Error::malformed(path, "it does not hold the settings of the adapter; pass --config with its adapter_config.json")
     })?;
     let config: AdapterConfig = serde_json::from_value(Value::Object(settings.clone()))
         .map_err(|error| Error::malformed(path, format!("its settings are refused: {error}")))?;
@@ -227,7 +232,10 @@ impl RecordReader<'_> {
         if skews.is_empty() {
             return Err(Error::malformed(
                 self.path,
-                format!("no adapter: no name ends with `{}`", AdapterLayer::SKEW),
+                format!(
+                    "it holds no adapter: no tensor has a name that ends with `{}`",
+                    AdapterLayer::SKEW
+                ),
             ));
         }
         let layers = skews.iter().map(|(path, skew)| self.layer(path, skew));
@@ -287,7 +295,7 @@ impl RecordReader<'_> {
             return Ok(None);
         }
         if to_file(data.dtype()).is_none() {
-            let why = format!("is {:?}, which no file keeps", data.dtype());
+            let why = format!("is {}, which no file keeps", data.dtype().name());
             return Err(Error::tensor(self.path, name, why));
         }
         let has_bias = self.tensors.contains_key(&join(module, "bias"));
@@ -296,8 +304,8 @@ impl RecordReader<'_> {
                 return Err(Error::tensor(
                     self.path,
                     name,
-                    "is a linear layer's or an embedding's, which Burn stores differently; extract the adapter from its \
-                     model in Rust",
+                    "belongs to a linear layer or an embedding, whose weights Burn stores differently; extract the adapter \
+                     from its model in Rust",
                 ));
             }
             ("weight", 2) => TensorOwner::Linear,

@@ -17,8 +17,8 @@ fn a_model_without_the_layer_or_with_one_of_another_shape_is_refused() {
     place.write_base(&rename("fc1.", "fc_1."));
     assert_eq!(
         place.refused(),
-        "base.safetensors: the adapter of `fc1` has no `fc1.weight`; it has `fc_1.weight`, `fc2.weight`, `norm.weight`; \
-         --map bridges names"
+        "base.safetensors has no `fc1.weight` for the adapter of `fc1`; it has `fc_1.weight`, `fc2.weight`, `norm.weight`; \
+         use --map to rename modules"
     );
     place.write_base(&place.base);
     assert_eq!(
@@ -100,7 +100,7 @@ fn a_wrong_prefix_is_reported_quickly_in_a_large_model() {
             "--dry-run",
         ],
     );
-    let first = "base.safetensors: the adapter of `layers.0.self_attn.q_proj` has no `layers.0.self_attn.q_proj.weight`; \
+    let first = "base.safetensors has no `layers.0.self_attn.q_proj.weight` for the adapter of `layers.0.self_attn.q_proj`; \
                  it has `model.layers.0.self_attn.q_proj.weight`, ";
     assert!(line.starts_with(first), "{line}");
     assert!(line.ends_with("; and 4997 more"), "{line}");

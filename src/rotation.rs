@@ -398,6 +398,15 @@ enum Family {
     Oft,
 }
 
+/// The ways from a skew-symmetric matrix to a block. Whoever depends on the way matches this, so that the compiler asks
+/// everywhere for an answer to a new one.
+enum BlockMap {
+    /// The exact Cayley map.
+    Cayley,
+    /// A polynomial with these coefficients in its place.
+    Polynomial(Vec<f64>),
+}
+
 /// What a configuration means for every layer: everything but the sizes, which depend on the layer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Method {
@@ -528,7 +537,21 @@ impl Method {
 
     /// Whether blocks are orthogonal whatever their numbers are.
     pub(crate) fn is_orthogonal(&self) -> bool {
-        self.map == Cayley::Exact
+        match self.block_map() {
+            BlockMap::Cayley => true,
+            BlockMap::Polynomial(_) => false,
+        }
+    }
+
+    /// How the numbers of a block become its matrix.
+    fn block_map(&self) -> BlockMap {
+        match self.map {
+            Cayley::Exact => BlockMap::Cayley,
+            Cayley::Neumann { terms } => BlockMap::Polynomial(ops::neumann_coefficients(terms)),
+            Cayley::Neumann016 { terms } => {
+                BlockMap::Polynomial(ops::neumann_016_coefficients(terms))
+            }
+        }
     }
 
     /// The number of factors.
@@ -790,9 +813,11 @@ impl Rotation {
             None => skew,
         };
         let block_size = self.sizes.block_size();
-        let blocks = match self.polynomial() {
-            None => Blocks::cayley(skew, block_size),
-            Some(coefficients) => Blocks::polynomial(skew, block_size, &coefficients),
+        let blocks = match self.method.block_map() {
+            BlockMap::Cayley => Blocks::cayley(skew, block_size),
+            BlockMap::Polynomial(coefficients) => {
+                Blocks::polynomial(skew, block_size, &coefficients)
+            }
         };
         match self.sizes.block_share() {
             true => blocks.share(self.sizes.block_num()),
@@ -800,21 +825,13 @@ impl Rotation {
         }
     }
 
-    /// The coefficients of the polynomial that replaces the Cayley map; none if the map is exact.
-    fn polynomial(&self) -> Option<Vec<f64>> {
-        match self.method.map {
-            Cayley::Exact => None,
-            Cayley::Neumann { terms } => Some(ops::neumann_coefficients(terms)),
-            Cayley::Neumann016 { terms } => Some(ops::neumann_016_coefficients(terms)),
-        }
-    }
-
     /// The largest angle, in radians, by which a block turns a plane, from the norm `‖Q‖₂` of its skew.
     ///
     /// For the exact map that is `2·atan ‖Q‖₂`.
     pub(crate) fn angle(&self, norm: f64) -> f64 {
-        let Some(coefficients) = self.polynomial() else {
-            return 2.0 * norm.atan();
+        let coefficients = match self.method.block_map() {
+            BlockMap::Cayley => return 2.0 * norm.atan(),
+            BlockMap::Polynomial(coefficients) => coefficients,
         };
         // `Q` has the eigenvalue i‖Q‖₂. Its powers are real and imaginary in turns, and the polynomial is their sum.
         let (mut real, mut imaginary) = (0.0, 0.0);

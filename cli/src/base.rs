@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Component, Path, PathBuf};
 
+use burn_boft::peft::{CONFIG_FILE, TENSORS_FILE};
 use serde_json::{Map, Value};
 
 use crate::error::Error;
@@ -12,19 +13,19 @@ use crate::header::{self, Entry, Header};
 
 const EXTENSION: &str = ".safetensors";
 const INDEX: &str = ".safetensors.index.json";
-/// How the names of weights in other formats end.
+/// The file extensions of weights in other formats.
 const OTHER_FORMATS: [&str; 9] = [
     "bin", "ckpt", "gguf", "h5", "msgpack", "onnx", "ot", "pt", "pth",
 ];
-/// Adapters lie beside models in training folders.
-const ADAPTER: [&str; 2] = ["adapter_model.safetensors", "adapter_config.json"];
+/// The files of adapters, which training folders keep beside the model.
+const ADAPTER: [&str; 2] = [TENSORS_FILE, CONFIG_FILE];
 
 /// A model on disk, open for reading.
 pub struct Base {
     /// The file or the folder, as given.
     pub path: PathBuf,
     pub shards: Vec<Shard>,
-    /// The index of the shards, with its file's name.
+    /// The name and the content of the index of the shards.
     pub index: Option<(String, Map<String, Value>)>,
     is_folder: bool,
     places: HashMap<String, (usize, usize)>,
@@ -133,8 +134,8 @@ impl Base {
         self.places.keys().map(String::as_str)
     }
 
-    /// The files of the folder that belong to a copy of it, with their paths in it: all but the weights, those of
-    /// other formats included, an adapter, and what version control or a download keeps.
+    /// The files that a copy of the folder needs beside the weights, with their paths in it. Weights in other formats,
+    /// adapters, and what Git and downloads keep for themselves are left out.
     pub fn other_files(&self) -> Result<Vec<PathBuf>, Error> {
         let mut files = Vec::new();
         if self.is_folder {
@@ -170,8 +171,8 @@ impl Base {
     }
 }
 
-/// Whether a merged model must not carry this file along: weights from before the merge in another format, the
-/// adapter, which transformers would apply once more, and the books of Git and of downloads.
+/// Whether a merged model must not carry this file along: weights from before the merge in another format, an
+/// adapter, which transformers would apply once more, and what Git and downloads keep for themselves.
 fn is_left_out(name: &str) -> bool {
     let file = name.strip_suffix(".index.json").unwrap_or(name);
     let extension = file.rsplit_once('.').map_or("", |(_, extension)| extension);
@@ -182,11 +183,11 @@ fn is_left_out(name: &str) -> bool {
 }
 
 impl Shard {
-    /// Refuses a tensor without numbers: its axes can have any length.
+    /// Refuses a tensor without numbers: an axis of length zero lets its other axes claim any length.
     pub fn check_numbers(&self, entry: &Entry) -> Result<(), Error> {
         match entry.bytes {
             0 => {
-                let why = format!("is {:?}, which has no numbers", entry.shape);
+                let why = format!("has the shape {:?}, which holds no numbers", entry.shape);
                 Err(Error::tensor(&self.path, &entry.key, why))
             }
             _ => Ok(()),
@@ -220,7 +221,7 @@ fn weights(folder: &Path) -> Result<Weights, Error> {
     let (names, index) = match (&index[..], &files[..]) {
         ([], [file]) => (vec![file.to_string()], None),
         ([], []) => {
-            let reason = "no safetensors file in this folder; pickles run code, so save the model as safetensors first";
+            let reason = "the folder has no safetensors file; pickles run code, so save the model as safetensors first";
             return Err(Error::malformed(folder, reason));
         }
         ([index], _) => {
@@ -248,7 +249,7 @@ fn weights(folder: &Path) -> Result<Weights, Error> {
             let found = found.join(", ");
             return Err(Error::malformed(
                 folder,
-                format!("{found} are there and no single index; name the file to use"),
+                format!("the folder has {found} and not a single index; name the file to use"),
             ));
         }
     };
@@ -264,7 +265,7 @@ fn read_index(path: &Path) -> Result<Map<String, Value>, Error> {
 /// Which file of the folder holds which tensor.
 fn weight_map(path: &Path, index: &Map<String, Value>) -> Result<BTreeMap<String, String>, Error> {
     let Some(Value::Object(map)) = index.get("weight_map") else {
-        return Err(Error::malformed(path, "no object `weight_map`"));
+        return Err(Error::malformed(path, "it has no object `weight_map`"));
     };
     map.iter()
         .map(|(key, name)| {
@@ -283,7 +284,7 @@ fn weight_map(path: &Path, index: &Map<String, Value>) -> Result<BTreeMap<String
         .collect()
 }
 
-/// Whether this names a file in a folder, and nothing outside.
+/// Whether this is the name of a file in a folder, and cannot lead out of it.
 fn is_file_name(name: &str) -> bool {
     let mut components = Path::new(name).components();
     matches!(

@@ -12,7 +12,7 @@ pub enum Change<'a> {
     Rotate(Vec<(Range<usize>, &'a AdapterLayer)>),
     /// Rows take the numbers of saved tensors.
     Replace(Vec<(Range<usize>, &'a SavedTensor)>),
-    /// The whole tensor is a saved one, of its own shape.
+    /// A saved tensor of another shape replaces the whole tensor.
     New(&'a SavedTensor),
 }
 
@@ -33,7 +33,7 @@ pub struct Changes<'a> {
     pub added: BTreeMap<String, Added<'a>>,
     /// The text of the model's `config.json`, where it changes.
     pub config: Option<String>,
-    /// Layers that change nothing: blocks of one channel, and no scale but ones.
+    /// Layers that change nothing, because their blocks have one channel and their scale, if any, is ones.
     pub idle: Vec<String>,
 }
 
@@ -47,7 +47,7 @@ impl Changes<'_> {
         self.of.values().map(count).sum()
     }
 
-    /// How many tensors take other numbers.
+    /// How many tensors are replaced, in part or as a whole.
     pub fn replacements(&self) -> usize {
         let replaces = |change: &&Change| !matches!(change, Change::Rotate(_));
         self.of.values().filter(replaces).count()

@@ -4,8 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-/// OFT and BOFT adapters on disk: looks into them, merges them into safetensors models, takes them out again,
-/// converts them.
+/// Inspects, merges, unmerges and converts OFT and BOFT adapters on disk.
 ///
 /// Models are safetensors files of any architecture, or folders with one or with shards and their index.
 /// Adapters are PEFT's folders.
@@ -50,15 +49,15 @@ pub struct Convert {
     )]
     pub to_lora: Option<u32>,
 
-    /// The folder or record to write, which must not be there yet
+    /// The folder or record to write, which must not exist yet
     #[arg(long, value_name = "PATH")]
     pub output: PathBuf,
 
-    /// The model that the adapter is for, where the adapter does not tell enough
+    /// The model that the adapter is for, needed where the adapter alone does not say enough
     #[arg(long, value_name = "PATH")]
     pub base: Option<PathBuf>,
 
-    /// Settings for a record that has none: an adapter_config.json
+    /// The adapter_config.json for a record that holds no settings
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 
@@ -67,7 +66,7 @@ pub struct Convert {
     pub maps: Vec<String>,
 }
 
-/// What an adapter can become.
+/// The forms that an adapter can be converted to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum To {
     /// PEFT's folder in today's layout
@@ -90,7 +89,7 @@ pub struct Inspect {
     #[arg(long)]
     pub json: bool,
 
-    /// Draw the rotation angle of each layer into an SVG file, which must not be there yet
+    /// Draw the rotation angle of each layer into an SVG file, which must not exist yet
     #[arg(long, value_name = "FILE")]
     pub plot: Option<PathBuf>,
 }
@@ -105,11 +104,11 @@ pub struct Unmerge {
     #[command(flatten)]
     pub adapter: AdapterArgs,
 
-    /// The file or folder to write, which must not be there yet
+    /// The file or folder to write, which must not exist yet
     #[arg(long, value_name = "PATH")]
     pub output: PathBuf,
 
-    /// Leave trained biases and saved modules as the merge put them: what they replaced is in no file any more
+    /// Leave trained biases and saved modules as the merge wrote them: no file holds what they replaced
     #[arg(long)]
     pub keep_saved: bool,
 }
@@ -124,7 +123,7 @@ pub struct Merge {
     #[command(flatten)]
     pub adapter: AdapterArgs,
 
-    /// The file or folder to write, which must not be there yet
+    /// The file or folder to write, which must not exist yet
     #[arg(long, value_name = "PATH", required_unless_present = "dry_run")]
     pub output: Option<PathBuf>,
 

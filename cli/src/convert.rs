@@ -1,19 +1,19 @@
 //! `convert`: an adapter in another form.
 
 use burn::tensor::TensorData;
-use burn_boft::peft::LoadOptions;
-use burn_boft::value::AdapterLayer;
+use burn_boft::peft::{LoadOptions, read_settings};
+use burn_boft::tensors::{from_values, values};
+use burn_boft::value::{AdapterLayer, join};
 use burn_boft::{Adapter, AdapterConfig, BoftConfig, Cayley, LayerKind, OftConfig};
 
 use crate::base::Base;
 use crate::cli::{Convert, To};
 use crate::error::Error;
-use crate::find::check_shape;
-use crate::merge::load;
-use crate::names::{Names, join};
+use crate::load::load;
+use crate::names::Names;
 use crate::output::{Form, OutputFolder, check_free, check_outside};
 use crate::terminal::{plural, print};
-use crate::{lora, record, settings};
+use crate::{lora, record};
 
 pub fn run(options: &Convert) -> Result<(), Error> {
     let names = Names::parse(&options.maps)?;
@@ -25,11 +25,11 @@ pub fn run(options: &Convert) -> Result<(), Error> {
     check_free(&options.output, form)?;
     check_outside(&options.output, &options.input)?;
     if let Some(rank) = options.to_lora {
-        let adapter = read(options, &Names::default(), base.as_ref())?;
+        let adapter = read(options, Names::default(), base.as_ref())?;
         let base = base.ok_or_else(|| needs_base("--to-lora"))?;
         return lora::write(&adapter, &base, &names, rank as usize, &options.output);
     }
-    let adapter = read(options, &names, base.as_ref())?;
+    let adapter = read(options, names, base.as_ref())?;
     let adapter = match options.to {
         Some(To::Oft) => to_oft(&adapter)?,
         Some(To::Boft) => to_boft(&adapter, base.as_ref())?,
@@ -60,25 +60,21 @@ fn needs_base(what: &str) -> Error {
 }
 
 /// Reads the adapter, which is a folder or a record.
-fn read(options: &Convert, names: &Names, base: Option<&Base>) -> Result<Adapter, Error> {
+fn read(options: &Convert, names: Names, base: Option<&Base>) -> Result<Adapter, Error> {
     let input = &options.input;
     if input.is_file() {
-        let settings = options
-            .config
-            .as_deref()
-            .map(settings::read_file)
-            .transpose()?;
+        let settings = options.config.as_deref().map(read_settings).transpose()?;
         return record::read(input, settings, base);
     }
     if options.config.is_some() {
         let refused = "--config is for a record; a folder has its own settings".to_string();
         return Err(Error::Settings(refused));
     }
-    let load_options = LoadOptions::new().with_key_map(names.to_key_map()?);
+    let load_options = LoadOptions::new().with_key_map(names.into_key_map());
     load(input, &load_options)
 }
 
-/// The adapter with the kind of every layer that has a scale: of old versions the file does not tell.
+/// The adapter with the kind of every layer that has a scale. Files of old versions do not say it.
 fn with_kinds(adapter: Adapter, base: Option<&Base>) -> Result<Adapter, Error> {
     let is_unknown = |layer: &AdapterLayer| layer.kind().is_none() && layer.d_output() > Some(1);
     let Some(unknown) = adapter.layers().iter().find(|layer| is_unknown(layer)) else {
@@ -103,34 +99,37 @@ impl Place {
         let refuse = |why: String| Error::tensor(&base.path, &key, why);
         let (shard, entry) = base.entry(&key).ok_or_else(|| {
             refuse(
-                "is not there, and the adapter has a layer of that name; --map bridges names"
+                "is not there, and the adapter has a layer of that name; use --map to rename modules"
                     .into(),
             )
         })?;
         let shape = &entry.shape;
-        let d_output = shape.first().copied().unwrap_or(1);
-        let kind = check_shape(layer, shape, d_output).map_err(|why| {
-            let why = format!("is {shape:?}, and the adapter of `{}` {why}", layer.path());
-            Error::tensor(&shard.path, &key, why)
+        let kind = layer.check_fit(shape).map_err(|why| {
+            Error::malformed(
+                &shard.path,
+                format!(
+                    "the adapter of `{}`{why}; `{key}` is {shape:?}",
+                    layer.path()
+                ),
+            )
         })?;
         shard.check_numbers(entry)?;
         Ok(Self {
             kind,
             d_input: shape[1..].iter().product(),
-            d_output,
+            d_output: shape[0],
         })
     }
 
-    /// The layer as BOFT's: with its kind, a scale, and the numbers of a shared block as often as there are blocks.
+    /// The layer as BOFT has it: with its kind, a scale, and a copy of a shared block for each of its blocks.
     fn layer(&self, layer: &AdapterLayer) -> Result<AdapterLayer, Error> {
         let (skew, dtype) = (layer.skew().clone(), layer.skew().dtype());
         let skew = match layer.block_share() {
             false => skew,
             true => {
-                let numbers: Vec<f64> = skew.iter::<f64>().collect();
+                let numbers = values(&skew);
                 let blocks = self.d_input / layer.block_size();
-                TensorData::new(numbers.repeat(blocks), [1, blocks, numbers.len()])
-                    .convert_dtype(dtype)
+                from_values(numbers.repeat(blocks), [1, blocks, numbers.len()], dtype)
             }
         };
         let ones = || TensorData::new(vec![1.0f32; self.d_output], [self.d_output]);
@@ -147,11 +146,13 @@ impl Place {
 /// BOFT with one factor and a scale of ones is OFT with the exact map.
 fn to_oft(adapter: &Adapter) -> Result<Adapter, Error> {
     let AdapterConfig::Boft(config) = adapter.config() else {
-        return Err(Error::Settings("the adapter is OFT already".into()));
+        return Err(Error::Settings(
+            "the adapter is an OFT adapter already".into(),
+        ));
     };
     let mut oft = OftConfig::new();
     (oft.block, oft.init, oft.selection) = (config.block, config.init, config.selection.clone());
-    // Of PEFT 0.14 and 0.15, whose squares are read as BOFT, one block may serve a layer.
+    // The squares of PEFT 0.14 and 0.15 are read as BOFT, and in them one block may serve a whole layer.
     oft.block_share = adapter.layers().iter().any(AdapterLayer::block_share);
     assemble(adapter, oft.into(), |layer| {
         let refuse = |why: String| Error::Settings(format!("`{}` {why}", layer.path()));
@@ -178,7 +179,9 @@ fn to_oft(adapter: &Adapter) -> Result<Adapter, Error> {
 /// OFT with the exact map is BOFT with one factor and a scale of ones.
 fn to_boft(adapter: &Adapter, base: Option<&Base>) -> Result<Adapter, Error> {
     let AdapterConfig::Oft(config) = adapter.config() else {
-        return Err(Error::Settings("the adapter is BOFT already".into()));
+        return Err(Error::Settings(
+            "the adapter is a BOFT adapter already".into(),
+        ));
     };
     let refuse = |why: &str| {
         Err(Error::Settings(format!(
@@ -201,7 +204,7 @@ fn to_boft(adapter: &Adapter, base: Option<&Base>) -> Result<Adapter, Error> {
     })
 }
 
-/// The adapter with other settings and layers, and all else that it has.
+/// The adapter with other settings and layers, and everything else unchanged.
 fn assemble(
     adapter: &Adapter,
     config: AdapterConfig,

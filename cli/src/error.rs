@@ -7,11 +7,12 @@ use burn_boft::peft::{LoadError, SaveError};
 use burn_boft::value::Mismatch;
 use thiserror::Error;
 
-/// The exit code that a shell reports of a program that an interrupt ended.
+/// The exit code that shells report for a program that an interrupt ended.
 pub const INTERRUPTED: u8 = 130;
 
-/// Problems that a message lists, and its longest length.
+/// How many problems a message lists.
 pub const LINE_PARTS: usize = 3;
+/// How many characters a message has at most.
 const LINE_LENGTH: usize = 1000;
 
 /// Everything that can end the program.
@@ -33,7 +34,7 @@ pub enum Error {
     #[error(transparent)]
     Adapter(#[from] LoadError),
 
-    /// An adapter and a base that do not fit, every reason on a line of its own.
+    /// An adapter and a model that do not fit each other, with each reason on a line of its own.
     #[error("{}", .0.join("\n"))]
     Fit(Vec<String>),
 
@@ -45,7 +46,7 @@ pub enum Error {
         reason: String,
     },
 
-    /// A result that has no place.
+    /// A path that a result cannot be written to.
     #[error("{path} {reason}", path = path.display())]
     Output { path: PathBuf, reason: String },
 
@@ -57,7 +58,7 @@ pub enum Error {
     #[error("interrupted before the output was complete; nothing was written")]
     Interrupted,
 
-    /// Numbers that make no adapter.
+    /// Tensors that do not make an adapter.
     #[error(transparent)]
     Mismatch(#[from] Mismatch),
 
@@ -76,13 +77,13 @@ impl From<SaveError> for Error {
 }
 
 impl Error {
-    /// What reading this path failed with.
+    /// The error of reading this path.
     pub fn read(path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_path_buf();
         move |source| Self::Read { path, source }
     }
 
-    /// What writing this path failed with.
+    /// The error of writing this path.
     pub fn write(path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_path_buf();
         move |source| Self::Write {
@@ -91,13 +92,13 @@ impl Error {
         }
     }
 
-    /// What is wrong with this file.
+    /// The error of a file with this fault.
     pub fn malformed(path: &Path, reason: impl Into<String>) -> Self {
         let (path, reason) = (path.to_path_buf(), reason.into());
         Self::Malformed { path, reason }
     }
 
-    /// What is wrong with this tensor.
+    /// The error of a tensor with this fault.
     pub fn tensor(path: &Path, key: &str, reason: impl Into<String>) -> Self {
         Self::Tensor {
             path: path.to_path_buf(),
@@ -115,7 +116,7 @@ impl Error {
         }
     }
 
-    /// The message as one line of readable length, whatever its parts wrote.
+    /// The message as one line of readable length, even where its parts have line breaks.
     pub fn line(&self) -> String {
         let text = self.to_string();
         let parts: Vec<&str> = text
@@ -135,7 +136,7 @@ impl Error {
     }
 }
 
-/// What the system said, without the temporary path that an error of `tempfile` names.
+/// The system's error, without the temporary path that `tempfile` adds to it.
 fn plain(error: io::Error) -> io::Error {
     match error.get_ref() {
         Some(_) => error.kind().into(),

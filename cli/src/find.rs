@@ -1,18 +1,19 @@
-//! The place of everything in an adapter: checked against the model before anything is written.
+//! Finds where each part of an adapter belongs in a model. Everything is checked before anything is written.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
 
 use burn::tensor::DType;
-use burn_boft::value::{AdapterLayer, SavedTensor};
-use burn_boft::{Adapter, LayerKind};
+use burn_boft::Adapter;
+use burn_boft::tensors::{file_name, from_file, is_float};
+use burn_boft::value::{AdapterLayer, Place, SavedTensor, join};
 use safetensors::Dtype;
 
 use crate::base::Base;
 use crate::changes::{Added, Change, Changes};
 use crate::error::{Error, LINE_PARTS};
 use crate::header::Entry;
-use crate::names::{Names, join, nearest};
+use crate::names::{Names, nearest};
 use crate::tie::{Head, is_head};
 
 impl<'a> Changes<'a> {
@@ -52,14 +53,14 @@ struct Finder<'a, 'b> {
     base: &'b Base,
     names: &'b Names,
     head: &'b Head,
-    /// The modules at the top that have adapted layers, by the adapter's names.
+    /// The top-level modules that have adapted layers, with the adapter's names.
     adapted: BTreeSet<&'a str>,
     changes: Changes<'a>,
     problems: Vec<String>,
 }
 
 impl<'a> Finder<'a, '_> {
-    /// The nearest keys for a message, as long as it is one that is shown: each takes a look at all keys.
+    /// The nearest keys for a message that is shown. The search looks at all keys, so the others go without.
     fn nearest(&self, key: &str) -> String {
         match self.problems.len() < LINE_PARTS {
             true => nearest(key, self.base),
@@ -78,26 +79,24 @@ impl<'a> Finder<'a, '_> {
             let (path, module) = (self.base.path.display(), layer.path());
             self.problems.push(match self.head.is_shared(&key) {
                 true => format!(
-                    "{path}: `{key}` is the embedding, and rotating it for the head would rotate both; save the model \
+                    "{path}: `{key}` is the embedding, and a rotation of the head would rotate both; save the model \
                      with a head of its own first"
                 ),
                 false => format!(
-                    "{path}: the adapter of `{module}` has no `{key}`{}; --map bridges names",
+                    "{path} has no `{key}` for the adapter of `{module}`{}; use --map to rename modules",
                     self.nearest(&key)
                 ),
             });
             return Ok(());
         };
-        match rows(entry, place.part)
-            .and_then(|rows| check_layer(layer, entry, &rows).map(|()| rows))
-        {
+        match rows(layer, entry, &place) {
             Ok(rows) => self.insert(key, Part::Layer(rows, layer)),
             Err(why) => self.problems.push(format!(
-                "{}: `{key}` is {:?} {}, and the adapter of `{}` {why}",
+                "{}: the adapter of `{}`{why}; `{key}` is {:?} {}",
                 shard.path.display(),
+                layer.path(),
                 entry.shape,
-                entry.dtype,
-                layer.path()
+                file_name(entry.dtype)
             )),
         }
         Ok(())
@@ -118,7 +117,7 @@ impl<'a> Finder<'a, '_> {
                     }
                 }
                 false => self.problems.push(format!(
-                    "{}: the adapter's `{}` has no `{key}`{}; --map bridges names",
+                    "{} has no `{key}` for the adapter's `{}`{}; use --map to rename modules",
                     self.base.path.display(),
                     join(tensor.module(), tensor.name()),
                     self.nearest(&key)
@@ -127,17 +126,17 @@ impl<'a> Finder<'a, '_> {
             return Ok(());
         };
         let shape = tensor.data().shape().to_vec();
-        let rows = rows(entry, place.part).ok().filter(|rows| {
+        let rows = place.rows(d_output(entry)).filter(|rows| {
             let mut expected = entry.shape.clone();
             if let Some(first) = expected.first_mut() {
                 *first = rows.len();
             }
             expected == shape
         });
-        // Counts are I64; floats are rounded to one another.
+        // Counts stay i64, and floats are rounded to the precision of the model.
         let same_kind = match tensor.data().dtype() {
             DType::I64 => entry.dtype == Dtype::I64,
-            _ => compute_dtype(entry.dtype).is_some(),
+            _ => from_file(entry.dtype).is_some_and(is_float),
         };
         match rows {
             Some(rows) if same_kind => self.insert(key, Part::Rows(rows, tensor)),
@@ -151,12 +150,12 @@ impl<'a> Finder<'a, '_> {
                 self.insert(key, Part::Whole(tensor));
             }
             _ => self.problems.push(format!(
-                "{}: `{key}` is {:?} {}, and the adapter's `{}` is {shape:?} {:?}",
+                "{}: `{key}` is {:?} {}, and the adapter's `{}` is {shape:?} {}",
                 shard.path.display(),
                 entry.shape,
-                entry.dtype,
+                file_name(entry.dtype),
                 join(tensor.module(), tensor.name()),
-                tensor.data().dtype()
+                tensor.data().dtype().name()
             )),
         }
         Ok(())
@@ -172,7 +171,7 @@ impl<'a> Finder<'a, '_> {
         !self.adapted.contains(first(module)) && !self.base.keys().any(is_other)
     }
 
-    /// Notes a change, unless the tensor has one already that this is not another part of.
+    /// Notes a change of a tensor. It is a problem if the tensor has one already and this is not for other rows of it.
     fn insert(&mut self, key: String, part: Part<'a>) {
         let changes = &mut self.changes.of;
         let taken = match (changes.get_mut(&key), part) {
@@ -209,15 +208,15 @@ enum Part<'a> {
     Whole(&'a SavedTensor),
 }
 
-/// The first name of a path.
+/// The first component of a path.
 fn first(path: &str) -> &str {
     path.split('.').next().unwrap_or(path)
 }
 
-/// Whose tensor a saved one is.
+/// What a saved tensor belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Owner {
-    /// A layer that is adapted, or another whose bias alone was trained.
+    /// A layer that is adapted, or another layer of which only the bias was trained.
     Layer,
     /// A module that is saved as a whole.
     Saved,
@@ -235,7 +234,7 @@ impl Owner {
     }
 }
 
-/// Adds rows in order; true where they were taken.
+/// Adds rows in order, unless they overlap with other rows. Returns whether they do.
 fn add<T>(parts: &mut Vec<(Range<usize>, T)>, rows: Range<usize>, part: T) -> bool {
     let at = parts.partition_point(|(other, _)| other.start < rows.start);
     let free = parts
@@ -247,58 +246,34 @@ fn add<T>(parts: &mut Vec<(Range<usize>, T)>, rows: Range<usize>, part: T) -> bo
     !free
 }
 
-/// The rows of a tensor that are this one of so many equal parts.
-fn rows(entry: &Entry, (index, count): (usize, usize)) -> Result<Range<usize>, String> {
-    let rows = entry.shape.first().copied().unwrap_or(1);
-    if !rows.is_multiple_of(count) {
-        return Err(format!("is for one of {count} equal parts of its rows"));
+/// The rows of a tensor that a layer of the adapter rotates, or why it does not fit them: the words after "the adapter
+/// of …".
+fn rows(layer: &AdapterLayer, entry: &Entry, place: &Place) -> Result<Range<usize>, String> {
+    let rows = d_output(entry);
+    let rows = place.rows(rows).ok_or_else(|| {
+        let parts = place.part.1;
+        format!(
+            " is for one of {parts} equal parts of its rows, and {rows} rows have no such parts"
+        )
+    })?;
+    let mut shape = entry.shape.clone();
+    if let Some(first) = shape.first_mut() {
+        *first = rows.len();
     }
-    let each = rows / count;
-    Ok(index * each..(index + 1) * each)
-}
-
-/// The precision that weights of a precision are rotated in, where they are.
-pub fn compute_dtype(dtype: Dtype) -> Option<DType> {
-    match dtype {
-        Dtype::F64 => Some(DType::F64),
-        Dtype::F32 | Dtype::F16 | Dtype::BF16 => Some(DType::F32),
-        _ => None,
-    }
-}
-
-/// The kind of a layer with a weight of this shape, or why the adapter's does not fit it, after "the adapter of …".
-pub fn check_shape(
-    layer: &AdapterLayer,
-    shape: &[usize],
-    rows: usize,
-) -> Result<LayerKind, String> {
-    let kind =
-        LayerKind::of_rank(shape.len()).ok_or("is for a matrix or a convolution's four axes")?;
-    if let Some(expected) = layer.kind().filter(|expected| *expected != kind) {
-        return Err(format!("is for {}", expected.in_words()));
-    }
-    let d_input: usize = shape[1..].iter().product();
-    let b = layer.block_size();
-    match (layer.d_input(), layer.d_output()) {
-        (Some(d), _) if d != d_input => Err(format!("rotates {d} input features")),
-        (None, _) if d_input == 0 || !d_input.is_multiple_of(b) => {
-            Err(format!("rotates blocks of {b} input features"))
-        }
-        (_, Some(o)) if o != rows => Err(format!("scales {o} outputs")),
-        _ => Ok(kind),
-    }
-}
-
-/// Why a layer of the adapter does not fit a weight, after "the adapter of …".
-fn check_layer(layer: &AdapterLayer, entry: &Entry, rows: &Range<usize>) -> Result<(), String> {
-    check_shape(layer, &entry.shape, rows.len())?;
-    match compute_dtype(entry.dtype) {
-        None => {
-            Err("rotates F32, F16 and BF16; merge into the model before it is quantized".into())
-        }
+    layer.check_fit(&shape).map_err(|why| why.to_string())?;
+    match from_file(entry.dtype).filter(|dtype| is_float(*dtype)) {
+        None => Err(
+            " rotates weights in f64, f32, f16 and bf16 only; merge it into the model before the model is quantized"
+                .into(),
+        ),
         Some(DType::F64) if layer.skew().dtype() != DType::F64 => {
-            Err("is less precise; save both in the same precision".into())
+            Err(" is less precise than the weight; save both in the same precision".into())
         }
-        Some(_) => Ok(()),
+        Some(_) => Ok(rows),
     }
+}
+
+/// The length of the first axis.
+fn d_output(entry: &Entry) -> usize {
+    entry.shape.first().copied().unwrap_or(1)
 }

@@ -1,9 +1,10 @@
-//! The header of a safetensors file: read with all checks, written.
+//! Reads and writes the header of a safetensors file, and checks what it reads.
 
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+use burn_boft::tensors::file_name;
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
@@ -11,7 +12,7 @@ use crate::error::Error;
 
 /// The longest header that the format allows.
 const LONGEST: u64 = 100_000_000;
-/// The bytes that say how long the header is.
+/// How many bytes the length of the header takes at the start of a file.
 const PREFIX: u64 = 8;
 const METADATA: &str = "__metadata__";
 
@@ -27,7 +28,7 @@ pub struct Entry {
     pub bytes: u64,
 }
 
-/// What a file says before its numbers.
+/// What a file says before the numbers of its tensors.
 #[derive(Debug)]
 pub struct Header {
     /// The free text of the file, as JSON.
@@ -36,7 +37,8 @@ pub struct Header {
     pub entries: Vec<Entry>,
 }
 
-/// The bytes of a tensor of this precision and shape; none where they are no whole number or beyond all counts.
+/// How many bytes a tensor of this precision and shape takes. None where that is not a whole number, or too large to
+/// count.
 pub fn byte_count(dtype: Dtype, shape: &[usize]) -> Option<u64> {
     let bits = shape
         .iter()
@@ -61,7 +63,7 @@ pub fn read(path: &Path, file: &mut File) -> Result<Header, Error> {
     let header = u64::from_le_bytes(prefix);
     if header > LONGEST.min(length - PREFIX) {
         return Err(malformed(format!(
-            "a header of {header} bytes in a file of {length}"
+            "it announces a header of {header} bytes, and the whole file has {length}"
         )));
     }
     let mut bytes = vec![0; header as usize];
@@ -97,11 +99,12 @@ fn entry(key: &str, value: &Value, data: u64) -> Result<Entry, String> {
     let offsets = field("data_offsets")?;
     let (start, end): (u64, u64) = serde_json::from_value(offsets.clone())
         .map_err(|_| format!("has the offsets {offsets}"))?;
+    let name = file_name(dtype);
     let bytes = byte_count(dtype, &shape)
-        .ok_or_else(|| format!("is {shape:?} of {dtype}, which is no size"))?;
+        .ok_or_else(|| format!("is {shape:?} of {name}, which is larger than any file"))?;
     if end.checked_sub(start) != Some(bytes) {
         return Err(format!(
-            "is {shape:?} of {dtype}, {bytes} bytes, and has the offsets {start} to {end}"
+            "is {shape:?} of {name}, {bytes} bytes, and has the offsets {start} to {end}"
         ));
     }
     let start = start
@@ -123,7 +126,7 @@ fn check_cover(path: &Path, entries: &[Entry], data: u64, length: u64) -> Result
         if entry.start != end {
             let what = match entry.start < end {
                 true => "starts inside the tensor before it",
-                false => "leaves a gap behind the tensor before it",
+                false => "leaves a gap after the tensor before it",
             };
             return Err(Error::tensor(path, &entry.key, what));
         }
@@ -150,7 +153,7 @@ pub fn to_bytes<'a>(
     metadata: Option<&Value>,
     tensors: impl Iterator<Item = (&'a str, Dtype, &'a [usize])>,
 ) -> Option<Vec<u8>> {
-    // Written piece by piece: a map would not keep the order.
+    // Written piece by piece, since a map would not keep the order.
     let mut pieces: Vec<String> = metadata
         .map(|metadata| format!("\"{METADATA}\":{metadata}"))
         .into_iter()
@@ -163,7 +166,7 @@ pub fn to_bytes<'a>(
         start = end;
     }
     let mut header = format!("{{{}}}", pieces.join(",")).into_bytes();
-    // As others write it: the numbers start at a multiple of eight bytes, though not each tensor does.
+    // As other writers do it, the numbers start at a multiple of eight bytes, though not every tensor does.
     header.resize(header.len().next_multiple_of(PREFIX as usize), b' ');
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
     bytes.append(&mut header);
@@ -228,11 +231,11 @@ mod tests {
             ),
             (
                 r#"{"dtype":"F32","shape":[6],"data_offsets":[24,0]}"#,
-                "file: `w` is [6] of F32, 24 bytes, and has the offsets 24 to 0",
+                "file: `w` is [6] of f32, 24 bytes, and has the offsets 24 to 0",
             ),
             (
                 r#"{"dtype":"F32","shape":[4294967296,4294967296,2],"data_offsets":[0,0]}"#,
-                "file: `w` is [4294967296, 4294967296, 2] of F32, which is no size",
+                "file: `w` is [4294967296, 4294967296, 2] of f32, which is larger than any file",
             ),
             (
                 r#"{"dtype":"F32","shape":[7],"data_offsets":[0,28]}"#,
@@ -240,7 +243,7 @@ mod tests {
             ),
             (
                 r#"{"dtype":"F32","shape":[5],"data_offsets":[4,24]}"#,
-                "file: `w` leaves a gap behind the tensor before it",
+                "file: `w` leaves a gap after the tensor before it",
             ),
             (
                 r#"{"dtype":"F32","shape":[5],"data_offsets":[0,20]}"#,

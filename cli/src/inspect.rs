@@ -1,17 +1,16 @@
-//! `inspect`: what an adapter is, and how far it turns.
+//! `inspect`: shows what an adapter is, and how far it rotates each layer.
 
 use burn::tensor::Device;
-use burn_boft::peft::LoadOptions;
+use burn_boft::peft::{LoadOptions, read_settings};
 use burn_boft::value::{AdapterLayer, LayerMeasure};
 use burn_boft::{Adapter, LayerKind, TargetModules};
 use serde_json::{Value, json};
 
 use crate::cli::Inspect;
 use crate::error::Error;
-use crate::merge::load;
+use crate::load::load;
 use crate::output::{Form, check_free};
 use crate::plot;
-use crate::settings;
 use crate::terminal::{plural, print, shown};
 
 pub fn run(options: &Inspect) -> Result<(), Error> {
@@ -19,7 +18,7 @@ pub fn run(options: &Inspect) -> Result<(), Error> {
         check_free(path, Form::File)?;
     }
     let adapter = load(&options.adapter, &LoadOptions::new())?;
-    let json = settings::read(&options.adapter)?;
+    let json = read_settings(&options.adapter)?;
     let about = About::new(&adapter, &json);
     let rows: Vec<_> = adapter
         .layers()
@@ -73,28 +72,17 @@ struct Row {
     block_size: usize,
     blocks: usize,
     factors: usize,
-    stored: usize,
-    effective: usize,
     measure: LayerMeasure,
 }
 
 impl Row {
     fn new(layer: &AdapterLayer, measure: LayerMeasure) -> Self {
-        let [m, n, free] = layer.skew().shape().dims::<3>();
-        let b = layer.block_size();
-        let scale = layer.scale().map_or(0, |scale| scale.num_elements());
-        // PEFT's BOFT, the adapter with a scale, keeps whole squares.
-        let stored = match layer.scale() {
-            Some(_) => m * n * b * b,
-            None => m * n * free,
-        };
+        let [factors, blocks, _] = layer.skew().shape().dims::<3>();
         Self {
             kind: layer.kind().map_or("-", LayerKind::name),
-            block_size: b,
-            blocks: n,
-            factors: m,
-            stored: stored + scale,
-            effective: m * n * free + scale,
+            block_size: layer.block_size(),
+            blocks,
+            factors,
             measure,
         }
     }
@@ -122,8 +110,8 @@ fn to_text(about: &About, rows: &[Row]) -> String {
             "parameters",
             format!(
                 "{} stored, {} effective",
-                sum(|row| row.stored),
-                sum(|row| row.effective)
+                sum(|row| row.measure.stored_by_peft),
+                sum(|row| row.measure.effective)
             ),
         ),
         ("saved beside", plural(about.tensors, "tensor")),
@@ -159,7 +147,7 @@ fn to_text(about: &About, rows: &[Row]) -> String {
             scale_range.map_or_else(unknown, |(low, high)| format!("{low:.4} to {high:.4}"));
         text.push_str(&format!(
             "{:width$}  {:6}  {:>5}  {:>6}  {:>7}  {:>9}  {:>9}  {skew_norm:>8.4}  {orthogonality_defect:>9.2e}  {largest_angle:>9.4}  {scale}\n",
-            shown(path), row.kind, row.block_size, row.blocks, row.factors, row.stored, row.effective
+            shown(path), row.kind, row.block_size, row.blocks, row.factors, row.measure.stored_by_peft, row.measure.effective
         ));
     }
     text
@@ -175,8 +163,8 @@ fn to_json(about: &About, rows: &[Row]) -> Value {
                 "block_size": row.block_size,
                 "blocks": row.blocks,
                 "factors": row.factors,
-                "stored": row.stored,
-                "effective": row.effective,
+                "stored": row.measure.stored_by_peft,
+                "effective": row.measure.effective,
                 "skew_norm": row.measure.skew_norm,
                 "orthogonality_defect": row.measure.orthogonality_defect,
                 "largest_angle": row.measure.largest_angle,
@@ -189,8 +177,8 @@ fn to_json(about: &About, rows: &[Row]) -> Value {
         "targets": about.targets,
         "base_model": about.base_model,
         "peft_version": about.peft_version,
-        "stored": rows.iter().map(|row| row.stored).sum::<usize>(),
-        "effective": rows.iter().map(|row| row.effective).sum::<usize>(),
+        "stored": rows.iter().map(|row| row.measure.stored_by_peft).sum::<usize>(),
+        "effective": rows.iter().map(|row| row.measure.effective).sum::<usize>(),
         "saved_tensors": about.tensors,
         "layers": layers,
     })

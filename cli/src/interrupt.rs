@@ -1,4 +1,4 @@
-//! What an interrupt does, and every other signal that asks the program to end.
+//! What happens on an interrupt, and on every other signal that asks the program to end.
 //!
 //! The handler runs on a thread of its own and deletes nothing: what is temporary belongs to the thread that writes
 //! it. One lock decides between a complete result and none.
@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, INTERRUPTED};
 
-/// How far the result is.
+/// How far the program is with its result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     /// Nothing temporary is on the disk.
@@ -47,7 +47,7 @@ pub fn begin<T>(create: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     Ok(created)
 }
 
-/// Refuses to go on after an interrupt. Everything that takes long asks here again and again.
+/// Refuses to go on after an interrupt. Everything that takes long calls this again and again.
 ///
 /// # Errors
 ///

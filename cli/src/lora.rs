@@ -1,27 +1,29 @@
 //! The low-rank adapter that is nearest to an orthogonal one, in PEFT's LoRA layout.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
-use burn::tensor::TensorData;
+use burn::tensor::{DType, TensorData};
+use burn_boft::peft::{Folder, key, saved_key};
+use burn_boft::tensors::{decode, file_name, from_values, values};
 use burn_boft::value::AdapterLayer;
 use burn_boft::{Adapter, Bias};
 use faer::Mat;
+use faer::linalg::solvers::SvdError;
 use serde_json::{Map, Value, json};
 
 use crate::base::Base;
 use crate::changes::{Change, Changes};
 use crate::error::Error;
 use crate::names::Names;
-use crate::numbers::decode;
 use crate::output::OutputFolder;
-use crate::peft::Tensors;
 use crate::rewrite::{Turn, row_bytes};
 use crate::terminal::{plural, print, shown};
 use crate::tie::Head;
 use crate::turn::Forward;
 
-/// Writes `B·A ≈ W' − W` of every layer, by singular values, and prints what that leaves out.
+/// Writes `B·A ≈ W' − W` for every layer, from the largest singular values, and prints how much that leaves out.
 pub fn write(
     adapter: &Adapter,
     base: &Base,
@@ -30,18 +32,18 @@ pub fn write(
     output: &Path,
 ) -> Result<(), Error> {
     let changes = Changes::find(adapter, base, names, &Head::of(base)?)?;
-    let mut tensors = Tensors::default();
+    let mut tensors = BTreeMap::new();
     let mut targets = Vec::new();
     let mut text = String::new();
     let mut worst = 0.0f64;
-    for (key, change) in &changes.of {
+    for (name, change) in &changes.of {
         let Change::Rotate(parts) = change else {
             continue;
         };
         for (rows, layer) in parts {
-            let weight = Weight::read(base, key, rows.clone(), layer, adapter)?;
+            let weight = Weight::read(base, name, rows.clone(), layer, adapter)?;
             let low =
-                LowRank::new(&weight, rank).map_err(|why| Error::tensor(&base.path, key, why))?;
+                LowRank::new(&weight, rank).map_err(|why| Error::tensor(&base.path, name, why))?;
             text.push_str(&format!(
                 "{}: {:.2e} of the change is left out, {:.2e} of the weight\n",
                 shown(layer.path()),
@@ -49,7 +51,7 @@ pub fn write(
                 low.of_weight
             ));
             worst = worst.max(low.of_weight);
-            low.push(layer.path(), &weight.shape, &mut tensors);
+            tensors.extend(low.into_tensors(layer.path(), &weight.shape));
             targets.push(layer.path().to_string());
         }
     }
@@ -58,11 +60,14 @@ pub fn write(
             .layers()
             .iter()
             .any(|layer| layer.path() == tensor.module());
-        tensors.push_saved(tensor, is_adapted);
+        let key = saved_key(tensor.module(), tensor.name(), is_adapted);
+        tensors.insert(key, tensor.data().clone());
     }
     let config = config(adapter, rank, &targets);
     let folder = OutputFolder::create(output)?;
-    tensors.write(&folder, &config)?;
+    Folder::new(config, tensors)
+        .write(folder.temporary())
+        .map_err(|error| folder.named(error.into()))?;
     folder.finish()?;
     text.push_str(&format!(
         "{}: {} of rank {rank}, at most {worst:.2e} of a weight left out\n",
@@ -103,7 +108,7 @@ fn config(adapter: &Adapter, rank: usize, targets: &[String]) -> Map<String, Val
 
 /// A weight and what the adapter makes of it.
 struct Weight {
-    /// The axes of the whole tensor, the first being this part's rows.
+    /// The axes of the whole tensor, except that the first is the number of rows of this part.
     shape: Vec<usize>,
     change: Mat<f64>,
     merged_norm: f64,
@@ -127,13 +132,13 @@ impl Weight {
         let mut bytes = vec![0; rows.len() * row as usize];
         shard.read(entry, rows.start as u64 * row, &mut bytes)?;
         let before = decode(entry.dtype, &bytes, vec![rows.len(), d_input])
-            .ok_or_else(|| refuse(format!("is {}", entry.dtype)))?;
+            .ok_or_else(|| refuse(format!("is {}", file_name(entry.dtype))))?;
         // Widened first: the change is not rounded to the weight's precision.
         let before = before.convert_dtype(layer.skew().dtype());
         let mut turn = Forward::new(adapter);
         turn.start(layer, [d_input, rows.len()]).map_err(refuse)?;
         let after = turn.turn(before.clone(), 0..rows.len()).map_err(refuse)?;
-        let (before, after) = (numbers(&before), numbers(&after));
+        let (before, after) = (values(&before), values(&after));
         let at = |row: usize, column: usize| row * d_input + column;
         let change = Mat::from_fn(rows.len(), d_input, |i, j| {
             after[at(i, j)] - before[at(i, j)]
@@ -154,10 +159,6 @@ impl Weight {
     }
 }
 
-fn numbers(data: &TensorData) -> Vec<f64> {
-    data.iter::<f64>().collect()
-}
-
 /// The first singular values of a change, shared between the two factors.
 struct LowRank {
     /// `A`, `[rank, d_input]` row by row.
@@ -176,11 +177,14 @@ impl LowRank {
         let svd = weight
             .change
             .thin_svd()
-            .map_err(|error| format!("has a change without singular values: {error:?}"))?;
+            .map_err(|SvdError::NoConvergence| {
+                "has a change whose singular values cannot be computed: the iteration does not converge"
+                    .to_string()
+            })?;
         let (u, s, v) = (svd.U(), svd.S().column_vector(), svd.V());
         let values: Vec<f64> = (0..s.nrows()).map(|k| s[k]).collect();
         let kept = rank.min(values.len());
-        // Where there are fewer than the rank, the rest is zero.
+        // Where there are fewer values than the rank asks for, the rest is zero.
         let part = |k: usize, number: f64| {
             if k < kept {
                 values[k].sqrt() * number
@@ -205,16 +209,15 @@ impl LowRank {
         })
     }
 
-    fn push(self, path: &str, shape: &[usize], tensors: &mut Tensors) {
+    /// The two factors, by their keys in PEFT's file.
+    fn into_tensors(self, path: &str, shape: &[usize]) -> [(String, TensorData); 2] {
         let mut a = vec![self.rank];
         a.extend(&shape[1..]);
         let mut b = vec![shape[0], self.rank];
-        // Of a convolution, the second factor mixes channels alone.
+        // The second factor of a convolution only mixes channels.
         b.resize(shape.len(), 1);
-        let data = |numbers: Vec<f64>, shape: Vec<usize>| {
-            TensorData::new(numbers, shape).convert_dtype(burn::tensor::DType::F32)
-        };
-        tensors.push(path, "lora_A.weight", data(self.a, a));
-        tensors.push(path, "lora_B.weight", data(self.b, b));
+        [("lora_A.weight", self.a, a), ("lora_B.weight", self.b, b)].map(
+            |(name, numbers, shape)| (key(path, name), from_values(numbers, shape, DType::F32)),
+        )
     }
 }

@@ -9,16 +9,14 @@ mod find;
 mod header;
 mod inspect;
 mod interrupt;
+mod load;
 mod lora;
 mod merge;
 mod names;
-mod numbers;
 mod output;
-mod peft;
 mod plot;
 mod record;
 mod rewrite;
-mod settings;
 mod terminal;
 mod tie;
 mod turn;
@@ -70,7 +68,7 @@ fn run(command: Command) -> Result<(), Error> {
     }
 }
 
-/// The exit code of a run, which says why it failed: also where the fault is the tool's own.
+/// The exit code of a run. Prints the error of one that failed, also if the tool itself is at fault.
 fn code(run: impl FnOnce() -> Result<(), Error> + UnwindSafe) -> u8 {
     panic::set_hook(Box::new(|fault| {
         let fault = fault.to_string().replace('\n', " ");

@@ -1,18 +1,17 @@
 //! `merge`: an adapter folded into a model's weights.
 
-use std::path::Path;
-
-use burn_boft::Adapter;
 use burn_boft::peft::LoadOptions;
+use burn_boft::tensors::file_name;
 use burn_boft::value::{AdapterLayer, SavedTensor};
 
 use crate::base::Base;
 use crate::changes::{Added, Change, Changes};
 use crate::cli::Merge;
 use crate::error::Error;
+use crate::header::Entry;
+use crate::load::load;
 use crate::names::Names;
-use crate::output::{Form, check_free, check_outside};
-use crate::rewrite::rewrite;
+use crate::rewrite::{check_output, rewrite};
 use crate::terminal::{note, plural, print, shown};
 use crate::tie::Head;
 use crate::turn::Forward;
@@ -44,45 +43,8 @@ pub fn run(options: &Merge) -> Result<(), Error> {
     }
 }
 
-/// Loads an adapter, and says what is worth knowing.
-pub fn load(folder: &Path, options: &LoadOptions) -> Result<Adapter, Error> {
-    let (adapter, report) = Adapter::load_with(folder, options)?;
-    for line in &report.converted {
-        note(&format!("note: {line}"));
-    }
-    for warning in &report.warnings {
-        note(&format!("warning: {warning}"));
-    }
-    Ok(adapter)
-}
-
-/// Refuses an output that is there, is of another form than the model, or inside one of the inputs.
-pub fn check_output(output: &Path, base: &Base, adapter: &Path) -> Result<(), Error> {
-    let form = match base.is_folder() {
-        true => Form::Folder,
-        false => Form::File,
-    };
-    check_free(output, form)?;
-    let extension = output
-        .extension()
-        .is_some_and(|extension| extension == "safetensors");
-    if base.is_folder() && extension {
-        return Err(Error::Output {
-            path: output.to_path_buf(),
-            reason: format!(
-                "is the name of a file, and {} is a folder; name a folder",
-                base.path.display()
-            ),
-        });
-    }
-    if base.is_folder() {
-        check_outside(output, &base.path)?;
-    }
-    check_outside(output, adapter)
-}
-
-/// What is done, in numbers.
-pub fn counts(changes: &Changes, [rotated, replaced, added]: [&str; 3]) -> String {
+/// How many layers and tensors change, in words.
+fn counts(changes: &Changes, [rotated, replaced, added]: [&str; 3]) -> String {
     let mut parts = vec![format!(
         "{} {rotated}",
         plural(changes.rotations(), "layer")
@@ -101,14 +63,14 @@ pub fn counts(changes: &Changes, [rotated, replaced, added]: [&str; 3]) -> Strin
     parts.join(", ")
 }
 
-/// What would change, a tensor a line.
+/// What would change, with a line for each tensor.
 fn table(base: &Base, changes: &Changes) -> String {
     let mut rows = Vec::new();
     for (key, change) in &changes.of {
         let Some((shard, entry)) = base.entry(key) else {
             continue;
         };
-        let shape = format!("{:?} {}", entry.shape, entry.dtype);
+        let shape = entry_shape(entry);
         let mut row =
             |what: String| rows.push([shown(key), shape.clone(), shown(&shard.name), what]);
         match change {
@@ -142,9 +104,7 @@ fn table(base: &Base, changes: &Changes) -> String {
         let (shape, what) = match added {
             Added::Saved(tensor) => (shape_of(tensor), "add".to_string()),
             Added::Copy(of) => {
-                let shape = base
-                    .entry(of)
-                    .map(|(_, entry)| format!("{:?} {}", entry.shape, entry.dtype));
+                let shape = base.entry(of).map(|(_, entry)| entry_shape(entry));
                 (shape.unwrap_or_default(), format!("add as a copy of {of}"))
             }
         };
@@ -165,11 +125,16 @@ fn table(base: &Base, changes: &Changes) -> String {
     format!("{lines}{total}\n")
 }
 
-fn shape_of(tensor: &SavedTensor) -> String {
-    format!("{:?} {:?}", &**tensor.data().shape(), tensor.data().dtype())
+fn entry_shape(entry: &Entry) -> String {
+    format!("{:?} {}", entry.shape, file_name(entry.dtype))
 }
 
-/// Which rows, where they are not all.
+fn shape_of(tensor: &SavedTensor) -> String {
+    let data = tensor.data();
+    format!("{:?} {}", &**data.shape(), data.dtype().name())
+}
+
+/// Which rows are meant, unless all of them are.
 fn rows_of(count: usize, start: usize, all: usize) -> String {
     match count == all {
         true => String::new(),

@@ -1,8 +1,7 @@
 //! The names of an adapter's modules in a model's file.
 
-use burn_boft::value::Place;
+use burn_boft::value::{Place, join};
 use burn_boft::{KeyMap, Transformers};
-use fancy_regex::Regex;
 
 use crate::base::Base;
 use crate::error::Error;
@@ -12,88 +11,49 @@ const DINOV2: &str = "dinov2";
 
 /// The rules of `--map`.
 #[derive(Debug, Default)]
-pub struct Names {
-    rules: Vec<(Regex, String)>,
-    dinov2: Option<KeyMap>,
-}
+pub struct Names(KeyMap);
 
 impl Names {
     /// Reads the rules: `dinov2`, or `<regex>=<replacement>`, split at the last `=`.
     pub fn parse(rules: &[String]) -> Result<Self, Error> {
-        let mut names = Self::default();
-        for rule in rules {
-            if rule == DINOV2 {
-                names.dinov2 = Some(KeyMap::dinov2(Transformers::V5));
-                continue;
-            }
+        let mut names = match rules.iter().any(|rule| rule == DINOV2) {
+            true => KeyMap::dinov2(Transformers::V5),
+            false => KeyMap::new(),
+        };
+        for rule in rules.iter().filter(|rule| *rule != DINOV2) {
             let refuse = |reason: String| Error::Settings(format!("--map {rule}: {reason}"));
             let (pattern, replacement) = rule
                 .rsplit_once('=')
-                .ok_or_else(|| refuse("neither `dinov2` nor <regex>=<replacement>".into()))?;
-            let regex = Regex::new(pattern).map_err(|error| refuse(error.to_string()))?;
-            names.rules.push((regex, replacement.to_string()));
+                .ok_or_else(|| refuse("a rule is `dinov2` or <regex>=<replacement>".into()))?;
+            names = names
+                .with_to_model(pattern, replacement)
+                .map_err(|error| refuse(error.to_string()))?;
         }
-        Ok(names)
+        Ok(Self(names))
     }
 
     /// The rules for reading an adapter whose names become the model's.
-    pub fn to_key_map(&self) -> Result<KeyMap, Error> {
-        let mut map = self.dinov2.clone().unwrap_or_default();
-        for (regex, replacement) in &self.rules {
-            map = map
-                .with_to_model(regex.as_str(), replacement)
-                .map_err(|error| Error::Settings(error.to_string()))?;
-        }
-        Ok(map)
+    pub fn into_key_map(self) -> KeyMap {
+        self.0
     }
 
-    /// Where a module of the adapter is in the file: the first of its names that the file has a tensor for, else
+    /// Where a module of the adapter is in the file: the first of its names that the file has a tensor for, or else
     /// the name that the rules give it.
     pub fn place(&self, module: &str, tensor: &str, base: &Base) -> Result<Place, Error> {
-        let mapped = self.apply(module)?;
-        let candidates = self.candidates(&mapped)?;
-        let found = candidates
+        let places = self.places(module)?;
+        let found = places
             .iter()
             .find(|place| base.entry(&join(&place.module, tensor)).is_some());
-        Ok(found.unwrap_or(&candidates[0]).clone())
+        Ok(found.unwrap_or(&places[0]).clone())
     }
 
-    fn apply(&self, module: &str) -> Result<String, Error> {
-        let mut name = module.to_string();
-        for (regex, replacement) in &self.rules {
-            let replaced = regex.try_replacen(&name, 0, replacement.as_str());
-            name = replaced
-                .map_err(|error| {
-                    let pattern = regex.as_str();
-                    Error::Settings(format!(
-                        "--map {pattern} has no answer for `{module}`: {error}"
-                    ))
-                })?
-                .into_owned();
-        }
-        Ok(name)
-    }
-
-    fn candidates(&self, module: &str) -> Result<Vec<Place>, Error> {
-        let Some(dinov2) = &self.dinov2 else {
-            let (module, part) = (module.to_string(), (0, 1));
-            return Ok(vec![Place { module, part }]);
-        };
-        dinov2
-            .places(module)
-            .map_err(|error| Error::Settings(error.to_string()))
+    fn places(&self, module: &str) -> Result<Vec<Place>, Error> {
+        let places = self.0.places(module);
+        places.map_err(|error| Error::Settings(format!("--map: {error}")))
     }
 }
 
-/// The key of a tensor of a module.
-pub fn join(module: &str, tensor: &str) -> String {
-    match module {
-        "" => tensor.to_string(),
-        module => format!("{module}.{tensor}"),
-    }
-}
-
-/// Up to three keys that are written most like this one, for a message.
+/// Up to three keys whose spelling is closest to this one, as the end of a message.
 pub fn nearest(key: &str, base: &Base) -> String {
     const SHOWN: usize = 3;
     let (_, tensor) = key.rsplit_once('.').unwrap_or(("", key));
@@ -123,16 +83,17 @@ mod tests {
     fn rules_apply_one_after_the_other() {
         let names =
             Names::parse(&["^model\\.(?=h)=".into(), "h\\.(\\d+)=layers.$1.mlp".into()]).unwrap();
-        assert_eq!(names.apply("model.h.3.fc").unwrap(), "layers.3.mlp.fc");
-        assert_eq!(names.apply("model.x").unwrap(), "model.x");
+        let name = |module: &str| names.places(module).unwrap()[0].module.clone();
+        assert_eq!(name("model.h.3.fc"), "layers.3.mlp.fc");
+        assert_eq!(name("model.x"), "model.x");
     }
 
     #[test]
-    fn rules_that_are_none_are_refused() {
+    fn a_rule_that_is_malformed_is_refused() {
         let refused = |rule: &str| Names::parse(&[rule.to_string()]).unwrap_err().line();
         assert_eq!(
             refused("dino"),
-            "--map dino: neither `dinov2` nor <regex>=<replacement>"
+            "--map dino: a rule is `dinov2` or <regex>=<replacement>"
         );
         assert!(
             refused("(=x").starts_with("--map (=x: "),
@@ -142,18 +103,40 @@ mod tests {
     }
 
     #[test]
+    fn the_rules_for_dinov2_come_after_the_other_rules_wherever_they_stand() {
+        let rule = "^backbone=dinov2".to_string();
+        for rules in [[rule.clone(), "dinov2".into()], ["dinov2".into(), rule]] {
+            let places = Names::parse(&rules).unwrap().places("backbone.mlp.up_proj");
+            let whole = Place {
+                module: "dinov2.mlp.weights_in".into(),
+                part: (1, 2),
+            };
+            assert!(places.unwrap().contains(&whole), "{rules:?}");
+        }
+    }
+
+    #[test]
+    fn a_rule_that_searches_without_end_is_reported_with_the_module() {
+        let names = Names::parse(&[r"(a+)+\1b=c".into()]).unwrap();
+        let path = format!("{}c", "a".repeat(40));
+        let line = names.places(&path).unwrap_err().line();
+        assert!(
+            line.starts_with("--map: ") && line.contains(&path),
+            "{line}"
+        );
+    }
+
+    #[test]
     fn dinov2_is_found_under_both_names_with_and_without_its_prefix() {
         let names = Names::parse(&["dinov2".into()]).unwrap();
-        let candidates = names
-            .candidates("dinov2.encoder.layer.0.mlp.up_proj")
-            .unwrap();
+        let places = names.places("dinov2.encoder.layer.0.mlp.up_proj").unwrap();
         let expected = [
             ("dinov2.encoder.layer.0.mlp.up_proj", (0, 1)),
             ("dinov2.encoder.layer.0.mlp.weights_in", (1, 2)),
             ("encoder.layer.0.mlp.up_proj", (0, 1)),
             ("encoder.layer.0.mlp.weights_in", (1, 2)),
         ];
-        let found: Vec<_> = candidates
+        let found: Vec<_> = places
             .iter()
             .map(|place| (place.module.as_str(), place.part))
             .collect();

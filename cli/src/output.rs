@@ -1,4 +1,4 @@
-//! What is written appears when it is complete: under a temporary name first, then renamed.
+//! Results appear when they are complete: they are written under a temporary name and then renamed.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, ErrorKind, Read, Write};
@@ -10,7 +10,7 @@ use crate::error::Error;
 use crate::interrupt;
 
 const PREFIX: &str = ".burn-boft-";
-/// Bytes of another file that are copied between two looks at interrupts.
+/// How many bytes of another file are copied between two checks for an interrupt.
 const COPIED: u64 = 64 << 20;
 
 /// What a result is.
@@ -31,10 +31,10 @@ pub fn check_free(path: &Path, form: Form) -> Result<(), Error> {
     }
     match fs::symlink_metadata(path) {
         Ok(_) if form == Form::Folder => {
-            refuse("is there already; name a folder that is not there yet")
+            refuse("exists already; name a folder that does not exist yet")
         }
         Ok(kind) if kind.is_dir() || kind.is_file() || kind.is_symlink() => {
-            refuse("is there already; name a file that is not there yet")
+            refuse("exists already; name a file that does not exist yet")
         }
         // A device or a pipe.
         Ok(_) => Ok(()),
@@ -43,7 +43,7 @@ pub fn check_free(path: &Path, form: Form) -> Result<(), Error> {
             match parent.is_dir() {
                 true => Ok(()),
                 false => refuse(&format!(
-                    "is to be in {}, which is no folder",
+                    "cannot be written into {}, which is not a folder",
                     parent.display()
                 )),
             }
@@ -52,7 +52,7 @@ pub fn check_free(path: &Path, form: Form) -> Result<(), Error> {
     }
 }
 
-/// Refuses a result inside of what it is made of.
+/// Refuses a result inside one of the inputs.
 pub fn check_outside(path: &Path, input: &Path) -> Result<(), Error> {
     let (Ok(folder), Ok(input)) = (fs::canonicalize(parent(path)), fs::canonicalize(input)) else {
         return Ok(());
@@ -60,7 +60,7 @@ pub fn check_outside(path: &Path, input: &Path) -> Result<(), Error> {
     match folder.starts_with(&input) {
         true => Err(Error::Output {
             path: path.to_path_buf(),
-            reason: format!("is inside {}, which it is made of", input.display()),
+            reason: format!("is inside {}, which is one of the inputs", input.display()),
         }),
         false => Ok(()),
     }
@@ -158,12 +158,12 @@ impl OutputFolder {
         Ok(Self { path, folder })
     }
 
-    /// Where files for it are written until then.
+    /// The temporary folder, for files to be written into.
     pub fn temporary(&self) -> &Path {
         self.folder.path()
     }
 
-    /// What failed, about the place that the folder will have rather than the one it has.
+    /// The error with the path that the folder will have, in place of its temporary one.
     pub fn named(&self, error: Error) -> Error {
         let rename = |path: PathBuf| match path.strip_prefix(self.folder.path()) {
             Ok(rest) => self.path.join(rest),
@@ -212,9 +212,9 @@ impl OutputFolder {
         let Self { path, folder } = self;
         sync(folder.path()).map_err(Error::write(&path))?;
         interrupt::complete(|| {
-            // An empty folder that appeared meanwhile would be replaced; a full one is not.
+            // The system replaces an empty folder that appeared meanwhile, but not one with files.
             fs::rename(folder.path(), &path).map_err(Error::write(&path))?;
-            // What was temporary has a name now.
+            // The folder is not temporary any more.
             _ = folder.keep();
             Ok(())
         })?;
@@ -222,7 +222,7 @@ impl OutputFolder {
     }
 }
 
-/// As open as other files, not for the owner alone as temporary files are.
+/// A temporary file or folder with the permissions of ordinary files: those of `tempfile` are for the owner alone.
 fn temporary(mode: u32) -> Builder<'static, 'static> {
     let mut builder = Builder::new();
     builder.prefix(PREFIX);
@@ -233,7 +233,7 @@ fn temporary(mode: u32) -> Builder<'static, 'static> {
     builder
 }
 
-/// Makes a rename last, where the system can say so.
+/// Makes sure that a rename survives a crash, on systems that can promise it.
 fn sync(folder: &Path) -> io::Result<()> {
     #[cfg(unix)]
     File::open(folder)?.sync_all()?;

@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::output::OutputFile;
 
 const WIDTH: u32 = 900;
-/// Heights of a layer's bar, and of what is around all bars.
+/// The height of a layer's bar, and of everything around the bars.
 const ROW: u32 = 18;
 const AROUND: u32 = 90;
 /// The width of a letter of a label.

@@ -1,32 +1,28 @@
 //! Burn's records of adapters: the parameters that `inject` adds to a model, under their paths in it.
 //!
-//! A record says nothing of settings and of the kinds of layers, so those that are written here carry them beside.
+//! Records of Burn do not hold settings or the types of layers, so the records that are written here carry them as
+//! metadata.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
 use burn::tensor::{Bytes, DType, TensorData};
-use burn_boft::value::{AdapterLayer, SavedTensor};
+use burn_boft::tensors::to_file;
+use burn_boft::value::{AdapterLayer, SavedTensor, TensorOwner, join};
 use burn_boft::{Adapter, AdapterConfig, Bias, LayerKind};
 use burn_pack::{Reader, Tensor, Writer};
 use serde_json::{Map, Value, json};
 
 use crate::base::Base;
 use crate::error::Error;
-use crate::names::join;
-use crate::numbers::file_dtype;
 use crate::output::OutputFile;
 
-/// Where a record keeps PEFT's settings, and which layers are convolutions.
+/// Where a record keeps PEFT's settings and the kinds of its layers.
 const CONFIG: &str = "adapter_config";
 const KINDS: &str = "layer_kinds";
-/// Where a record keeps the counts of batches that PyTorch's norms have and Burn's have not.
+/// Where a record keeps the counts of batches, which PyTorch's norms have and Burn's do not.
 const BATCHES: &str = "num_batches_tracked";
-const SKEW: &str = ".weight.boft.skew";
-const SCALE: &str = ".weight.boft.scale";
-/// What Burn's norms call the weight and the bias of PyTorch's.
-const NORM: [(&str, &str); 2] = [("weight", "gamma"), ("bias", "beta")];
 
 /// Writes an adapter as the record of its model.
 pub fn write(adapter: &Adapter, base: Option<&Base>, output: &Path) -> Result<(), Error> {
@@ -36,7 +32,8 @@ pub fn write(adapter: &Adapter, base: Option<&Base>, output: &Path) -> Result<()
         let path = layer.path();
         if layer.block_size() == 1 {
             return Err(Error::Settings(format!(
-                "`{path}` has blocks of one channel and a scale, which no injected layer has alone; merge it"
+                "`{path}` has blocks of one channel, which do not rotate, and a scale, which Burn's adapters do not have \
+                 alone; merge it"
             )));
         }
         if layer.block_share() && !adapter.config().block_share() {
@@ -45,9 +42,9 @@ pub fn write(adapter: &Adapter, base: Option<&Base>, output: &Path) -> Result<()
                  cannot say that; convert it with --to peft --base first"
             )));
         }
-        tensors.push(tensor(format!("{path}{SKEW}"), layer.skew().clone()));
+        tensors.push(tensor(join(path, AdapterLayer::SKEW), layer.skew().clone()));
         if let Some(scale) = layer.scale() {
-            tensors.push(tensor(format!("{path}{SCALE}"), scale.clone()));
+            tensors.push(tensor(join(path, AdapterLayer::SCALE), scale.clone()));
         }
         if let Some(kind) = layer.kind().or_else(|| kind_in(base?, path)) {
             kinds.insert(path.to_string(), json!(kind));
@@ -106,9 +103,11 @@ fn saved(adapter: &Adapter, base: Option<&Base>) -> Result<Vec<Tensor>, Error> {
         if saved.data().dtype() == DType::I64 {
             continue;
         }
-        if let Some((torch, _)) = NORM.iter().find(|(_, burn)| *burn == name) {
+        let path = join(module, name);
+        let torch = torch_name(name);
+        if torch != name {
             return Err(Error::Settings(format!(
-                "`{module}.{name}` has a name that means `{torch}` in Burn's norms, and would come back as that; keep the \
+                "`{path}` has a name that means `{torch}` in Burn's norms, and would be read back as that; keep the \
                  adapter in PEFT's folder"
             )));
         }
@@ -120,56 +119,59 @@ fn saved(adapter: &Adapter, base: Option<&Base>) -> Result<Vec<Tensor>, Error> {
             true => Some(2),
             false => rank,
         };
-        let (name, data) = match (name, rank) {
-            ("weight" | "bias", Some(1)) => {
-                let norm = NORM.iter().find(|(torch, _)| *torch == name);
-                (norm.map_or(name, |(_, burn)| burn), saved.data().clone())
-            }
+        let owner = match (name, rank) {
+            (_, Some(1)) => TensorOwner::Norm,
             ("weight", Some(2)) if !biases.contains(module) => {
                 return Err(Error::Settings(format!(
-                    "`{module}.weight` is a linear layer's or an embedding's, which Burn stores differently; attach \
+                    "`{path}` belongs to a linear layer or an embedding, whose weights Burn stores differently; attach \
                      the adapter to its model in Rust and save that"
                 )));
             }
-            ("weight", Some(2)) => (name, transposed(saved.data())),
+            (_, Some(2)) => TensorOwner::Linear,
             ("bias", None) => {
                 return Err(Error::Settings(format!(
-                    "`{module}.bias` is a linear layer's or a norm's, which Burn names differently; --base tells"
+                    "`{path}` belongs to a linear layer or a norm, whose biases Burn names differently; pass --base so that \
+                     the layer type can be looked up"
                 )));
             }
-            (name, _) => (name, saved.data().clone()),
+            _ => TensorOwner::Other,
         };
+        let (name, data) = saved.to_burn(owner);
         tensors.push(tensor(join(module, name), data));
     }
     Ok(tensors)
 }
 
-fn transposed(matrix: &TensorData) -> TensorData {
-    let [rows, columns] = matrix.shape().dims::<2>();
-    let numbers: Vec<f64> = matrix.iter::<f64>().collect();
-    let places = (0..columns).flat_map(|column| (0..rows).map(move |row| row * columns + column));
-    let numbers: Vec<_> = places.map(|place| numbers[place]).collect();
-    TensorData::new(numbers, [columns, rows]).convert_dtype(matrix.dtype())
+/// PyTorch's name of a tensor that Burn calls this. Only the tensors of norms have other names in Burn.
+fn torch_name(name: &str) -> String {
+    let empty = TensorData::new(Vec::<f32>::new(), [0]);
+    let tensor = SavedTensor::from_burn("", name, empty, TensorOwner::Norm);
+    tensor.name().to_string()
+}
+
+/// The layer whose skew has this name in a record.
+fn layer_of(name: &str) -> Option<&str> {
+    match name.strip_suffix(AdapterLayer::SKEW)? {
+        "" => Some(""),
+        path => path.strip_suffix('.'),
+    }
 }
 
 /// The kind of a layer by its weight's axes.
 pub fn kind_in(base: &Base, path: &str) -> Option<LayerKind> {
     let (_, entry) = base.entry(&join(path, "weight"))?;
-    match entry.shape.len() {
-        2 => Some(LayerKind::Linear),
-        4 => Some(LayerKind::Conv2d),
-        _ => None,
-    }
+    LayerKind::of_rank(entry.shape.len())
 }
 
-/// What is refused where the kind of a layer is not known.
+/// The error where nothing says which kind a layer is.
 pub fn unknown_kind(path: &str) -> Error {
     Error::Settings(format!(
-        "`{path}` is a linear layer or a convolution, which PEFT stores differently; --base tells"
+        "PEFT stores linear layers and convolutions differently, and nothing says which of them `{path}` is; pass --base \
+         so that the layer type can be looked up"
     ))
 }
 
-/// Reads the adapter out of a record, with the settings of the record or these.
+/// Reads the adapter of a record, with these settings or else those of the record.
 pub fn read(
     path: &Path,
     settings: Option<Map<String, Value>>,
@@ -185,7 +187,7 @@ pub fn read(
     let kinds = object(KINDS).unwrap_or_default();
     let batches = object(BATCHES).unwrap_or_default();
     let settings = settings.or_else(|| object(CONFIG)).ok_or_else(|| {
-        Error::malformed(path, "it does not say how the adapter was made; --config names an adapter_config.json that does")
+        Error::malformed(path, "it does not hold the settings of the adapter; pass --config with its adapter_config.json")
     })?;
     let config: AdapterConfig = serde_json::from_value(Value::Object(settings.clone()))
         .map_err(|error| Error::malformed(path, format!("its settings are refused: {error}")))?;
@@ -225,12 +227,15 @@ impl RecordReader<'_> {
     fn read(self) -> Result<Adapter, Error> {
         let skews = self.tensors.iter();
         let skews: BTreeMap<_, _> = skews
-            .filter_map(|(name, skew)| Some((name.strip_suffix(SKEW)?, skew)))
+            .filter_map(|(name, skew)| Some((layer_of(name)?, skew)))
             .collect();
         if skews.is_empty() {
             return Err(Error::malformed(
                 self.path,
-                format!("no adapter: no name ends with `{SKEW}`"),
+                format!(
+                    "it holds no adapter: no tensor has a name that ends with `{}`",
+                    AdapterLayer::SKEW
+                ),
             ));
         }
         let layers = skews.iter().map(|(path, skew)| self.layer(path, skew));
@@ -248,7 +253,7 @@ impl RecordReader<'_> {
     }
 
     fn layer(&self, layer: &str, skew: &TensorData) -> Result<AdapterLayer, Error> {
-        let scale = self.tensors.get(&format!("{layer}{SCALE}"));
+        let scale = self.tensors.get(&join(layer, AdapterLayer::SCALE));
         let kind = match (self.config.scale(), scale) {
             (false, _) => None,
             (_, Some(_)) => {
@@ -276,37 +281,59 @@ impl RecordReader<'_> {
         is_adapted: impl Fn(&str) -> bool,
     ) -> Result<Option<SavedTensor>, Error> {
         let (module, own) = name.rsplit_once('.').unwrap_or(("", name));
-        let torch = NORM
-            .iter()
-            .find(|(_, burn)| *burn == own)
-            .map_or(own, |(torch, _)| torch);
         let selection = self.config.selection();
-        let is_bias = torch == "bias"
+        let is_bias = torch_name(own) == "bias"
             && match selection.bias {
                 Bias::None => false,
                 Bias::All => true,
                 Bias::AdapterOnly => is_adapted(module),
             };
-        if name.contains(".weight.boft.") || !(is_bias || selection.saves(module)) {
+        let is_rotation = [AdapterLayer::SKEW, AdapterLayer::SCALE]
+            .iter()
+            .any(|end| name.ends_with(end));
+        if is_rotation || !(is_bias || selection.saves(module)) {
             return Ok(None);
         }
-        if file_dtype(data.dtype()).is_none() {
-            let why = format!("is {:?}, which no file keeps", data.dtype());
+        if to_file(data.dtype()).is_none() {
+            let why = format!("is {}, which no file keeps", data.dtype().name());
             return Err(Error::tensor(self.path, name, why));
         }
         let has_bias = self.tensors.contains_key(&join(module, "bias"));
-        let data = match (own, data.rank()) {
+        let owner = match (own, data.rank()) {
             ("weight", 2) if !has_bias => {
                 return Err(Error::tensor(
                     self.path,
                     name,
-                    "is a linear layer's or an embedding's, which Burn stores differently; extract the adapter from its \
-                     model in Rust",
+                    "belongs to a linear layer or an embedding, whose weights Burn stores differently; extract the adapter \
+                     from its model in Rust",
                 ));
             }
-            ("weight", 2) => transposed(data),
-            _ => data.clone(),
+            ("weight", 2) => TensorOwner::Linear,
+            _ => TensorOwner::Norm,
         };
-        Ok(Some(SavedTensor::new(module, torch, data)))
+        let tensor = SavedTensor::from_burn(module, own, data.clone(), owner);
+        Ok(Some(tensor))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_of_a_skew_says_its_layer_also_where_the_layer_is_the_whole_model() {
+        assert_eq!(layer_of("block.fc.weight.boft.skew"), Some("block.fc"));
+        assert_eq!(layer_of("weight.boft.skew"), Some(""));
+        assert_eq!(layer_of("my_weight.boft.skew"), None);
+        assert_eq!(layer_of("block.fc.weight.boft.scale"), None);
+    }
+
+    #[test]
+    fn only_the_tensors_of_norms_have_other_names_in_pytorch() {
+        assert_eq!(
+            [torch_name("gamma"), torch_name("beta")],
+            ["weight", "bias"]
+        );
+        assert_eq!(torch_name("running_mean"), "running_mean");
     }
 }

@@ -4,6 +4,9 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{DType, TensorData};
+use burn_boft::tensors::{
+    decode, encode, file_name, from_file, is_finite, is_float, part, to_file,
+};
 use burn_boft::value::{AdapterLayer, SavedTensor};
 use indicatif::{ProgressBar, ProgressStyle};
 use safetensors::Dtype;
@@ -12,24 +15,47 @@ use serde_json::{Map, Value};
 use crate::base::{Base, Shard};
 use crate::changes::{Added, Change, Changes};
 use crate::error::Error;
-use crate::find::compute_dtype;
 use crate::header::{self, Entry};
-use crate::numbers::{burn_dtype, decode, encode, file_dtype, is_finite, part};
-use crate::output::{OutputFile, OutputFolder};
+use crate::output::{Form, OutputFile, OutputFolder, check_free, check_outside};
 use crate::tie;
 
-/// Bytes that are copied at a time.
+/// How many bytes are copied at a time.
 const COPIED: usize = 8 << 20;
-/// Numbers that are computed with at a time, where a row has fewer.
+/// How many numbers are computed with at a time, unless a single row has more.
 const COMPUTED: usize = 2 << 20;
 
-/// Turns rows of weights.
+/// Rotates rows of weights, or undoes that.
 pub trait Turn {
-    /// Gets ready for a layer with rows of this many numbers, before any of its rows.
+    /// Prepares for the rows of a layer of these widths, `[d_input, d_output]`.
     fn start(&mut self, layer: &AdapterLayer, widths: [usize; 2]) -> Result<(), String>;
 
-    /// The rows turned, in the precision that they come in; `rows` counts from the layer's first.
+    /// The rotated rows, in the precision that they came in. `rows` counts from the first row of the layer.
     fn turn(&mut self, numbers: TensorData, rows: Range<usize>) -> Result<TensorData, String>;
+}
+
+/// Refuses an output that is there, is of another form than the model, or inside one of the inputs.
+pub fn check_output(output: &Path, base: &Base, adapter: &Path) -> Result<(), Error> {
+    let form = match base.is_folder() {
+        true => Form::Folder,
+        false => Form::File,
+    };
+    check_free(output, form)?;
+    let extension = output
+        .extension()
+        .is_some_and(|extension| extension == "safetensors");
+    if base.is_folder() && extension {
+        return Err(Error::Output {
+            path: output.to_path_buf(),
+            reason: format!(
+                "is the name of a file, and {} is a folder; name a folder",
+                base.path.display()
+            ),
+        });
+    }
+    if base.is_folder() {
+        check_outside(output, &base.path)?;
+    }
+    check_outside(output, adapter)
 }
 
 /// Writes the model with its changes.
@@ -70,7 +96,7 @@ struct Writer<'a> {
 
 impl Writer<'_> {
     fn folder(&mut self, base: &Base, output: &Path) -> Result<(), Error> {
-        // Looked for before the weights are written: that takes long.
+        // Looked for before the weights are written, since that takes long.
         let others = base.other_files()?;
         let folder = OutputFolder::create(output)?;
         self.fill(base, &others, &folder)?;
@@ -106,18 +132,18 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// The index with what is new, which is in the last shard.
+    /// The index of the output. New tensors are in the last shard.
     fn index(&self, base: &Base, mut index: Map<String, Value>) -> Map<String, Value> {
         let last = base.shards.last().map_or("", |shard| shard.name.as_str());
         if let Some(Value::Object(map)) = index.get_mut("weight_map") {
             let added = self.changes.added.keys();
             map.extend(added.map(|key| (key.clone(), Value::from(last))));
         }
-        // What is not new keeps its count: tied weights count once, and buffers only in the size.
+        // Totals are only corrected by what changes: tied weights count once in them, and buffers only in the size.
         let bytes = |dtype, shape: &[usize]| header::byte_count(dtype, shape).unwrap_or_default();
-        let numbers = |dtype, shape: &[usize]| match compute_dtype(dtype) {
-            Some(_) => shape.iter().product::<usize>() as u64,
-            None => 0,
+        let numbers = |dtype, shape: &[usize]| match from_file(dtype).is_some_and(is_float) {
+            true => shape.iter().product::<usize>() as u64,
+            false => 0,
         };
         if let Some(Value::Object(metadata)) = index.get_mut("metadata") {
             self.grow(base, metadata, "total_size", bytes);
@@ -126,7 +152,7 @@ impl Writer<'_> {
         index
     }
 
-    /// Adds to a total, where it is there, what the output has more of it.
+    /// Adds to a total of the index, if it has this one, by how much the output is larger.
     fn grow(
         &self,
         base: &Base,
@@ -188,8 +214,13 @@ impl Writer<'_> {
         let layouts = layouts
             .iter()
             .map(|(key, (dtype, shape))| (*key, *dtype, shape.as_slice()));
-        let header = header::to_bytes(shard.header.metadata.as_ref(), layouts)
-            .ok_or_else(|| Error::malformed(&shard.path, "larger than a file can be"))?;
+        let header =
+            header::to_bytes(shard.header.metadata.as_ref(), layouts).ok_or_else(|| {
+                Error::malformed(
+                    &shard.path,
+                    "the merged file would be larger than a file can be",
+                )
+            })?;
         file.write(&header)?;
         for entry in entries {
             match self.changes.of.get(&entry.key) {
@@ -276,7 +307,7 @@ impl Writer<'_> {
             let mut bytes = vec![0; part.len() * row as usize];
             shard.read(entry, (rows.start + start) as u64 * row, &mut bytes)?;
             let numbers = decode(entry.dtype, &bytes, vec![part.len(), d_input])
-                .ok_or_else(|| refuse(format!("is {}", entry.dtype)))?;
+                .ok_or_else(|| refuse(format!("is {}", file_name(entry.dtype))))?;
             let turned = self.turn.turn(numbers, part).map_err(refuse)?;
             check_finite(&turned, shard, &entry.key)?;
             file.write(&encode(&turned).unwrap_or_default())?;
@@ -313,7 +344,7 @@ impl Writer<'_> {
 fn added_layout(base: &Base, added: &Added) -> Option<(Dtype, Vec<usize>)> {
     match added {
         Added::Saved(tensor) => {
-            let dtype = file_dtype(tensor.data().dtype())?;
+            let dtype = to_file(tensor.data().dtype())?;
             Some((dtype, tensor.data().shape().to_vec()))
         }
         Added::Copy(of) => {
@@ -336,12 +367,17 @@ fn write_rounded(
     entry: &Entry,
     file: &mut OutputFile,
 ) -> Result<(), Error> {
-    let dtype = burn_dtype(entry.dtype)
-        .ok_or_else(|| Error::tensor(&shard.path, &entry.key, format!("is {}", entry.dtype)))?;
+    let dtype = from_file(entry.dtype).ok_or_else(|| {
+        Error::tensor(
+            &shard.path,
+            &entry.key,
+            format!("is {}", file_name(entry.dtype)),
+        )
+    })?;
     write_saved(tensor.data(), dtype, shard, &entry.key, file)
 }
 
-/// Writes numbers in a precision, a few of them in memory once more at a time.
+/// Writes numbers in a precision, and converts only a part of them at a time to save memory.
 fn write_saved(
     data: &TensorData,
     dtype: DType,

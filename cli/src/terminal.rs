@@ -1,4 +1,4 @@
-//! What people read: lines on the standard output and the standard error, and the words in them.
+//! What people read: lines on the standard output and the standard error, and how names and counts are written in them.
 
 use std::io::{self, ErrorKind, Write};
 use std::path::Path;
@@ -19,12 +19,12 @@ pub fn print(text: &str) -> Result<(), Error> {
     }
 }
 
-/// Writes a line beside the result. Where nobody can read it, it is lost.
+/// Writes a line to the standard error. It is lost where nobody reads that.
 pub fn note(line: &str) {
     _ = writeln!(io::stderr(), "{}", shown(line));
 }
 
-/// A name out of a file, without what a terminal would obey.
+/// A name from a file, without the control characters that a terminal would obey.
 pub fn shown(name: &str) -> String {
     name.replace(char::is_control, "\u{fffd}")
 }

@@ -16,7 +16,7 @@ use crate::error::Error;
 pub const FILE: &str = "config.json";
 const FLAG: &str = "tie_word_embeddings";
 
-/// What modules that embed tokens are called: the last name of their path.
+/// The names of modules that embed tokens, as the last component of their path.
 const EMBEDDINGS: [&str; 9] = [
     "embed_in",
     "embed_tokens",
@@ -28,7 +28,7 @@ const EMBEDDINGS: [&str; 9] = [
     "word_embeddings",
     "wte",
 ];
-/// What the heads of language models are called: the end of their path.
+/// The names of the heads of language models, as the end of their path.
 const HEADS: [&str; 14] = [
     "cls.predictions.decoder",
     "embed_out",
@@ -56,7 +56,7 @@ const HEADLESS: [&str; 7] = [
     "ForTokenClassification",
 ];
 
-/// Model types whose head can be given tensors of its own: `tie_word_embeddings` says nothing else of them.
+/// Model types whose head can be given tensors of its own, because `tie_word_embeddings` decides nothing else in them.
 struct Family {
     types: &'static [&'static str],
     /// What holds where `config.json` does not say, in transformers 4 and 5 alike.
@@ -227,7 +227,7 @@ const FAMILIES: [Family; 12] = [
 enum Tied {
     Yes,
     No,
-    /// With the reason, after "the adapter changes … and".
+    /// The reason continues "the adapter changes … and".
     Unknown(String),
 }
 
@@ -264,19 +264,19 @@ impl Head {
         })
     }
 
-    /// Whether this is a tensor of the head that the model has, though its file need not: it shares another.
+    /// Whether this is a tensor of the head that the file may lack, because it is the same as another.
     pub fn is_shared(&self, key: &str) -> bool {
         let shared = self.family.map_or(&[][..], |family| family.shared);
         self.tied == Tied::Yes && shared.iter().any(|(own, _)| *own == key)
     }
 
-    /// Gives the merged model a head of its own, where the adapter changes one of two tensors that are one in it.
+    /// Gives the merged model a head of its own, if the adapter changes the head or the embedding and the two are one.
     ///
     /// # Errors
     ///
-    /// Where the head changes with the embedding, or could, and cannot be given tensors of its own.
+    /// If the head changes or may change with the embedding, and cannot be given tensors of its own.
     pub fn untie(&self, base: &Base, changes: &mut Changes) -> Result<(), Error> {
-        // Embeddings are saved, not rotated: a layer of that name is another.
+        // Embeddings are saved and never rotated, so a rotated layer of that name is something else.
         let is_touched = |(key, change): &(&String, &Change)| {
             is_head(key) || (!matches!(change, Change::Rotate(_)) && is_embedding(key, base))
         };
@@ -294,7 +294,8 @@ impl Head {
         };
         if touched.iter().any(|key| last(key) == "shared") {
             return refuse(
-                "encoder and decoder share it, where PEFT's trained copy changes neither; train the adapter without it",
+                "the encoder and the decoder share it, and PEFT trains a copy that neither of them uses; train the adapter \
+                 without it",
             );
         }
         match &self.tied {
@@ -322,7 +323,7 @@ impl Head {
         }
     }
 
-    /// Adds the tensors that the head shares; the corrected `config.json`.
+    /// Adds the tensors that the head shares, and returns the corrected `config.json`.
     fn separate(
         &self,
         base: &Base,
@@ -335,7 +336,7 @@ impl Head {
                 && !config.values().any(|value| value.get(FLAG).is_some())
         });
         let Some(family) = self.family.filter(|_| is_plain) else {
-            return impossible("how models of its type share it is not known here".into());
+            return impossible("burn-boft does not know how models of its type share it".into());
         };
         let (head, embedding) = family.shared[0];
         if let Some(other) = touched.iter().find(|key| {
@@ -360,7 +361,7 @@ impl Head {
             let is_there = base.entry(own).is_some();
             if is_there && !are_equal(base, own, shared).map_err(Separate::Error)? {
                 return impossible(format!(
-                    "the file has another `{own}`, which is not `{shared}`"
+                    "the file has a `{own}` with other numbers than `{shared}`"
                 ));
             }
             if is_there || changes.added.contains_key(*own) || base.entry(shared).is_none() {
@@ -393,7 +394,7 @@ impl Head {
     }
 }
 
-/// Why a head gets no tensors of its own.
+/// Why a head cannot be given tensors of its own.
 enum Separate {
     Impossible(String),
     Error(Error),
@@ -413,7 +414,7 @@ fn tied(path: &str, config: Option<&Map<String, Value>>, family: Option<&Family>
              false`"
         ));
     };
-    // A model of several keeps the configuration of its language model inside.
+    // A model of several models keeps the configuration of its language model inside its own.
     let parts = config.values().filter_map(|value| value.get(FLAG));
     let stated: Vec<_> = parts
         .chain(config.get(FLAG))
@@ -505,7 +506,7 @@ fn corrected(text: &str) -> Option<String> {
             text.trim_start().strip_prefix('{')?
         ),
     };
-    // Looked at once more: the key could be part of a text, or be there twice.
+    // Checked, since the key could be part of a string or occur twice.
     let mut expected: Map<String, Value> = serde_json::from_str(text).ok()?;
     expected.insert(FLAG.into(), Value::Bool(false));
     let written: Map<String, Value> = serde_json::from_str(&found).ok()?;

@@ -1,17 +1,19 @@
-//! The two turns of a weight: with the rotation of an adapter, and back.
+//! Rotating a weight with an adapter, and undoing that.
 
 use std::ops::Range;
 
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
+use burn_boft::Adapter;
 use burn_boft::ops::{Blocks, Direction, Side};
+use burn_boft::tensors::{from_values, values};
 use burn_boft::value::AdapterLayer;
-use burn_boft::{Adapter, Cayley};
 use faer::Mat;
 use faer::linalg::solvers::DenseSolveCore;
 
 use crate::rewrite::Turn;
 
-/// Beyond this an inverse is rounding.
+/// A block counts as singular where its largest entry times the largest of its inverse reaches this. Such an inverse is
+/// mostly rounding errors.
 const SINGULAR: f64 = 1e6;
 
 /// `W' = diag(s)·W·Rᵀ` in PyTorch's orientation, row by row.
@@ -97,7 +99,7 @@ fn rounded(weight: Tensor<2>, dtype: DType) -> TensorData {
     weight.cast(FloatDType::from(dtype)).into_data()
 }
 
-/// `W = diag(1/s)·W'·(Rᵀ)⁻¹`: the way back, and how far the way there leads from it.
+/// `W = diag(1/s)·W'·(Rᵀ)⁻¹`: takes the rotation out, and measures how far merging the result again is from `W'`.
 pub struct Backward<'a> {
     adapter: &'a Adapter,
     device: Device,
@@ -105,14 +107,14 @@ pub struct Backward<'a> {
     pub difference: Difference,
 }
 
-/// How far merging what was restored is from what was merged.
+/// How far the merged weights are from those that come out when the restored weights are merged again.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct Difference {
-    /// The largest difference of two numbers.
+    /// The largest difference between two numbers.
     absolute: f64,
-    /// `‖W'' − W'‖ / ‖W'‖` of the worst layer before this one, Frobenius.
+    /// `‖W'' − W'‖ / ‖W'‖` of the worst layer before this one, in Frobenius norms.
     relative: f64,
-    /// The squares of both norms, of this layer's rows so far.
+    /// The squares of both norms over the rows of this layer so far.
     squares: [f64; 2],
 }
 
@@ -121,7 +123,7 @@ impl Difference {
         self.absolute
     }
 
-    /// Of the norm of the worst layer.
+    /// The difference of the worst layer, relative to its norm.
     pub fn relative(&self) -> f64 {
         match self.squares {
             [difference, expected] if expected > 0.0 => {
@@ -194,9 +196,8 @@ impl Turn for Backward<'_> {
             ));
         }
         let rotation = Rotation::new(self.adapter, layer, widths, &self.device)?;
-        let is_orthogonal = self.adapter.config().cayley() == Cayley::Exact;
         let inverse = match &rotation.blocks {
-            Some(blocks) if !is_orthogonal => Some(invert(blocks, &self.device)?),
+            Some(blocks) if !self.adapter.is_orthogonal() => Some(invert(blocks, &self.device)?),
             _ => None,
         };
         self.rotation = Some((rotation, inverse));
@@ -222,20 +223,20 @@ impl Turn for Backward<'_> {
 
 /// The transposed inverses of the blocks of one factor.
 fn invert(blocks: &Blocks, device: &Device) -> Result<Tensor<3>, String> {
-    let values = blocks.values();
-    let ([m, n, b, _], dtype) = (values.dims(), values.dtype());
+    let squares = blocks.values();
+    let ([m, n, b, _], dtype) = (squares.dims(), squares.dtype());
     if m != 1 {
         return Err(format!("has {m} factors of blocks that are not orthogonal"));
     }
-    let numbers: Vec<f64> = values.into_data().iter::<f64>().collect();
+    let numbers = values(&squares.into_data());
     let mut inverses = Vec::with_capacity(numbers.len());
     for (index, block) in numbers.chunks_exact(b * b).enumerate() {
         let block = Mat::from_fn(b, b, |row, column| block[row * b + column]);
         let inverse = block.partial_piv_lu().inverse();
-        // A block that flattens a direction cannot be undone; rounding leaves a huge inverse instead of none.
+        // A singular block cannot be undone, but rounding turns "no inverse" into a huge one.
         let largest = |matrix: &Mat<f64>| {
             let numbers = (0..b * b).map(|at| matrix[(at / b, at % b)].abs());
-            // `f64::max` would pass over NaN.
+            // `f64::max` ignores NaN.
             numbers.fold(0.0, |largest, x| {
                 if x > largest || x.is_nan() {
                     x
@@ -247,11 +248,11 @@ fn invert(blocks: &Blocks, device: &Device) -> Result<Tensor<3>, String> {
         let condition = largest(&inverse) * largest(&block);
         if condition.is_nan() || condition >= SINGULAR {
             return Err(format!(
-                "has no inverse: block {index} of the Neumann polynomial flattens a direction"
+                "cannot be restored: block {index} of the Neumann polynomial has no inverse"
             ));
         }
         inverses.extend((0..b * b).map(|at| inverse[(at % b, at / b)]));
     }
-    let data = TensorData::new(inverses, [n, b, b]).convert_dtype(dtype);
+    let data = from_values(inverses, [n, b, b], dtype);
     Ok(Tensor::from_data(data, (device, dtype)))
 }

@@ -3,15 +3,15 @@
 use burn::tensor::DType;
 use burn_boft::Adapter;
 use burn_boft::peft::LoadOptions;
-use burn_boft::value::SavedTensor;
+use burn_boft::value::{SavedTensor, join};
 
 use crate::base::Base;
 use crate::changes::{Change, Changes};
 use crate::cli::Unmerge;
 use crate::error::Error;
-use crate::merge::{check_output, load};
+use crate::load::load;
 use crate::names::Names;
-use crate::rewrite::rewrite;
+use crate::rewrite::{check_output, rewrite};
 use crate::terminal::{plural, print};
 use crate::tie::Head;
 use crate::turn::Backward;
@@ -43,21 +43,21 @@ pub fn run(options: &Unmerge) -> Result<(), Error> {
     ))
 }
 
-/// What the merge replaced is not in the adapter.
+/// Refuses an adapter with saved tensors: it does not hold what the merge replaced by them.
 fn refuse_saved(adapter: &Adapter) -> Result<(), Error> {
-    // Counts of batches are no loss.
+    // Counts of batches are not missed.
     let is_lost = |tensor: &&SavedTensor| tensor.data().dtype() != DType::I64;
     let lost: Vec<_> = adapter
         .tensors()
         .iter()
         .filter(is_lost)
-        .map(|tensor| format!("`{}.{}`", tensor.module(), tensor.name()))
+        .map(|tensor| format!("`{}`", join(tensor.module(), tensor.name())))
         .collect();
     match lost.first() {
         None => Ok(()),
         Some(first) => Err(Error::Settings(format!(
-            "{first} and what else the adapter saves ({} tensors) took the place of numbers that no file has any \
-             more; --keep-saved leaves them as they are",
+            "the merge replaced {first} and everything else that the adapter saves ({} tensors), and no file holds what \
+             was there before; pass --keep-saved to leave them as they are",
             lost.len()
         ))),
     }

@@ -34,7 +34,7 @@ fn a_file_that_is_not_there_is_named() {
     fs::create_dir(place.path().join("empty")).unwrap();
     assert_eq!(
         merge("empty", "adapter"),
-        "empty: no safetensors file in this folder; pickles run code, so save the model as safetensors first"
+        "empty: the folder has no safetensors file; pickles run code, so save the model as safetensors first"
     );
     fs::remove_file(place.path().join("adapter/adapter_model.safetensors")).unwrap();
     assert_eq!(

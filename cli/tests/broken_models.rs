@@ -28,12 +28,12 @@ fn a_model_file_that_is_cut_off_or_hostile_is_refused() {
     place.write_bytes(u64::MAX, b"{}");
     assert_eq!(
         place.refused(),
-        "base.safetensors: not a safetensors file: a header of 18446744073709551615 bytes in a file of 10"
+        "base.safetensors: not a safetensors file: it announces a header of 18446744073709551615 bytes, and the whole file has 10"
     );
     place.write_bytes(1 << 40, b"{}");
     assert_eq!(
         place.refused(),
-        "base.safetensors: not a safetensors file: a header of 1099511627776 bytes in a file of 10"
+        "base.safetensors: not a safetensors file: it announces a header of 1099511627776 bytes, and the whole file has 10"
     );
     place.write_bytes(2, b"{]");
     assert!(
@@ -50,7 +50,7 @@ fn a_model_file_that_is_cut_off_or_hostile_is_refused() {
         ),
         (
             r#"{"dtype":"F32","shape":[2,2],"data_offsets":[0,8]}"#,
-            "`fc1.weight` is [2, 2] of F32, 16 bytes, and has the offsets 0 to 8",
+            "`fc1.weight` is [2, 2] of f32, 16 bytes, and has the offsets 0 to 8",
         ),
     ] {
         let header = format!("{{\"fc1.weight\":{entry}}}");
@@ -139,12 +139,14 @@ fn an_index_that_contradicts_its_shards_is_refused() {
     write_json(&path, &json!({"weight_map": 1}));
     assert_eq!(
         merge(),
-        "model/model.safetensors.index.json: no object `weight_map`"
+        "model/model.safetensors.index.json: it has no object `weight_map`"
     );
     fs::remove_file(&path).unwrap();
     assert_eq!(
         merge(),
-        format!("model: `{one}`, `{two}` are there and no single index; name the file to use")
+        format!(
+            "model: the folder has `{one}`, `{two}` and not a single index; name the file to use"
+        )
     );
     write_json(&path, &index);
     write(&base.join("model.safetensors"), &place.base);

@@ -17,7 +17,7 @@ fn an_adapter_of_any_version_is_rewritten_in_the_current_layout() {
         if is_square {
             let line = run(folder.path(), &convert).stderr;
             assert!(
-                line.ends_with("which PEFT stores differently; --base tells\n"),
+                line.ends_with("pass --base so that the layer type can be looked up\n"),
                 "{line}"
             );
         }
@@ -195,8 +195,16 @@ fn a_conversion_that_would_change_the_model_is_refused() {
             "oft",
             "and OFT has none; convert it with --to-lora, or merge it",
         ),
-        ("oft-linear-exact-b4", "oft", "the adapter is OFT already"),
-        ("boft-linear-m1-b4", "boft", "the adapter is BOFT already"),
+        (
+            "oft-linear-exact-b4",
+            "oft",
+            "the adapter is an OFT adapter already",
+        ),
+        (
+            "boft-linear-m1-b4",
+            "boft",
+            "the adapter is a BOFT adapter already",
+        ),
         (
             "oft-linear-neumann-5",
             "boft",
@@ -253,8 +261,7 @@ fn a_weight_without_numbers_is_refused_whatever_its_axes_say() {
     )];
     write(&folder.path().join("base.safetensors"), &base.into());
     let blocks = Tensor::random(&[1, 6], 1);
-    let no_numbers =
-        "error: base.safetensors: `fc.weight` is [0, 4611686018427387904], which has no numbers";
+    let no_numbers = "error: base.safetensors: `fc.weight` has the shape [0, 4611686018427387904], which holds no numbers";
     let too_wide = "error: adapter/adapter_model.safetensors: wrong: `base_model.model.fc.oft_R.weight` is \
                     [4611686018427387904, 0]: no layer has 4611686018427387904 blocks of 1 channels";
     let empty = Tensor::new(&[1 << 62, 0], Vec::new());

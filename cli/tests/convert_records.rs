@@ -4,7 +4,8 @@ use burn::module::Module;
 use burn::nn::{LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use burn::store::ModuleRecord;
 use burn::tensor::{Device, TensorData};
-use burn_boft::{Adapter, BoftConfig, inject, merge};
+use burn_boft::value::AdapterLayer;
+use burn_boft::{Adapter, AdapterConfig, BoftConfig, OftConfig, TargetModules, inject, merge};
 use serde_json::{Value, json};
 
 use crate::files::*;
@@ -165,13 +166,14 @@ fn a_record_loads_into_an_injected_model_and_one_of_it_becomes_pefts() {
     let convert = ["convert", "model.bpk", "--to", "peft", "--output", "back"];
     assert_eq!(
         refused(folder.path(), &convert),
-        "model.bpk: it does not say how the adapter was made; --config names an adapter_config.json that does"
+        "model.bpk: it does not hold the settings of the adapter; pass --config with its adapter_config.json"
     );
     let config = case.adapter.join("adapter_config.json");
     let convert = [&convert[..], &["--config", config.to_str().unwrap()]].concat();
     assert_eq!(
         refused(folder.path(), &convert),
-        "`fc1` is a linear layer or a convolution, which PEFT stores differently; --base tells"
+        "PEFT stores linear layers and convolutions differently, and nothing says which of them `fc1` is; pass --base so \
+         that the layer type can be looked up"
     );
     succeed(
         folder.path(),
@@ -202,9 +204,39 @@ fn a_parameter_that_pytorch_itself_calls_gamma_is_not_put_into_a_record() {
                 "base.safetensors"
             ]
         ),
-        "`norm.gamma` has a name that means `weight` in Burn's norms, and would come back as that; keep the adapter in \
+        "`norm.gamma` has a name that means `weight` in Burn's norms, and would be read back as that; keep the adapter in \
          PEFT's folder"
     );
+}
+
+/// The path of such a layer is empty, so the names in its record start with those of the adapter.
+#[test]
+fn the_record_of_a_model_that_is_one_layer_is_converted() {
+    let folder = tempfile::tempdir().unwrap();
+    let layer = LinearConfig::new(8, 6).init(&Device::flex());
+    let config = OftConfig::new()
+        .with_block_size(4)
+        .with_target_modules(TargetModules::AllLinear);
+    let settings = serde_json::to_value(AdapterConfig::from(config.clone())).unwrap();
+    write_json(&folder.path().join("settings.json"), &settings);
+    let record = inject(layer, config).unwrap().into_record();
+    record.save(folder.path().join("layer.bpk")).unwrap();
+    succeed(
+        folder.path(),
+        &[
+            "convert",
+            "layer.bpk",
+            "--config",
+            "settings.json",
+            "--to",
+            "peft",
+            "--output",
+            "adapter",
+        ],
+    );
+    let (adapter, _) = Adapter::load(folder.path().join("adapter")).unwrap();
+    let layers = adapter.layers().iter().map(AdapterLayer::path);
+    assert_eq!(layers.collect::<Vec<_>>(), [""]);
 }
 
 #[test]
@@ -244,7 +276,7 @@ fn a_file_that_is_not_a_record_of_an_adapter_is_refused() {
                 "out"
             ]
         ),
-        "b.bpk: no adapter: no name ends with `.weight.boft.skew`"
+        "b.bpk: it holds no adapter: no tensor has a name that ends with `weight.boft.skew`"
     );
     let plain = BoftConfig::new()
         .with_scale(false)

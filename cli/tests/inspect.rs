@@ -290,6 +290,6 @@ fn a_picture_has_a_bar_for_each_layer_as_long_as_its_angle() {
             folder.path(),
             &["inspect", case.adapter(), "--plot", "angles.svg"]
         ),
-        "angles.svg is there already; name a file that is not there yet"
+        "angles.svg exists already; name a file that does not exist yet"
     );
 }

@@ -113,12 +113,12 @@ fn a_dry_run_says_what_would_change_and_writes_nothing() {
     assert_eq!(
         printed,
         "\
-classifier.bias    [5] F32       base.safetensors  replace
-classifier.weight  [5, 16] F32   base.safetensors  replace
-fc1.bias           [20] F32      base.safetensors  replace
-fc1.weight         [20, 24] F32  base.safetensors  rotate block size 4, 1 factor, scale
-fc2.bias           [16] F32      base.safetensors  replace
-fc2.weight         [16, 20] F32  base.safetensors  rotate block size 4, 1 factor, scale
+classifier.bias    [5] f32       base.safetensors  replace
+classifier.weight  [5, 16] f32   base.safetensors  replace
+fc1.bias           [20] f32      base.safetensors  replace
+fc1.weight         [20, 24] f32  base.safetensors  rotate block size 4, 1 factor, scale
+fc2.bias           [16] f32      base.safetensors  replace
+fc2.weight         [16, 20] f32  base.safetensors  rotate block size 4, 1 factor, scale
 2 layers to rotate, 4 tensors to replace
 "
     );

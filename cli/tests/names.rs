@@ -17,13 +17,13 @@ fn a_model_without_the_layer_or_with_one_of_another_shape_is_refused() {
     place.write_base(&rename("fc1.", "fc_1."));
     assert_eq!(
         place.refused(),
-        "base.safetensors: the adapter of `fc1` has no `fc1.weight`; it has `fc_1.weight`, `fc2.weight`, `norm.weight`; \
-         --map bridges names"
+        "base.safetensors has no `fc1.weight` for the adapter of `fc1`; it has `fc_1.weight`, `fc2.weight`, `norm.weight`; \
+         use --map to rename modules"
     );
     place.write_base(&place.base);
     assert_eq!(
         place.refused_with(&["--map", "fc1=fc2"]),
-        "base.safetensors: `fc2.weight` is [16, 20] F32, and the adapter of `fc1` rotates 24 input features"
+        "base.safetensors: the adapter of `fc1`: it rotates 24 input features, the layer has 20; `fc2.weight` is [16, 20] f32"
     );
     let with = |tensor: Tensor| {
         let mut base = place.base.clone();
@@ -31,19 +31,21 @@ fn a_model_without_the_layer_or_with_one_of_another_shape_is_refused() {
         place.write_base(&base);
         place.refused()
     };
-    let of = "and the adapter of `fc1`";
+    let of = "base.safetensors: the adapter of `fc1`";
     assert_eq!(
         with(Tensor::random(&[21, 24], 1)),
-        format!("base.safetensors: `fc1.weight` is [21, 24] F32, {of} scales 20 outputs")
+        format!("{of}: it scales 20 outputs, the layer has 21; `fc1.weight` is [21, 24] f32")
     );
     assert_eq!(
         with(Tensor::random(&[20, 6, 2, 2], 1)),
-        format!("base.safetensors: `fc1.weight` is [20, 6, 2, 2] F32, {of} is for a linear layer")
+        format!(
+            "{of} is for a linear layer, the model has a convolution; `fc1.weight` is [20, 6, 2, 2] f32"
+        )
     );
     assert_eq!(
         with(Tensor::random(&[480], 1)),
         format!(
-            "base.safetensors: `fc1.weight` is [480] F32, {of} is for a matrix or a convolution's four axes"
+            "{of} is for a linear layer or a convolution, and a weight of 1 axes is neither; `fc1.weight` is [480] f32"
         )
     );
     assert_eq!(
@@ -52,20 +54,20 @@ fn a_model_without_the_layer_or_with_one_of_another_shape_is_refused() {
             ..Tensor::new(&[20, 24], vec![1.0; 480])
         }),
         format!(
-            "base.safetensors: `fc1.weight` is [20, 24] U8, {of} rotates F32, F16 and BF16; merge into the model before it \
-             is quantized"
+            "{of} rotates weights in f64, f32, f16 and bf16 only; merge it into the model before the model is quantized; \
+             `fc1.weight` is [20, 24] u8"
         )
     );
     assert_eq!(
         with(Tensor::random(&[20, 24], 1).cast(Dtype::F64)),
         format!(
-            "base.safetensors: `fc1.weight` is [20, 24] F64, {of} is less precise; save both in the same precision"
+            "{of} is less precise than the weight; save both in the same precision; `fc1.weight` is [20, 24] f64"
         )
     );
     place.write_base(&place.base);
     assert_eq!(
         place.refused_with(&["--map", "fc.=fc2"]),
-        "base.safetensors: `fc2.weight` is [16, 20] F32, and the adapter of `fc1` rotates 24 input features"
+        "base.safetensors: the adapter of `fc1`: it rotates 24 input features, the layer has 20; `fc2.weight` is [16, 20] f32"
     );
 }
 
@@ -98,7 +100,7 @@ fn a_wrong_prefix_is_reported_quickly_in_a_large_model() {
             "--dry-run",
         ],
     );
-    let first = "base.safetensors: the adapter of `layers.0.self_attn.q_proj` has no `layers.0.self_attn.q_proj.weight`; \
+    let first = "base.safetensors has no `layers.0.self_attn.q_proj.weight` for the adapter of `layers.0.self_attn.q_proj`; \
                  it has `model.layers.0.self_attn.q_proj.weight`, ";
     assert!(line.starts_with(first), "{line}");
     assert!(line.ends_with("; and 4997 more"), "{line}");

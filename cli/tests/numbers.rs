@@ -104,7 +104,7 @@ fn a_scale_applies_where_blocks_of_one_channel_do_not_rotate() {
     let record = ["convert", "adapter", "--to", "record", "--output", "a.bpk"];
     let refused = run(folder.path(), &record);
     assert_eq!(refused.code, 2);
-    let line = "error: `fc` has blocks of one channel and a scale, which no injected layer has alone; merge it\n";
+    let line = "error: `fc` has blocks of one channel, which do not rotate, and a scale, which Burn's adapters do not have alone; merge it\n";
     assert!(refused.stderr.ends_with(line), "{}", refused.stderr);
 }
 
@@ -126,7 +126,7 @@ fn a_count_of_another_precision_is_refused() {
     for last in [&["--dry-run"][..], &["--output", "out"]] {
         assert_eq!(
             refused(folder.path(), &[&merge, last].concat()),
-            format!("base.safetensors: `{key}` is [] I32, and the adapter's `{key}` is [] I64")
+            format!("base.safetensors: `{key}` is [] i32, and the adapter's `{key}` is [] i64")
         );
     }
 }

@@ -29,17 +29,17 @@ fn an_output_that_exists_or_lies_inside_an_input_is_refused() {
     };
     assert_eq!(
         merge("base.safetensors", "base.safetensors"),
-        "base.safetensors is there already; name a file that is not there yet"
+        "base.safetensors exists already; name a file that does not exist yet"
     );
     assert_eq!(
         merge("model", "model"),
-        "model is there already; name a folder that is not there yet"
+        "model exists already; name a folder that does not exist yet"
     );
     let inside = fs::canonicalize(&model).unwrap();
     assert_eq!(
         merge("model", "model/merged"),
         format!(
-            "model/merged is inside {}, which it is made of",
+            "model/merged is inside {}, which is one of the inputs",
             inside.display()
         )
     );
@@ -47,7 +47,7 @@ fn an_output_that_exists_or_lies_inside_an_input_is_refused() {
     assert_eq!(
         merge("model", "adapter/merged"),
         format!(
-            "adapter/merged is inside {}, which it is made of",
+            "adapter/merged is inside {}, which is one of the inputs",
             adapter.display()
         )
     );
@@ -57,15 +57,15 @@ fn an_output_that_exists_or_lies_inside_an_input_is_refused() {
     );
     assert_eq!(
         merge("base.safetensors", "none/out.safetensors"),
-        "none/out.safetensors is to be in none, which is no folder"
+        "none/out.safetensors cannot be written into none, which is not a folder"
     );
     assert_eq!(
         merge("base.safetensors", "base.safetensors/out"),
-        "base.safetensors/out is to be in base.safetensors, which is no folder"
+        "base.safetensors/out cannot be written into base.safetensors, which is not a folder"
     );
     let folder = "is the name of a folder; name a file";
     assert_eq!(merge("base.safetensors", "out/"), format!("out/ {folder}"));
-    let there = "/dev/null is there already; name a folder that is not there yet";
+    let there = "/dev/null exists already; name a folder that does not exist yet";
     assert_eq!(merge("model", "/dev/null"), there);
     let other = |arguments: &[&str]| refused(place.path(), arguments);
     let convert =

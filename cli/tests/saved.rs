@@ -27,14 +27,14 @@ fn a_trained_bias_that_the_model_lacks_is_refused() {
     base.remove("fc1.bias");
     assert_eq!(
         merge(base),
-        "base.safetensors: the adapter's `fc1.bias` has no `fc1.bias`; it has `fc2.bias`, `norm.bias`, \
-         `classifier.bias`; --map bridges names"
+        "base.safetensors has no `fc1.bias` for the adapter's `fc1.bias`; it has `fc2.bias`, `norm.bias`, \
+         `classifier.bias`; use --map to rename modules"
     );
     let mut base = case.base.clone();
     base.insert("fc1.bias".into(), Tensor::random(&[7], 1));
     assert_eq!(
         merge(base),
-        "base.safetensors: `fc1.bias` is [7] F32, and the adapter's `fc1.bias` is [20] F32"
+        "base.safetensors: `fc1.bias` is [7] f32, and the adapter's `fc1.bias` is [20] f32"
     );
 }
 
@@ -83,10 +83,10 @@ fn a_saved_module_that_does_not_fit_the_model_is_refused() {
             case.adapter(),
             &["--map", "^fc=model.fc"]
         ),
-        "base.safetensors: the adapter's `classifier.bias` has no `classifier.bias`; it has `model.classifier.bias`, \
-         `model.fc1.bias`, `model.fc2.bias`; --map bridges names; base.safetensors: the adapter's `classifier.weight` \
-         has no `classifier.weight`; it has `model.classifier.weight`, `model.fc1.weight`, `model.fc2.weight`; --map \
-         bridges names"
+        "base.safetensors has no `classifier.bias` for the adapter's `classifier.bias`; it has `model.classifier.bias`, \
+         `model.fc1.bias`, `model.fc2.bias`; use --map to rename modules; base.safetensors has no `classifier.weight` for \
+         the adapter's `classifier.weight`; it has `model.classifier.weight`, `model.fc1.weight`, `model.fc2.weight`; use \
+         --map to rename modules"
     );
 
     // Heads for other classes have other rows, and nothing else.
@@ -96,8 +96,8 @@ fn a_saved_module_that_does_not_fit_the_model_is_refused() {
         assert_eq!(
             merge(&other, case.adapter(), &[]),
             format!(
-                "base.safetensors: `classifier.weight` is {shape:?} F32, and the adapter's `classifier.weight` is [5, 16] \
-                 F32"
+                "base.safetensors: `classifier.weight` is {shape:?} f32, and the adapter's `classifier.weight` is [5, 16] \
+                 f32"
             )
         );
     }
@@ -145,8 +145,8 @@ fn a_saved_module_of_a_layer_is_not_added_where_the_file_has_it_under_another_na
     assert_eq!(
         merge(&mixtral, "mixtral", &[]),
         format!(
-            "base.safetensors: the adapter's `model.layers.0.mlp.gate.weight` has no `model.layers.0.mlp.gate.weight`; it \
-             has `model.layers.0.block_sparse_moe.gate.weight`, `{layer}.weight`; --map bridges names"
+            "base.safetensors has no `model.layers.0.mlp.gate.weight` for the adapter's `model.layers.0.mlp.gate.weight`; it \
+             has `model.layers.0.block_sparse_moe.gate.weight`, `{layer}.weight`; use --map to rename modules"
         )
     );
     let bare = mixtral
@@ -157,7 +157,7 @@ fn a_saved_module_of_a_layer_is_not_added_where_the_file_has_it_under_another_na
         "mixtral",
         &["--map", r"^model\.layers\.0\.self=layers.0.self"],
     );
-    let start = "base.safetensors: the adapter's `model.layers.0.mlp.gate.weight` has no ";
+    let start = "base.safetensors has no `model.layers.0.mlp.gate.weight` for the adapter's ";
     assert!(line.starts_with(start), "{line}");
 }
 

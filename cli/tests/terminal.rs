@@ -22,7 +22,7 @@ fn wrong_options_are_refused_in_one_line() {
     );
     assert_eq!(
         place.refused_with(&["--map", "fc"]),
-        "--map fc: neither `dinov2` nor <regex>=<replacement>"
+        "--map fc: a rule is `dinov2` or <regex>=<replacement>"
     );
     assert!(
         place

@@ -140,7 +140,7 @@ fn a_head_that_shares_the_embedding_keeps_its_numbers_when_the_embedding_is_trai
                 merged model has a tensor for each, and its config.json says \"tie_word_embeddings\": false\n";
     let dry = run(model.path(), &[&MERGE[..5], &["--dry-run"]].concat());
     assert_eq!(dry.stderr, note);
-    let row = "lm_head.weight                          [7, 8] F32  model-00002-of-00002.safetensors  add as a copy of \
+    let row = "lm_head.weight                          [7, 8] f32  model-00002-of-00002.safetensors  add as a copy of \
                model.embed_tokens.weight\n";
     assert!(dry.stdout.contains(row), "{}", dry.stdout);
 }
@@ -239,11 +239,15 @@ fn a_head_that_cannot_be_given_its_own_tensor_is_refused() {
     };
     assert_eq!(
         llama(r#"{"model_type": "new", "tie_word_embeddings": true}"#),
-        format!("model: {saved} {tied}: how models of its type share it is not known here; {own}")
+        format!(
+            "model: {saved} {tied}: burn-boft does not know how models of its type share it; {own}"
+        )
     );
     assert_eq!(
         llama(r#"{"model_type": "llava", "text_config": {"tie_word_embeddings": true}}"#),
-        format!("model: {saved} {tied}: how models of its type share it is not known here; {own}")
+        format!(
+            "model: {saved} {tied}: burn-boft does not know how models of its type share it; {own}"
+        )
     );
     assert_eq!(
         llama(r#"{"model_type": "gpt2"}"#),
@@ -262,7 +266,7 @@ fn a_head_that_cannot_be_given_its_own_tensor_is_refused() {
     assert_eq!(
         model.refused(),
         format!(
-            "model: {saved} {tied}: the file has another `lm_head.weight`, which is not `model.embed_tokens.weight`; {own}"
+            "model: {saved} {tied}: the file has a `lm_head.weight` with other numbers than `model.embed_tokens.weight`; {own}"
         )
     );
 
@@ -285,7 +289,7 @@ fn a_head_that_cannot_be_given_its_own_tensor_is_refused() {
     assert_eq!(
         model.refused(),
         format!(
-            "model: `lm_head.weight` is the embedding, and rotating it for the head would rotate both; {own}"
+            "model: `lm_head.weight` is the embedding, and a rotation of the head would rotate both; {own}"
         )
     );
 }
@@ -304,8 +308,8 @@ fn an_embedding_that_encoder_and_decoder_share_is_refused() {
         model.save(&[("shared.weight", embedding(4))]);
         assert_eq!(
             model.refused(),
-            "model: the adapter changes `shared.weight`, and encoder and decoder share it, where PEFT's trained copy \
-             changes neither; train the adapter without it"
+            "model: the adapter changes `shared.weight`, and the encoder and the decoder share it, and PEFT trains \
+             a copy that neither of them uses; train the adapter without it"
         );
     }
     let t5 = Some(r#"{"model_type": "t5", "is_encoder_decoder": true}"#);

@@ -205,8 +205,8 @@ fn what_cannot_be_undone_is_refused() {
     };
     assert_eq!(
         unmerge(case.adapter()),
-        "`classifier.bias` and what else the adapter saves (4 tensors) took the place of numbers that no file has any \
-         more; --keep-saved leaves them as they are"
+        "the merge replaced `classifier.bias` and everything else that the adapter saves (4 tensors), and no file holds \
+         what was there before; pass --keep-saved to leave them as they are"
     );
 
     let prefix = "base_model.model.fc1";
@@ -232,7 +232,7 @@ fn what_cannot_be_undone_is_refused() {
     write_adapter(&folder.path().join("flat"), &config, &[(key, one)].into());
     assert_eq!(
         unmerge("flat"),
-        "base.safetensors: `fc1.weight` has no inverse: block 0 of the Neumann polynomial flattens a direction"
+        "base.safetensors: `fc1.weight` cannot be restored: block 0 of the Neumann polynomial has no inverse"
     );
     assert_eq!(names(folder.path()), ["base.safetensors", "flat", "zero"]);
 }

@@ -120,15 +120,19 @@ mod tests {
         })
     }
 
+    /// Compares values and gradients, relative to the largest number of each, or to 1.
+    ///
+    /// The largest drift of 150 runs on 2 cores of x86-64 was 1.7e-7 for GELU and 2.2e-6 for attention.
     fn assert_close([kernels, burn]: [Vec<TensorData>; 2], tolerance: f64) {
         for (kernel, burn) in kernels.iter().zip(&burn) {
-            kernel.assert_approx_eq::<f64>(burn, Tolerance::absolute(tolerance));
+            let largest = burn.iter::<f64>().map(f64::abs).fold(1.0, f64::max);
+            kernel.assert_approx_eq::<f64>(burn, Tolerance::absolute(tolerance * largest));
         }
     }
 
     #[test]
     fn gelu_is_that_of_burn() {
-        assert_close(both([3, 5001], |[input]| gelu(input)), 2e-6);
+        assert_close(both([3, 5001], |[input]| gelu(input)), 1e-6);
     }
 
     #[test]
@@ -136,7 +140,7 @@ mod tests {
         // The last has more tokens than attend at a time.
         for shape in [[2, 3, 7, 5], [1, 2, 67, 16], [2, 2, 1, 4], [1, 2, 401, 6]] {
             let outcome = both(shape, |[query, key, value]| attention(query, key, value));
-            assert_close(outcome, 2e-5);
+            assert_close(outcome, 1e-5);
         }
     }
 
@@ -147,7 +151,7 @@ mod tests {
             let [query, key, value] = inputs.map(heads);
             attention(query, key, value).swap_dims(1, 2).flatten(2, 3)
         });
-        assert_close(outcome, 2e-5);
+        assert_close(outcome, 1e-5);
     }
 
     #[test]

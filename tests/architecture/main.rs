@@ -164,7 +164,7 @@ fn assert_none(violations: Vec<String>) {
     let violations = violations.join("\n");
     assert!(
         violations.is_empty(),
-        "ARCHITECTURE.md says why this must not be:\n{violations}\n"
+        "“The rules of direction” in ARCHITECTURE.md do not allow this:\n{violations}\n"
     );
 }
 

@@ -149,22 +149,6 @@ pub enum RotationError {
 
 impl RotationError {
     /// The path of the layer that the error is about; none if the configuration works in no layer.
-    pub fn path(&self) -> Option<&str> {
-        match self {
-            Self::BlockSize { path, .. }
-            | Self::BlockCount { path, .. }
-            | Self::OddBlock { path, .. }
-            | Self::Factors { path, .. }
-            | Self::IdentityBlocks { path, .. } => Some(path),
-            Self::NoBlocks { .. }
-            | Self::NoFactors
-            | Self::Dropout { .. }
-            | Self::CoftRadius { .. }
-            | Self::NeumannTerms { .. } => None,
-        }
-    }
-
-    /// [`RotationError::path`], to be changed.
     pub(crate) fn path_mut(&mut self) -> Option<&mut String> {
         match self {
             Self::BlockSize { path, .. }

@@ -1,6 +1,6 @@
 //! Finds where each part of an adapter belongs in a model. Everything is checked before anything is written.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::ops::Range;
 
 use burn::tensor::DType;
@@ -33,6 +33,7 @@ impl<'a> Changes<'a> {
                 .iter()
                 .map(|layer| first(layer.path()))
                 .collect(),
+            owners: Owners::of(adapter),
             changes: Self::default(),
             problems: Vec::new(),
         };
@@ -40,7 +41,7 @@ impl<'a> Changes<'a> {
             finder.layer(layer)?;
         }
         for tensor in adapter.tensors() {
-            finder.tensor(tensor, Owner::of(tensor, adapter))?;
+            finder.tensor(tensor)?;
         }
         match finder.problems.is_empty() {
             true => Ok(finder.changes),
@@ -55,6 +56,7 @@ struct Finder<'a, 'b> {
     head: &'b Head,
     /// The top-level modules that have adapted layers, with the adapter's names.
     adapted: BTreeSet<&'a str>,
+    owners: Owners<'a>,
     changes: Changes<'a>,
     problems: Vec<String>,
 }
@@ -102,13 +104,14 @@ impl<'a> Finder<'a, '_> {
         Ok(())
     }
 
-    fn tensor(&mut self, tensor: &'a SavedTensor, owner: Owner) -> Result<(), Error> {
+    fn tensor(&mut self, tensor: &'a SavedTensor) -> Result<(), Error> {
+        let is_saved_module = self.owners.is_saved_module(tensor.module());
         let place = self
             .names
             .place(tensor.module(), tensor.name(), self.base)?;
         let key = join(&place.module, tensor.name());
         let Some((shard, entry)) = self.base.entry(&key) else {
-            let is_new = owner == Owner::Saved && self.is_new_head(tensor.module(), &key);
+            let is_new = is_saved_module && self.is_new_head(tensor.module(), &key);
             match is_new || self.head.is_shared(&key) {
                 true => {
                     let added = Added::Saved(tensor);
@@ -142,7 +145,7 @@ impl<'a> Finder<'a, '_> {
             Some(rows) if same_kind => self.insert(key, Part::Rows(rows, tensor)),
             // A new head for other classes.
             None if same_kind
-                && owner == Owner::Saved
+                && is_saved_module
                 && place.part.1 == 1
                 && entry.shape.len() == shape.len()
                 && entry.shape.get(1..) == shape.get(1..) =>
@@ -213,24 +216,27 @@ fn first(path: &str) -> &str {
     path.split('.').next().unwrap_or(path)
 }
 
-/// What a saved tensor belongs to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Owner {
-    /// A layer that is adapted, or another layer of which only the bias was trained.
-    Layer,
-    /// A module that is saved as a whole.
-    Saved,
+/// What the saved tensors of an adapter belong to.
+struct Owners<'a> {
+    /// The adapted layers.
+    layers: HashSet<&'a str>,
+    /// The modules of which more than the bias was saved.
+    whole: HashSet<&'a str>,
 }
 
-impl Owner {
-    fn of(tensor: &SavedTensor, adapter: &Adapter) -> Self {
-        let module = tensor.module();
-        let is_whole = |other: &SavedTensor| other.module() == module && other.name() != "bias";
-        let is_adapted = adapter.layers().iter().any(|layer| layer.path() == module);
-        match !is_adapted && adapter.tensors().iter().any(is_whole) {
-            true => Self::Saved,
-            false => Self::Layer,
+impl<'a> Owners<'a> {
+    fn of(adapter: &'a Adapter) -> Self {
+        let tensors = adapter.tensors().iter();
+        let weights = tensors.filter(|tensor| tensor.name() != "bias");
+        Self {
+            layers: adapter.layers().iter().map(AdapterLayer::path).collect(),
+            whole: weights.map(SavedTensor::module).collect(),
         }
+    }
+
+    /// Whether a module is saved as a whole. Of an adapted layer, and of other layers, it may be only the bias.
+    fn is_saved_module(&self, module: &str) -> bool {
+        self.whole.contains(module) && !self.layers.contains(module)
     }
 }
 

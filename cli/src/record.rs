@@ -181,12 +181,24 @@ pub fn read(
     let bytes = fs::read(path).map_err(Error::read(path))?;
     let reader = Reader::from_bytes(Bytes::from_bytes_vec(bytes))
         .map_err(|error| malformed(error.to_string()))?;
-    let object = |key: &str| -> Option<Map<String, Value>> {
-        serde_json::from_str(reader.metadata().get(key)?).ok()
+    let object = |key: &str| -> Result<Option<Map<String, Value>>, Error> {
+        let Some(text) = reader.metadata().get(key) else {
+            return Ok(None);
+        };
+        let refuse = |error| {
+            malformed(format!(
+                "`{key}` of its metadata is not a JSON object: {error}"
+            ))
+        };
+        serde_json::from_str(text).map(Some).map_err(refuse)
     };
-    let kinds = object(KINDS).unwrap_or_default();
-    let batches = object(BATCHES).unwrap_or_default();
-    let settings = settings.or_else(|| object(CONFIG)).ok_or_else(|| {
+    let kinds = object(KINDS)?.unwrap_or_default();
+    let batches = object(BATCHES)?.unwrap_or_default();
+    let settings = match settings {
+        Some(settings) => Some(settings),
+        None => object(CONFIG)?,
+    };
+    let settings = settings.ok_or_else(|| {
         Error::malformed(path, "it does not hold the settings of the adapter; pass --config with its adapter_config.json")
     })?;
     let config: AdapterConfig = serde_json::from_value(Value::Object(settings.clone()))
@@ -244,10 +256,15 @@ impl RecordReader<'_> {
         for (name, data) in &self.tensors {
             saved.extend(self.saved(name, data, |module| skews.contains_key(module))?);
         }
-        saved.extend(self.batches.iter().map(|(module, count)| {
-            let count = vec![count.as_i64().unwrap_or_default()];
-            SavedTensor::new(module, BATCHES, TensorData::new(count, Vec::<usize>::new()))
-        }));
+        for (module, count) in &self.batches {
+            let count = count.as_i64().ok_or_else(|| {
+                let why =
+                    format!("the count of batches of `{module}` is {count}, not a whole number");
+                Error::malformed(self.path, why)
+            })?;
+            let count = TensorData::new(vec![count], Vec::<usize>::new());
+            saved.push(SavedTensor::new(module, BATCHES, count));
+        }
         Adapter::from_parts(self.config, layers, saved)
             .map_err(|mismatch| Error::malformed(self.path, mismatch.to_string()))
     }

@@ -225,8 +225,12 @@ impl Writer<'_> {
         for entry in entries {
             match self.changes.of.get(&entry.key) {
                 None => self.copy(shard, entry, 0..entry.bytes, &mut file)?,
-                Some(Change::Rotate(parts)) => self.rotate(shard, entry, parts, &mut file)?,
-                Some(Change::Replace(parts)) => self.replace(shard, entry, parts, &mut file)?,
+                Some(Change::Rotate(parts)) => {
+                    self.rows(shard, entry, parts, &mut file, Self::rotate)?;
+                }
+                Some(Change::Replace(parts)) => {
+                    self.rows(shard, entry, parts, &mut file, Self::replace)?;
+                }
                 Some(Change::New(tensor)) => write_rounded(tensor, shard, entry, &mut file)?,
             }
         }
@@ -265,29 +269,34 @@ impl Writer<'_> {
         Ok(())
     }
 
-    fn rotate(
+    /// Writes a tensor of which some rows change, in order: `write` writes those, and the others are copied.
+    fn rows<T>(
         &mut self,
         shard: &Shard,
         entry: &Entry,
-        parts: &[(Range<usize>, &AdapterLayer)],
+        parts: &[(Range<usize>, &T)],
         file: &mut OutputFile,
+        write: impl Fn(
+            &mut Self,
+            &Shard,
+            &Entry,
+            Range<usize>,
+            &T,
+            &mut OutputFile,
+        ) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let row = row_bytes(entry);
         let mut done = 0;
-        for (rows, layer) in parts {
-            self.copy(
-                shard,
-                entry,
-                done as u64 * row..rows.start as u64 * row,
-                file,
-            )?;
-            self.rotate_rows(shard, entry, rows.clone(), layer, file)?;
+        for (rows, part) in parts {
+            let before = done as u64 * row..rows.start as u64 * row;
+            self.copy(shard, entry, before, file)?;
+            write(self, shard, entry, rows.clone(), part, file)?;
             done = rows.end;
         }
         self.copy(shard, entry, done as u64 * row..entry.bytes, file)
     }
 
-    fn rotate_rows(
+    fn rotate(
         &mut self,
         shard: &Shard,
         entry: &Entry,
@@ -310,7 +319,7 @@ impl Writer<'_> {
                 .ok_or_else(|| refuse(format!("is {}", file_name(entry.dtype))))?;
             let turned = self.turn.turn(numbers, part).map_err(refuse)?;
             check_finite(&turned, shard, &entry.key)?;
-            file.write(&encode(&turned).unwrap_or_default())?;
+            file.write(&encoded(&turned, shard, &entry.key)?)?;
             self.progress.inc(bytes.len() as u64);
         }
         Ok(())
@@ -320,23 +329,13 @@ impl Writer<'_> {
         &mut self,
         shard: &Shard,
         entry: &Entry,
-        parts: &[(Range<usize>, &SavedTensor)],
+        rows: Range<usize>,
+        tensor: &SavedTensor,
         file: &mut OutputFile,
     ) -> Result<(), Error> {
-        let row = row_bytes(entry);
-        let mut done = 0;
-        for (rows, tensor) in parts {
-            self.copy(
-                shard,
-                entry,
-                done as u64 * row..rows.start as u64 * row,
-                file,
-            )?;
-            write_rounded(tensor, shard, entry, file)?;
-            self.progress.inc(rows.len() as u64 * row);
-            done = rows.end;
-        }
-        self.copy(shard, entry, done as u64 * row..entry.bytes, file)
+        write_rounded(tensor, shard, entry, file)?;
+        self.progress.inc(rows.len() as u64 * row_bytes(entry));
+        Ok(())
     }
 }
 
@@ -389,9 +388,17 @@ fn write_saved(
     for start in (0..count).step_by(COMPUTED) {
         let numbers = part(data, start..count.min(start + COMPUTED)).convert_dtype(dtype);
         check_finite(&numbers, shard, key)?;
-        file.write(&encode(&numbers).unwrap_or_default())?;
+        file.write(&encoded(&numbers, shard, key)?)?;
     }
     Ok(())
+}
+
+/// The bytes of numbers as the file holds them.
+fn encoded(data: &TensorData, shard: &Shard, key: &str) -> Result<Vec<u8>, Error> {
+    encode(data).ok_or_else(|| {
+        let why = format!("would be {}, which no file keeps", data.dtype().name());
+        Error::tensor(&shard.path, key, why)
+    })
 }
 
 fn check_finite(data: &TensorData, shard: &Shard, key: &str) -> Result<(), Error> {

@@ -357,3 +357,49 @@ fn map_rules_give_a_record_the_names_of_its_model() {
     let skew = "backbone.encoder.layer.0.mlp.weights_in.weight.boft.skew";
     assert!(old.contains(&skew.to_string()), "{old:?}");
 }
+
+#[test]
+fn a_record_whose_metadata_is_malformed_is_refused() {
+    let case = Case::open("cases/boft-mlp-saved-batch-norm");
+    let folder = case.folder();
+    let convert = |input: &str, to: &str, output: &str| {
+        let options = ["convert", input, "--to", to, "--output", output];
+        run(folder.path(), &options)
+    };
+    assert_eq!(convert(case.adapter(), "record", "good.bpk").code, 0);
+    let path = folder.path().join("good.bpk");
+    for (key, value, expected) in [
+        (
+            "layer_kinds",
+            "[1",
+            "`layer_kinds` of its metadata is not a JSON object",
+        ),
+        (
+            "num_batches_tracked",
+            "7",
+            "`num_batches_tracked` of its metadata is not a JSON object",
+        ),
+        (
+            "num_batches_tracked",
+            r#"{"norm": "many"}"#,
+            "the count of batches of `norm` is \"many\", not a whole number",
+        ),
+    ] {
+        let reader = burn_pack::Reader::from_file(&path).unwrap();
+        let mut metadata = reader.metadata().clone();
+        assert!(
+            metadata
+                .insert(key.to_string(), value.to_string())
+                .is_some()
+        );
+        let writer = burn_pack::Writer::new(reader.into_tensors().unwrap());
+        let writer = metadata.iter().fold(writer, |writer, (key, value)| {
+            writer.with_metadata(key, value)
+        });
+        writer.write_to_file(folder.path().join("bad.bpk")).unwrap();
+        let refused = convert("bad.bpk", "peft", "out");
+        assert_eq!(refused.code, 2, "{key}: {}", refused.stderr);
+        assert!(refused.stderr.contains(expected), "{}", refused.stderr);
+        assert!(!folder.path().join("out").exists());
+    }
+}

@@ -183,18 +183,17 @@ fn to_boft(adapter: &Adapter, base: Option<&Base>) -> Result<Adapter, Error> {
             "the adapter is a BOFT adapter already".into(),
         ));
     };
-    let refuse = |why: &str| {
+    let refuse = |why: String| {
         Err(Error::Settings(format!(
             "{why}; convert it with --to-lora, or merge it"
         )))
     };
     if config.cayley != Cayley::Exact {
-        return refuse(
-            "the adapter's Neumann polynomial is not orthogonal, and BOFT's map is exact",
-        );
+        let map = config.cayley;
+        return refuse(format!("the adapter uses {map}, and BOFT the exact one"));
     }
     if config.coft_radius.is_some() {
-        return refuse("the adapter is bound to a COFT radius, and BOFT has none");
+        return refuse("the adapter is bound to a COFT radius, and BOFT has none".into());
     }
     let base = base.ok_or_else(|| needs_base("--to boft"))?;
     let mut boft = BoftConfig::new();

@@ -9,20 +9,8 @@ use crate::files::*;
 #[test]
 fn a_file_that_is_not_there_is_named() {
     let place = MergeFolder::new();
-    let merge = |base: &str, adapter: &str| {
-        refused(
-            place.path(),
-            &[
-                "merge",
-                "--base",
-                base,
-                "--adapter",
-                adapter,
-                "--output",
-                "out",
-            ],
-        )
-    };
+    let merge =
+        |base: &str, adapter: &str| refused(place.path(), &merge_command(base, adapter, "out"));
     assert_eq!(
         merge("none", "adapter"),
         "none cannot be read: No such file or directory (os error 2)"
@@ -184,7 +172,7 @@ fn an_adapter_file_that_is_cut_off_or_hostile_is_refused() {
     ] {
         fs::write(place.path().join(file), bytes).unwrap();
         let inspect = refused(place.path(), &["inspect", "adapter"]);
-        let convert = ["convert", "adapter", "--to", "peft", "--output", "out"];
+        let convert = convert_command("adapter", "peft", "out");
         let convert = refused(place.path(), &convert);
         for line in [place.refused(), inspect, convert] {
             let start = format!("{file} is not a safetensors file: ");

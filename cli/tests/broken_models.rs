@@ -78,18 +78,7 @@ fn an_index_that_contradicts_its_shards_is_refused() {
     let path = base.join("model.safetensors.index.json");
     let index = read_json(&path);
     let merge = || {
-        let line = refused(
-            place.path(),
-            &[
-                "merge",
-                "--base",
-                "model",
-                "--adapter",
-                "adapter",
-                "--output",
-                "out",
-            ],
-        );
+        let line = refused(place.path(), &merge_command("model", "adapter", "out"));
         assert_eq!(
             names(place.path()),
             ["adapter", "base.safetensors", "model"]

@@ -11,7 +11,7 @@ fn an_adapter_of_any_version_is_rewritten_in_the_current_layout() {
     let mut converted = 0;
     for case in Case::all() {
         let folder = case.folder();
-        let convert = ["convert", case.adapter(), "--to", "peft", "--output", "new"];
+        let convert = convert_command(case.adapter(), "peft", "new");
         // What 0.14 and 0.15 wrote does not tell a convolution from a linear layer.
         let is_square = case.name.contains("old/oft-square");
         if is_square {
@@ -60,15 +60,7 @@ fn blocks_of_one_channel_are_kept() {
     write(&folder.path().join("base.safetensors"), &base);
     let printed = succeed(
         folder.path(),
-        &[
-            "merge",
-            "--base",
-            "base.safetensors",
-            "--adapter",
-            "idle",
-            "--output",
-            "merged.safetensors",
-        ],
+        &merge_command("base.safetensors", "idle", "merged.safetensors"),
     );
     assert_eq!(
         printed,
@@ -114,10 +106,7 @@ fn oft_with_the_exact_map_is_boft_with_one_factor_and_a_scale_of_ones() {
             ],
         );
         assert_models(&merged(folder.path(), "boft"), &case.merged, 1e-5, name);
-        let printed = succeed(
-            folder.path(),
-            &["convert", "boft", "--to", "oft", "--output", "oft"],
-        );
+        let printed = succeed(folder.path(), &convert_command("boft", "oft", "oft"));
         assert_eq!(printed, "oft: 1 layer\n");
         assert_models(&merged(folder.path(), "oft"), &case.merged, 1e-5, name);
         let numbers = |folder: &Path| read(&folder.join("adapter_model.safetensors"));
@@ -208,7 +197,7 @@ fn a_conversion_that_would_change_the_model_is_refused() {
         (
             "oft-linear-neumann-5",
             "boft",
-            "the adapter's Neumann polynomial is not orthogonal, and BOFT's map is exact; convert it with --to-lora, or \
+            "the adapter uses the Neumann polynomial of 5 terms, and BOFT the exact one; convert it with --to-lora, or \
              merge it",
         ),
         (
@@ -240,7 +229,7 @@ fn a_conversion_that_would_change_the_model_is_refused() {
     assert_eq!(
         refused(
             folder.path(),
-            &["convert", case.adapter(), "--to", "boft", "--output", "out"]
+            &convert_command(case.adapter(), "boft", "out")
         ),
         "--to boft needs --base, the model that the adapter is for"
     );

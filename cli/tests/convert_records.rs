@@ -23,18 +23,11 @@ fn a_record_comes_back_as_the_adapter_it_was() {
         let folder = case.folder();
         succeed(
             folder.path(),
-            &[
-                "convert",
-                case.adapter(),
-                "--to",
-                "record",
-                "--output",
-                "adapter.bpk",
-            ],
+            &convert_command(case.adapter(), "record", "adapter.bpk"),
         );
         succeed(
             folder.path(),
-            &["convert", "adapter.bpk", "--to", "peft", "--output", "back"],
+            &convert_command("adapter.bpk", "peft", "back"),
         );
         assert_models(&merged(folder.path(), "back"), &case.merged, 1e-5, name);
         let file = "adapter_config.json";
@@ -140,14 +133,7 @@ fn a_record_loads_into_an_injected_model_and_one_of_it_becomes_pefts() {
     let folder = case.folder();
     succeed(
         folder.path(),
-        &[
-            "convert",
-            case.adapter(),
-            "--to",
-            "record",
-            "--output",
-            "adapter.bpk",
-        ],
+        &convert_command(case.adapter(), "record", "adapter.bpk"),
     );
     let (adapter, _) = Adapter::load(&case.adapter).unwrap();
     let model = inject(Mlp::new(&case.base, &device), adapter.config().clone()).unwrap();
@@ -163,7 +149,7 @@ fn a_record_loads_into_an_injected_model_and_one_of_it_becomes_pefts() {
         .into_record()
         .save(folder.path().join("model.bpk"))
         .unwrap();
-    let convert = ["convert", "model.bpk", "--to", "peft", "--output", "back"];
+    let convert = convert_command("model.bpk", "peft", "back");
     assert_eq!(
         refused(folder.path(), &convert),
         "model.bpk: it does not hold the settings of the adapter; pass --config with its adapter_config.json"
@@ -244,12 +230,7 @@ fn a_file_that_is_not_a_record_of_an_adapter_is_refused() {
     let case = Case::open("cases/boft-linear-m1-b4");
     let folder = case.folder();
     std::fs::write(folder.path().join("a.bpk"), "nothing").unwrap();
-    let convert = |input: &str| {
-        refused(
-            folder.path(),
-            &["convert", input, "--to", "peft", "--output", "out"],
-        )
-    };
+    let convert = |input: &str| refused(folder.path(), &convert_command(input, "peft", "out"));
     assert!(
         convert("a.bpk").starts_with("a.bpk: not a Burn record: "),
         "{}",
@@ -330,14 +311,7 @@ fn map_rules_give_a_record_the_names_of_its_model() {
     let folder = tempfile::tempdir().unwrap();
     let keys = |version: &str, rules: &[&str]| -> Vec<String> {
         let (adapter, output) = (fixtures.join(version), format!("{version}.bpk"));
-        let convert = [
-            "convert",
-            adapter.to_str().unwrap(),
-            "--to",
-            "record",
-            "--output",
-            &output,
-        ];
+        let convert = convert_command(adapter.to_str().unwrap(), "record", &output);
         succeed(folder.path(), &[&convert[..], rules].concat());
         let reader = burn_pack::Reader::from_file(folder.path().join(output)).unwrap();
         let mut names: Vec<_> = reader
@@ -363,7 +337,7 @@ fn a_record_whose_metadata_is_malformed_is_refused() {
     let case = Case::open("cases/boft-mlp-saved-batch-norm");
     let folder = case.folder();
     let convert = |input: &str, to: &str, output: &str| {
-        let options = ["convert", input, "--to", to, "--output", output];
+        let options = convert_command(input, to, output);
         run(folder.path(), &options)
     };
     assert_eq!(convert(case.adapter(), "record", "good.bpk").code, 0);

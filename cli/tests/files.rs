@@ -52,6 +52,24 @@ pub fn refused(folder: &Path, arguments: &[&str]) -> String {
     line.strip_prefix("error: ").unwrap_or(&line).to_string()
 }
 
+/// The arguments that merge an adapter into a model.
+pub const fn merge_command<'a>(base: &'a str, adapter: &'a str, output: &'a str) -> [&'a str; 7] {
+    [
+        "merge",
+        "--base",
+        base,
+        "--adapter",
+        adapter,
+        "--output",
+        output,
+    ]
+}
+
+/// The arguments that convert an adapter.
+pub const fn convert_command<'a>(adapter: &'a str, to: &'a str, output: &'a str) -> [&'a str; 6] {
+    ["convert", adapter, "--to", to, "--output", output]
+}
+
 /// A tensor of a file.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tensor {
@@ -377,17 +395,6 @@ pub fn write_sharded(case: &Case, folder: &Path) {
 /// What merging an adapter makes of a case's base.
 pub fn merged(folder: &Path, adapter: &str) -> Tensors {
     let output = format!("{adapter}-merged.safetensors");
-    succeed(
-        folder,
-        &[
-            "merge",
-            "--base",
-            "base.safetensors",
-            "--adapter",
-            adapter,
-            "--output",
-            &output,
-        ],
-    );
+    succeed(folder, &merge_command("base.safetensors", adapter, &output));
     read(&folder.join(output))
 }

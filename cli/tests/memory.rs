@@ -11,15 +11,7 @@ use crate::files::*;
 fn peak_of_merge(folder: &Path) -> u64 {
     use std::process::{Command, Stdio};
     let mut child = Command::new(env!("CARGO_BIN_EXE_burn-boft"))
-        .args([
-            "merge",
-            "--base",
-            "base.safetensors",
-            "--adapter",
-            "adapter",
-            "--output",
-            "/dev/null",
-        ])
+        .args(merge_command("base.safetensors", "adapter", "/dev/null"))
         .current_dir(folder)
         .stdout(Stdio::null())
         .spawn()

@@ -10,15 +10,7 @@ fn merging_makes_what_peft_makes() {
     assert!(cases.len() > 80, "the fixtures are there");
     for case in cases {
         let folder = case.folder();
-        let arguments = [
-            "merge",
-            "--base",
-            "base.safetensors",
-            "--adapter",
-            case.adapter(),
-            "--output",
-            "merged.safetensors",
-        ];
+        let arguments = merge_command("base.safetensors", case.adapter(), "merged.safetensors");
         succeed(folder.path(), &arguments);
         let merged = read(&folder.path().join("merged.safetensors"));
         assert_models(&merged, &case.merged, TOLERANCE, &case.name);
@@ -54,15 +46,7 @@ fn shards_keep_their_layout_and_other_files_are_copied() {
     fs::write(base.join("adapter_model.safetensors"), "").unwrap();
     succeed(
         folder.path(),
-        &[
-            "merge",
-            "--base",
-            "base",
-            "--adapter",
-            case.adapter(),
-            "--output",
-            "merged",
-        ],
+        &merge_command("base", case.adapter(), "merged"),
     );
     let shards = [
         "model-00001-of-00002.safetensors",

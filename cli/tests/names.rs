@@ -235,15 +235,7 @@ fn two_rotations_in_one_fused_layer_are_merged_half_by_half() {
         let output = format!("{part}.safetensors");
         succeed(
             folder.path(),
-            &[
-                "merge",
-                "--base",
-                "half.safetensors",
-                "--adapter",
-                part,
-                "--output",
-                &output,
-            ],
+            &merge_command("half.safetensors", part, &output),
         );
         expected.extend(
             read(&folder.path().join(output))[&format!("{part}.weight")]

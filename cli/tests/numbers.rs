@@ -19,15 +19,7 @@ fn a_base_of_half_precision_keeps_it_and_is_rounded_once() {
                 write(&folder.path().join("base.safetensors"), base);
                 succeed(
                     folder.path(),
-                    &[
-                        "merge",
-                        "--base",
-                        "base.safetensors",
-                        "--adapter",
-                        case.adapter(),
-                        "--output",
-                        "out",
-                    ],
+                    &merge_command("base.safetensors", case.adapter(), "out"),
                 );
                 read(&folder.path().join("out"))
             };
@@ -101,7 +93,7 @@ fn a_scale_applies_where_blocks_of_one_channel_do_not_rotate() {
     );
     assert!(difference(&restored["fc.weight"], &weight) < 1e-6);
 
-    let record = ["convert", "adapter", "--to", "record", "--output", "a.bpk"];
+    let record = convert_command("adapter", "record", "a.bpk");
     let refused = run(folder.path(), &record);
     assert_eq!(refused.code, 2);
     let line = "error: `fc` has blocks of one channel, which do not rotate, and a scale, which Burn's adapters do not have alone; merge it\n";
@@ -163,15 +155,7 @@ fn merging_refuses_to_write_nan_or_infinity() {
     place.write_adapter(&place.config, &tensors);
     let run = run(
         place.path(),
-        &[
-            "merge",
-            "--base",
-            "base.safetensors",
-            "--adapter",
-            "adapter",
-            "--output",
-            "out",
-        ],
+        &merge_command("base.safetensors", "adapter", "out"),
     );
     assert_eq!(run.code, 2);
     assert_eq!(

@@ -12,18 +12,7 @@ fn an_output_that_exists_or_lies_inside_an_input_is_refused() {
     write(&model.join("model.safetensors"), &place.base);
     let merge = |base: &str, output: &str| {
         let before = [names(place.path()), names(&model)];
-        let line = refused(
-            place.path(),
-            &[
-                "merge",
-                "--base",
-                base,
-                "--adapter",
-                "adapter",
-                "--output",
-                output,
-            ],
-        );
+        let line = refused(place.path(), &merge_command(base, "adapter", output));
         assert_eq!([names(place.path()), names(&model)], before);
         line
     };
@@ -68,8 +57,7 @@ fn an_output_that_exists_or_lies_inside_an_input_is_refused() {
     let there = "/dev/null exists already; name a folder that does not exist yet";
     assert_eq!(merge("model", "/dev/null"), there);
     let other = |arguments: &[&str]| refused(place.path(), arguments);
-    let convert =
-        |to: &str, output: &str| other(&["convert", "adapter", "--to", to, "--output", output]);
+    let convert = |to: &str, output: &str| other(&convert_command("adapter", to, output));
     assert_eq!(convert("peft", "/dev/null"), there);
     assert_eq!(convert("record", "out/"), format!("out/ {folder}"));
     assert_eq!(
@@ -100,15 +88,7 @@ fn a_file_that_cannot_be_copied_is_reported_before_the_weights_are_written() {
 #[test]
 fn a_full_disk_leaves_nothing_behind() {
     let place = MergeFolder::new();
-    let full = [
-        "merge",
-        "--base",
-        "base.safetensors",
-        "--adapter",
-        "adapter",
-        "--output",
-        "/dev/full",
-    ];
+    let full = merge_command("base.safetensors", "adapter", "/dev/full");
     let run = self::run(place.path(), &full);
     assert_eq!(
         (run.code, run.stderr.as_str()),

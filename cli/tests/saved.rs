@@ -12,15 +12,7 @@ fn a_trained_bias_that_the_model_lacks_is_refused() {
         write(&folder.path().join("base.safetensors"), &base);
         refused(
             folder.path(),
-            &[
-                "merge",
-                "--base",
-                "base.safetensors",
-                "--adapter",
-                case.adapter(),
-                "--output",
-                "out",
-            ],
+            &merge_command("base.safetensors", case.adapter(), "out"),
         )
     };
     let mut base = case.base.clone();
@@ -44,15 +36,7 @@ fn a_saved_module_that_does_not_fit_the_model_is_refused() {
     let folder = case.folder();
     let merge = |base: &Tensors, adapter: &str, rules: &[&str]| {
         write(&folder.path().join("base.safetensors"), base);
-        let arguments = [
-            "merge",
-            "--base",
-            "base.safetensors",
-            "--adapter",
-            adapter,
-            "--output",
-            "out",
-        ];
+        let arguments = merge_command("base.safetensors", adapter, "out");
         refused(folder.path(), &[&arguments, rules].concat())
     };
 
@@ -109,15 +93,7 @@ fn a_saved_module_of_a_layer_is_not_added_where_the_file_has_it_under_another_na
     let folder = tempfile::tempdir().unwrap();
     let merge = |base: &Tensors, adapter: &str, rules: &[&str]| {
         write(&folder.path().join("base.safetensors"), base);
-        let arguments = [
-            "merge",
-            "--base",
-            "base.safetensors",
-            "--adapter",
-            adapter,
-            "--output",
-            "out",
-        ];
+        let arguments = merge_command("base.safetensors", adapter, "out");
         refused(folder.path(), &[&arguments, rules].concat())
     };
     let router = [("model.layers.0.mlp.gate.weight", Tensor::random(&[4, 8], 3))];
@@ -194,15 +170,7 @@ fn a_new_head_is_added_and_one_for_other_classes_takes_the_place_of_the_old() {
     write_json(&path, &counted);
     let printed = succeed(
         folder.path(),
-        &[
-            "merge",
-            "--base",
-            "base",
-            "--adapter",
-            case.adapter(),
-            "--output",
-            "merged",
-        ],
+        &merge_command("base", case.adapter(), "merged"),
     );
     assert_eq!(printed, "merged: 2 layers rotated, 2 tensors added\n");
     let last = read(&file("merged", 2));
@@ -225,15 +193,11 @@ fn a_new_head_is_added_and_one_for_other_classes_takes_the_place_of_the_old() {
     write(&folder.path().join("other.safetensors"), &other);
     succeed(
         folder.path(),
-        &[
-            "merge",
-            "--base",
+        &merge_command(
             "other.safetensors",
-            "--adapter",
             case.adapter(),
-            "--output",
             "other-merged.safetensors",
-        ],
+        ),
     );
     assert_models(
         &read(&folder.path().join("other-merged.safetensors")),
@@ -279,7 +243,7 @@ them and did not save them
         &[&merge[..], &["--output", "merged.safetensors"]].concat()[..],
         &[&merge[..], &["--dry-run"]].concat(),
         &["inspect", "adapter"],
-        &["convert", "adapter", "--to", "peft", "--output", "new"],
+        &convert_command("adapter", "peft", "new"),
     ] {
         let run = run(folder.path(), arguments);
         assert_eq!(

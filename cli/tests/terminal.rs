@@ -132,7 +132,7 @@ fn a_full_standard_output_is_a_failure_and_a_closed_one_is_not() {
             "--output",
             "restored",
         ],
-        &["convert", "adapter", "--to", "peft", "--output", "peft"],
+        &convert_command("adapter", "peft", "peft"),
         &[
             "convert",
             "adapter",

@@ -9,15 +9,7 @@ use crate::files::*;
 
 const ROWS: usize = 7;
 const WIDTH: usize = 8;
-const MERGE: [&str; 7] = [
-    "merge",
-    "--base",
-    "model",
-    "--adapter",
-    "adapter",
-    "--output",
-    "out",
-];
+const MERGE: [&str; 7] = merge_command("model", "adapter", "out");
 
 /// A model's folder, and an adapter that rotates one of its layers and saves modules.
 struct Model {

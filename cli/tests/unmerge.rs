@@ -82,18 +82,7 @@ fn the_error_that_is_reported_is_the_one_that_merging_again_makes() {
     }
     let folder = case.folder();
     let merge = |input: &str, output: &str| {
-        succeed(
-            folder.path(),
-            &[
-                "merge",
-                "--base",
-                input,
-                "--adapter",
-                case.adapter(),
-                "--output",
-                output,
-            ],
-        );
+        succeed(folder.path(), &merge_command(input, case.adapter(), output));
         read(&folder.path().join(output))["layer.weight"].clone()
     };
     let merged = merge("base.safetensors", "merged.safetensors");

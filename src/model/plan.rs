@@ -341,25 +341,16 @@ impl<'a> Targets<'a> {
                 Unsupported::NotTheWeight { .. } => {}
                 Unsupported::TakenOut => self.count(path, Decision::Excluded),
                 Unsupported::Type { .. } => self.note(path, reason),
-                Unsupported::Quantized => {
-                    let decision = self
-                        .selector
-                        .decide(path, parameter.owner_type() == "Linear")?;
+                reason => {
+                    let is_linear = parameter.owner_type() == "Linear";
+                    let decision = self.selector.decide(path, is_linear)?;
                     self.count(path, decision);
                     if decision == Decision::Target {
                         let path = path.to_string();
-                        self.misfits.push(Misfit::Quantized { path });
-                    }
-                }
-                _ => {
-                    let decision = self
-                        .selector
-                        .decide(path, parameter.owner_type() == "Linear")?;
-                    self.count(path, decision);
-                    if decision == Decision::Target {
-                        let path = path.to_string();
-                        self.misfits
-                            .push(Misfit::UnsupportedTarget { path, reason });
+                        self.misfits.push(match reason {
+                            Unsupported::Quantized => Misfit::Quantized { path },
+                            reason => Misfit::UnsupportedTarget { path, reason },
+                        });
                     }
                 }
             }

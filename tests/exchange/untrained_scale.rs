@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::common::models::{Net, numbers, set, trainable};
 use burn::tensor::Device;
 use burn_boft::peft::Folder;
-use burn_boft::{Adapter, AdapterConfig, BoftConfig, BoftLinear, Init, inject};
+use burn_boft::{Adapter, AdapterConfig, BoftConfig, BoftLinear, Init, inject, summary};
 use safetensors::SafeTensors;
 
 fn config(scale: bool) -> BoftConfig {
@@ -126,6 +126,8 @@ fn what_peft_stores_is_counted_with_its_scale() {
         let measures = adapter.measure(&Device::flex());
         let counted: usize = measures.iter().map(|layer| layer.stored_by_peft).sum();
         assert_eq!(counted, stored);
+        let attached = adapter.attach(base()).unwrap();
+        assert_eq!(summary(&attached).stored_by_peft(), stored);
         let free = |layer: &burn_boft::value::LayerMeasure| layer.effective;
         let squares = stored - 28;
         let expected = squares * 3 / 8 + if scale { 28 } else { 0 };

@@ -280,11 +280,10 @@ fn rotate_factors<B: Backend>(
     })
 }
 
-/// `op(F_i)·t` on spans, where `F_i = P_iᵀ · blockdiag(C_{i,0}, …, C_{i,n−1}) · P_i` and `P_i` is the stage
-/// permutation.
+/// `op(F_i)·t` on spans, where `F_i = P_i · blockdiag(C_{i,0}, …, C_{i,n−1}) · P_iᵀ`.
 ///
-/// All `n` blocks are one batched product, over spans too. A permutation by `P_i` comes before it and one by its
-/// transpose after it.
+/// The transpose of the stage permutation `P_i` is [`pair`], and `P_i` itself is [`unpair`]. Between them all `n`
+/// blocks, of every span, are one batched product.
 ///
 /// # Shapes
 ///

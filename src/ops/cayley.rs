@@ -83,7 +83,7 @@ fn orthogonalize<B: Backend>(blocks: FloatTensor<B>, identity: FloatTensor<B>) -
 /// ```
 ///
 /// A packed number stands in `Q` twice, with opposite signs, which gives the difference. The Newton-Schulz step is
-/// not differentiated: it corrects rounding and has no gradient in exact arithmetic.
+/// not differentiated: it corrects rounding, and leaves orthogonal blocks as they are.
 ///
 /// # Shapes
 ///

@@ -69,8 +69,8 @@ pub(super) fn along<B: Backend>(vector: FloatTensor<B>, channels: Channels) -> F
 /// and not below one either.
 pub(super) const MAGNIFICATION: f64 = 1e30;
 
-/// What is added to a scale that counts as zero. Its reciprocal is 1e20, so a gradient that is divided by it stays
-/// within f32.
+/// What is added to a scale that counts as zero. Gradients of up to 1e18 stay in the range of f32 when they are
+/// divided by it.
 pub(super) const SHIFT: f64 = 1e-20;
 
 /// The scale, with 1e-20 added where its magnitude is below 1e-30, since its gradient divides by it.
@@ -79,8 +79,7 @@ pub(super) const SHIFT: f64 = 1e-20;
 ///
 /// # Numerics
 ///
-/// In the scale's precision, f32 or f64. Arithmetic stands in for a comparison and a mask, so that Burn can
-/// differentiate it on backends without a backward pass of ours.
+/// In the scale's precision, f32 or f64.
 pub(super) fn away_from_zero<B: Backend>(scale: FloatTensor<B>) -> FloatTensor<B> {
     let magnified = B::float_mul_scalar(B::float_abs(scale.clone()), MAGNIFICATION.into());
     // 0 where the scale counts as zero, else 1: the floor has no gradient.

@@ -216,8 +216,8 @@ pub(super) fn block_gradient<E: Real>(mut gram: Vec<f64>, blocks: &[E], sizes: S
 /// One span of [`block_gradient`]. Its output lists the blocks of each factor, factor by factor, a `[m, s/b, b, b]`
 /// tensor.
 ///
-/// Of `G·F_i` it forms only the entries that a block couples, `b·s` of `s²`. The whole matrix is needed for
-/// `F_iᵀ·G·F_i`, but not for the first factor, which is the last to be handled.
+/// Of `G·F_i` it forms only the entries that a block couples, `b·s` of `s²`. The whole of `F_iᵀ·G·F_i` is needed only
+/// for factors that are still to come, so `F_0`, the last of them, ends the loop without it.
 struct BlockGradient<'a, E> {
     gram: &'a mut [f64],
     blocks: &'a [E],

@@ -2,13 +2,13 @@
 //!
 //! | operation | a kernel serves | the portable version takes |
 //! |---|---|---|
-//! | `boft_cayley` and its backward pass | every block size | nothing else |
+//! | `boft_cayley` and its backward pass | every block size | blocks and gradient of two precisions |
 //! | `boft_butterfly`, `boft_weight`, `boft_block_gradient` | spans of up to 64 numbers | longer spans |
 //! | `boft_channel_sums` | two operands of one precision | operands of two precisions |
 //! | `boft_product` | any strides, two operands of one precision | operands of two precisions |
 //!
-//! In the second row the blocks decide about the precision, and operands of another are cast to theirs. In the other
-//! rows an operand in half precision takes the portable version, too.
+//! In the second row, operands of any precision are cast before a kernel reads them. In the last two, operands in
+//! half precision take the portable version, too.
 //!
 //! # Vector instructions
 //!

@@ -345,8 +345,8 @@ impl Blocks {
 
     /// Panics unless the factors rotate an axis of this length.
     ///
-    /// A second factor pairs halves of blocks, so `b` has to be even; the last one pairs blocks at distance
-    /// `2^(m−2)`, so `2^(m−1)` of them have to fit a span without a rest.
+    /// With more than one factor, blocks couple halves of `b/2` numbers, so `b` has to be even; and a span holds
+    /// `2^(m−1)` blocks, so that number has to divide `n`.
     fn assert_rotates(&self, operation: &str, axis: usize) {
         let [m, n, b, _] = self.values.dims();
         assert_eq!(

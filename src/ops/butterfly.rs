@@ -282,8 +282,7 @@ fn rotate_factors<B: Backend>(
 
 /// `op(F_i)·t` on spans, where `F_i = P_i · blockdiag(C_{i,0}, …, C_{i,n−1}) · P_iᵀ`.
 ///
-/// The transpose of the stage permutation `P_i` is [`pair`], and `P_i` itself is [`unpair`]. Between them all `n`
-/// blocks, of every span, are one batched product.
+/// `P_iᵀ` is [`pair`] and `P_i` is [`unpair`]. Between them all `n` blocks, of every span, are one batched product.
 ///
 /// # Shapes
 ///

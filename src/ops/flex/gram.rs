@@ -1,7 +1,7 @@
 //! The Gram backward: `G` per span, and from it the gradient of the blocks.
 //!
-//! `G` has `d·s` numbers for spans of `s`, one span of which fits a cache. So the two large operands are read once,
-//! and all that follows works on matrices of a span's size, in f64. The proof is in the documentation of
+//! For spans of `s` numbers `G` has `d·s`, and the `s²` of one span fit a cache. So the two large operands are read
+//! once, and all that follows works on matrices of a span's size, in f64. The proof is in the documentation of
 //! [`ops`](crate::ops).
 
 use pulp::{Arch, Simd, WithSimd};

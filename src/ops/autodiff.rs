@@ -3,6 +3,31 @@
 //! A unit struct stands for each operation in Burn's graph, and [`Backward::State`] is what the operation keeps for
 //! its backward pass. An input is kept by the identifier of its node, so that under gradient checkpointing Burn can
 //! compute it again instead of storing it.
+//!
+//! | step | keeps | so that the backward pass does without |
+//! |---|---|---|
+//! | [`Cayley`] | the blocks | a second inverse |
+//! | [`Butterfly`] | the blocks, and either its input or its output | results of single factors |
+//! | [`Weight`] | the blocks, the scale, its output | the base itself |
+//! | [`Linear`] | its input, base, blocks, scale and bias; the output for a trained scale; the rotated weight if small | a gradient of the shape of the weight |
+//!
+//! Tensors are shared, so what is kept costs memory only if nobody else keeps it: an output is usually the input that
+//! the next operation keeps, and base and scale live in the model. All operations are *compute bound* in Burn's
+//! words: under gradient checkpointing their outputs are not computed again.
+//!
+//! The last three end in `G` of the Gram backward, which is proved in the documentation of [`ops`](super). Its two
+//! operands differ:
+//!
+//! | operation | gradient of the operand | `G` |
+//! |---|---|---|
+//! | `y = x·R`, as activations | `dx = dy·Rᵀ` | `xᵀ·dx` |
+//! | `y = Rᵀ·x`, the same from the left | `dx = R·dy` | `x·dxᵀ` |
+//! | `W' = R·W·diag(s)`, as weights | `dW = Rᵀ·dW'·diag(s)` | `dW'·W'ᵀ` |
+//! | `W' = diag(s)·W·Rᵀ`, the same from the right | `dW = diag(s)·dW'·R` | `dW'ᵀ·W'` |
+//! | `y = x·W' + bias`, a layer | `dx = dy·W'ᵀ` | `xᵀ·dx` |
+//!
+//! Gradients are registered only for parents that are tracked, and a [`Linear`] with a frozen base forms no gradient
+//! of the base's shape.
 
 use burn::backend::autodiff::{
     Autodiff, NodeId,
@@ -105,6 +130,9 @@ impl<B: BoftBackend, C: CheckpointStrategy> BoftBackend for Autodiff<B, C> {
 }
 
 /// [`BoftBackend::boft_cayley`] in the graph. It keeps the blocks.
+///
+/// `∂L/∂Q = −½ (I + C)ᵀ · ∂L/∂C · (I + C)ᵀ` reads nothing but the output, and the output is kept by the rotation
+/// anyway.
 #[derive(Debug)]
 struct Cayley;
 
@@ -121,10 +149,16 @@ impl<B: BoftBackend> Backward<B, 1> for Cayley {
     }
 }
 
-/// [`BoftBackend::boft_butterfly`] in the graph.
+/// [`BoftBackend::boft_butterfly`] in the graph. Its parents are the matrix and the blocks.
+///
+/// The gradient of the matrix is the gradient of the output, rotated back. Where the rotation acts as on activations,
+/// that same tensor is one of the two operands of `G`, which needs it even if the matrix is frozen. Where it acts as
+/// on weights, a frozen matrix does not need it, and it is computed all the same.
 #[derive(Debug)]
 struct Butterfly;
 
+/// What the backward pass reads: the blocks to rotate the gradient back with, and the operand of `G` that is not a
+/// gradient.
 #[derive(Clone, Debug)]
 struct ButterflyState<B: Backend> {
     kept: Kept<B>,
@@ -134,9 +168,13 @@ struct ButterflyState<B: Backend> {
 }
 
 /// The input where the rotation acts as on activations, the output where it acts as on weights.
+///
+/// The choice follows from the algebra: `R·t` and `t·Rᵀ` take `G` from the output, `t·R` and `Rᵀ·t` from the input.
 #[derive(Clone, Debug)]
 enum Kept<B: Backend> {
+    /// The node of the input, for `G = tᵀ·dt` or `t·dtᵀ`.
     Input(NodeId),
+    /// The output `y`, for `G = dy·yᵀ` or `dyᵀ·y`.
     Output(FloatTensor<B>),
 }
 
@@ -173,10 +211,17 @@ impl<B: BoftBackend> Backward<B, 2> for Butterfly {
     }
 }
 
-/// [`BoftBackend::boft_weight`] in the graph.
+/// [`BoftBackend::boft_weight`] in the graph. Its parents are the weight, the blocks and the scale.
+///
+/// With `W' = R·W·diag(s)`, all gradients follow from `dW'` and the output:
+///
+/// ```text
+/// G = dW'·W'ᵀ      ∂L/∂s = Σ_rows dW' ⊙ W' / s      ∂L/∂W = Rᵀ·(dW'·diag(s))
+/// ```
 #[derive(Debug)]
 struct Weight;
 
+/// What the backward pass reads. The base itself is not needed, since `W·diag(s) = Rᵀ·W'`.
 #[derive(Clone, Debug)]
 struct WeightState<B: Backend> {
     output: FloatTensor<B>,
@@ -217,23 +262,50 @@ impl<B: BoftBackend> Backward<B, 3> for Weight {
 
 /// [`BoftBackend::boft_linear`] in the graph. Its parents are the input, the weight, the blocks, the scale and, if
 /// there is one, the bias.
+///
+/// With `W' = R·W·diag(s)`, the layer of a frozen base takes one large product, `dx`, as a frozen layer does:
+///
+/// ```text
+/// dx = dy·W'ᵀ      G = xᵀ·dx      ∂L/∂s = Σ_tokens dy ⊙ (y − bias) / s      ∂L/∂bias = Σ_tokens dy
+/// ```
+///
+/// Only a trained base needs `dW' = xᵀ·dy`, a matrix of its own shape.
 #[derive(Debug)]
 struct Linear;
 
+/// What the backward pass reads, which is at most the layer's own operands, its output and one matrix of the weight's
+/// shape.
 #[derive(Clone, Debug)]
 struct LinearState<B: Backend> {
+    /// The node of `x`, for `G` and for the gradient of a trained base.
     input: NodeId,
+    /// The base, of which the rotated weight is made again where it was not kept.
     weight: FloatTensor<B>,
-    /// `R·W·diag(s)`, where it is kept.
+    /// `R·W·diag(s)`, where it is kept: up to the size of the layer's input and output together.
     effective: Option<FloatTensor<B>>,
     blocks: FloatTensor<B>,
     scale: FloatTensor<B>,
+    /// Subtracted from the output for the gradient of the scale, since the scale does not multiply it.
     bias: Option<FloatTensor<B>>,
     /// Kept only for the gradient of the scale. The operation after the layer usually keeps it anyway.
     output: Option<FloatTensor<B>>,
 }
 
 /// Computes the layer and enters it into the graph, with the nodes that [`Linear`] lists.
+///
+/// The number of parents is a constant of Burn's graph, hence `N`: four without a bias, five with one.
+///
+/// # Shapes
+///
+/// - input: `[tokens, d]`
+/// - weight: `[d, o]`
+/// - scale, bias: `[o]`
+/// - result: `[tokens, o]`
+///
+/// # Numerics
+///
+/// `W'` is rounded to the precision of the weight, forward and where it is computed again, so that both passes see
+/// the same numbers.
 fn rotated_linear<B: BoftBackend, C: CheckpointStrategy, const N: usize>(
     nodes: [NodeGuard; N],
     input: FloatTensor<Autodiff<B, C>>,
@@ -310,6 +382,13 @@ impl<B: BoftBackend, const N: usize> Backward<B, N> for Linear {
 
 impl<B: BoftBackend> LinearState<B> {
     /// Registers the gradients of the scale and the bias, which share their sums.
+    ///
+    /// With a trained scale one pass over `dy` and `y` gives both. Without one only `Σ dy` is needed, in the
+    /// precision of the gradient.
+    ///
+    /// # Shapes
+    ///
+    /// - gradient: `[tokens, o]`
     fn channel_gradients(
         &mut self,
         gradient: &FloatTensor<B>,
@@ -336,7 +415,15 @@ impl<B: BoftBackend> LinearState<B> {
         }
     }
 
-    /// `dy·(R·W·diag(s))ᵀ`.
+    /// `dx = dy·(R·W·diag(s))ᵀ`.
+    ///
+    /// It takes the rotated weight out of the state, so that its memory is free as soon as the product is done, or
+    /// rotates the base once more where none was kept.
+    ///
+    /// # Shapes
+    ///
+    /// - gradient: `[tokens, o]`
+    /// - result: `[tokens, d]`
     fn input_gradient(&mut self, gradient: FloatTensor<B>) -> FloatTensor<B> {
         let effective = self.effective.take().unwrap_or_else(|| {
             let (blocks, scale) = (self.blocks.clone(), self.scale.clone());
@@ -348,6 +435,18 @@ impl<B: BoftBackend> LinearState<B> {
 }
 
 /// The gradient of the scale, `Σ gradient ⊙ (output − bias) / s`, from the sums per channel.
+///
+/// The bias is constant along a channel, so `Σ dy ⊙ (y − bias) = Σ dy ⊙ y − bias · Σ dy`, and no matrix without bias
+/// has to be formed.
+///
+/// # Shapes
+///
+/// - products and sums, scale, bias: `[o]`; so is the result
+///
+/// # Numerics
+///
+/// In the precision of the sums, f32 or wider, then rounded to that of the scale. The division is by the scale that
+/// the forward pass used, moved [`away_from_zero`].
 fn scale_gradient<B: Backend>(
     (products, sums): (FloatTensor<B>, FloatTensor<B>),
     scale: FloatTensor<B>,
@@ -365,7 +464,12 @@ fn scale_gradient<B: Backend>(
     cast::<B>(B::float_div(products, scale), dtype)
 }
 
-/// The gradient of a weight from that of `R·W·diag(s)`.
+/// The gradient of a weight from that of `R·W·diag(s)`, `∂L/∂W = Rᵀ·(dW'·diag(s))`, and likewise from the right.
+///
+/// # Shapes
+///
+/// - gradient: `[d, o]` for [`Side::Left`], `[o, d]` for [`Side::Right`]; so is the result
+/// - scale: `[o]`
 fn weight_gradient<B: BoftBackend>(
     gradient: FloatTensor<B>,
     blocks: FloatTensor<B>,

@@ -53,8 +53,8 @@ impl Blocks {
     ///
     /// # Numerics
     ///
-    /// Half precision is widened to f32. `I + Q` has symmetric part `I`, so the inverse needs no pivoting and
-    /// exists for every finite `Q`. In f32, `max|RᵀR − I|` stays below 1e-6 for `‖Q‖₂` up to 10.
+    /// Half precision is widened to f32. `I + Q` has symmetric part `I`, so the inverse needs no pivoting and exists
+    /// for every finite `Q`. In f32, `max|RᵀR − I|` stays below 1e-6 for `‖Q‖₂` up to 10.
     ///
     /// # Panics
     ///
@@ -62,7 +62,7 @@ impl Blocks {
     ///
     /// # References
     ///
-    /// Qiu et al., *Controlling Text-to-Image Diffusion by Orthogonal Finetuning*.
+    /// Qiu et al., *Controlling Text-to-Image Diffusion by Orthogonal Finetuning*, section 3.
     pub fn cayley(skew: Tensor<3>, block_size: usize) -> Self {
         cayley::assert_packed(skew.dims(), block_size);
         let skew = widen(skew);
@@ -302,6 +302,17 @@ impl Blocks {
         ))
     }
 
+    /// The weight route, `x·(R·W·diag(s)) + bias`, for rows of input that are already a matrix.
+    ///
+    /// Blocks that are not orthogonal, and backends without [`BoftBackend`], rotate the weight and multiply in
+    /// separate operations, which Burn differentiates.
+    ///
+    /// # Shapes
+    ///
+    /// - input: `[rows, d]`
+    /// - weight: `[d, o]`
+    /// - scale, bias: `[o]`
+    /// - result: `[rows, o]`
     fn linear_by_weight(
         &self,
         input: Tensor<2>,
@@ -325,11 +336,17 @@ impl Blocks {
         ))
     }
 
+    /// Whether a product of this operand runs as one of [`BoftBackend`]'s operations, with the Gram backward.
+    ///
+    /// It takes `Rᵀ·R = I` for granted, so a polynomial never has it, and it needs a backend that the trait lists.
     fn has_gram_backward(&self, operand: &Tensor<2>) -> bool {
         self.orthogonal && is_listed(operand.device().as_dispatch())
     }
 
     /// Panics unless the factors rotate an axis of this length.
+    ///
+    /// With more than one factor, blocks couple halves of `b/2` numbers, so `b` has to be even; and a span holds
+    /// `2^(m−1)` blocks, so that number has to divide `n`.
     fn assert_rotates(&self, operation: &str, axis: usize) {
         let [m, n, b, _] = self.values.dims();
         assert_eq!(
@@ -358,6 +375,7 @@ fn assert_outputs(operation: &str, name: &str, vector: &Tensor<1>, outputs: usiz
     );
 }
 
+/// Adds a bias of `[o]` to each row of a `[rows, o]` tensor, after the scale, which does not multiply it.
 fn with_bias(output: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
     match bias {
         Some(bias) => output + bias.unsqueeze::<2>(),

@@ -1,4 +1,8 @@
 //! The butterfly: applying a rotation, and the gradient of its blocks. The portable version.
+//!
+//! It runs on every backend, for every span and in every precision, and is what the kernels are tested against.
+//! Rotated axes are brought to the front and cut into spans, `[d/s, s, k]`, so that both sides and both directions
+//! share one path of batched products.
 
 use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
 
@@ -50,6 +54,8 @@ pub enum Direction {
 }
 
 impl Direction {
+    /// The direction that undoes this one, which is also that of the transposed product: `t·R` is the transpose of
+    /// `Rᵀ·tᵀ`.
     pub(super) fn reversed(self) -> Self {
         match self {
             Self::Forward => Self::Back,
@@ -61,10 +67,25 @@ impl Direction {
 /// Spans up to this size are composed into one matrix each before they meet the operand.
 ///
 /// With a composed span the operand is read once, whatever the number of factors, for `span/(m·b)` times the
-/// multiplications.
+/// multiplications. Longer spans are rotated factor by factor, which reads and writes the operand once for each
+/// factor and copies it for each stage permutation.
 const COMPOSED_SPAN: usize = 64;
 
 /// `op(R)·t` or `t·op(R)`, in the precision of the blocks, returned in the operand's.
+///
+/// # Shapes
+///
+/// - matrix: `[d, columns]` for [`Side::Left`], `[rows, d]` for [`Side::Right`]; so is the result
+/// - blocks: `[m, n, b, b]`, where `d = n·b`
+///
+/// # Numerics
+///
+/// Sums run in the precision of the blocks, f32 or f64, as the backend's matrix product runs them. The result is
+/// rounded to the operand's precision once.
+///
+/// # References
+///
+/// Liu et al., *Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization*, section 4.
 pub(super) fn apply<B: Backend>(
     matrix: FloatTensor<B>,
     blocks: FloatTensor<B>,
@@ -83,7 +104,19 @@ pub(super) fn apply<B: Backend>(
     cast::<B>(from_spans::<B>(spans, side), dtype)
 }
 
-/// `G` per span along the rotated axis, `lhs·rhsᵀ` or `lhsᵀ·rhs`, a `[d/span, span, span]` tensor in f32 or wider.
+/// `G` per span along the rotated axis, `lhs·rhsᵀ` or `lhsᵀ·rhs`.
+///
+/// Only the blocks of the product on its diagonal are formed, `d·s` numbers of `d²`: they hold every pair of indices
+/// that a rotation mixes.
+///
+/// # Shapes
+///
+/// - lhs, rhs: `[d, columns]` for [`Side::Left`], `[rows, d]` for [`Side::Right`]
+/// - result: `[d/s, s, s]`
+///
+/// # Numerics
+///
+/// Operands in half precision are widened before the product, so that it sums in f32 or wider.
 fn gram<B: Backend>(
     lhs: FloatTensor<B>,
     rhs: FloatTensor<B>,
@@ -96,6 +129,15 @@ fn gram<B: Backend>(
 }
 
 /// The gradient of the blocks from the two matrices whose product per span is `G`.
+///
+/// # Shapes
+///
+/// - lhs, rhs: as [`gram`] takes them
+/// - blocks: `[m, n, b, b]`; so is the result
+///
+/// # Numerics
+///
+/// In f32 or wider up to `G`, then in the precision of the blocks.
 pub(super) fn block_gradient<B: Backend>(
     lhs: FloatTensor<B>,
     rhs: FloatTensor<B>,
@@ -108,8 +150,20 @@ pub(super) fn block_gradient<B: Backend>(
 
 /// The gradient of the blocks from `G`, where `∂L/∂R = G·R`.
 ///
-/// From the last factor to the first: `∂L/∂C = G[L,L]·C` for the indices `L` that the block couples,
-/// then `G ← F_iᵀ·G·F_i`.
+/// From the last factor to the first: `∂L/∂C = G[L,L]·C` for the indices `L` that the block couples, then
+/// `G ← F_iᵀ·G·F_i`. With `R = A·F_i·B`, where `A` holds the factors after `F_i` and `B` those before it:
+///
+/// ```text
+/// ∂L/∂F_i = Aᵀ · ∂L/∂R · Bᵀ = Aᵀ·G·(A·F_i·B)·Bᵀ = (Aᵀ·G·A)·F_i
+/// ```
+///
+/// So what the factor needs is `G` carried past the factors after it, and neither `A`, `B` nor a partly rotated
+/// operand has to be kept. A block sees its own indices only, since the other entries of `F_i` are constant zeros.
+///
+/// # Shapes
+///
+/// - gram: `[d/s, s, s]`
+/// - blocks: `[m, n, b, b]`; so is the result
 fn backward<B: Backend>(gram: FloatTensor<B>, blocks: FloatTensor<B>) -> FloatTensor<B> {
     let [m, n, b, _] = blocks.shape().dims::<4>();
     let mut gram = cast::<B>(gram, blocks.dtype());
@@ -133,12 +187,20 @@ fn backward<B: Backend>(gram: FloatTensor<B>, blocks: FloatTensor<B>) -> FloatTe
     B::float_cat(gradients, 0)
 }
 
-/// The neighbours that a rotation mixes, `b·2^(m−1)`, from the shape of its blocks.
+/// The neighbours that a rotation mixes, `s = b·2^(m−1)`, from the shape of its blocks.
 fn span(&[m, _, b, _]: &[usize; 4]) -> usize {
     b << (m - 1)
 }
 
-/// A matrix with its rotated axis in front and cut into spans, a `[d/span, span, k]` tensor.
+/// A matrix with its rotated axis in front and cut into spans.
+///
+/// On the left this only reshapes. On the right it permutes axes, a view that the backend's product may read as it
+/// is.
+///
+/// # Shapes
+///
+/// - matrix: `[d, k]` for [`Side::Left`], `[k, d]` for [`Side::Right`]
+/// - result: `[d/s, s, k]`
 fn into_spans<B: Backend>(matrix: FloatTensor<B>, side: Side, span: usize) -> FloatTensor<B> {
     let [rows, columns] = matrix.shape().dims::<2>();
     match side {
@@ -159,7 +221,13 @@ fn from_spans<B: Backend>(spans: FloatTensor<B>, side: Side) -> FloatTensor<B> {
     }
 }
 
-/// `op(R)·t` on spans.
+/// `op(R)·t` on spans: at once for one factor, through a composed matrix up to [`COMPOSED_SPAN`], else factor by
+/// factor.
+///
+/// # Shapes
+///
+/// - spans: `[d/s, s, k]`; so is the result
+/// - blocks: `[m, n, b, b]`
 fn rotate_spans<B: Backend>(
     spans: FloatTensor<B>,
     blocks: FloatTensor<B>,
@@ -176,7 +244,11 @@ fn rotate_spans<B: Backend>(
     B::float_matmul(transposed::<B>(rotation, direction), spans)
 }
 
-/// The rotation of each span as one matrix, a `[d/span, span, span]` tensor.
+/// The rotation of each span as one matrix, a `[d/s, s, s]` tensor: all factors applied to an identity.
+///
+/// # Numerics
+///
+/// In the precision of the blocks, with the rounding of `m` products. The kernels for CPUs compose in f64.
 pub(super) fn compose<B: Backend>(blocks: &FloatTensor<B>) -> FloatTensor<B> {
     let dims = blocks.shape().dims::<4>();
     let span = span(&dims);
@@ -187,6 +259,12 @@ pub(super) fn compose<B: Backend>(blocks: &FloatTensor<B>) -> FloatTensor<B> {
 }
 
 /// `F_{m−1} ··· F_0 · t`, or `F_0ᵀ ··· F_{m−1}ᵀ · t`, one factor after the other.
+///
+/// What meets `t` first is the rightmost factor, `F_0` forward and the transpose of `F_{m−1}` back.
+///
+/// # Shapes
+///
+/// - spans: `[d/s, s, k]`; so is the result
 fn rotate_factors<B: Backend>(
     spans: FloatTensor<B>,
     blocks: &FloatTensor<B>,
@@ -202,7 +280,14 @@ fn rotate_factors<B: Backend>(
     })
 }
 
-/// `op(F_i)·t` on spans, with the `[n, b, b]` blocks of the factor.
+/// `op(F_i)·t` on spans, where `F_i = P_i · blockdiag(C_{i,0}, …, C_{i,n−1}) · P_iᵀ`.
+///
+/// `P_iᵀ` is [`pair`] and `P_i` is [`unpair`]. Between them all `n` blocks, of every span, are one batched product.
+///
+/// # Shapes
+///
+/// - spans: `[d/s, s, k]`; so is the result
+/// - factor: `[n, b, b]`
 fn rotate_stage<B: Backend>(
     spans: FloatTensor<B>,
     factor: FloatTensor<B>,
@@ -220,7 +305,8 @@ fn rotate_stage<B: Backend>(
 /// The stage permutation of the span axis: half-blocks at distance `2^stage` side by side.
 ///
 /// The axis is seen as `[c, 2, 2^stage, b/2]` and its two middle axes are swapped, with a view and one copy instead
-/// of a permutation tensor.
+/// of a permutation tensor. The halves of stage 0 are neighbours already, so that nothing moves. With `b = 2` and
+/// stage 1, the places `0 1 2 3` become `0 2 1 3`.
 fn pair<B: Backend>(spans: FloatTensor<B>, stage: usize, b: usize) -> FloatTensor<B> {
     swap_halves::<B>(spans, stage, b, [2, 1 << stage])
 }
@@ -231,6 +317,10 @@ fn unpair<B: Backend>(spans: FloatTensor<B>, stage: usize, b: usize) -> FloatTen
 }
 
 /// Swaps two axes, of these lengths, of the span axis seen as `[c, outer, inner, b/2]`.
+///
+/// # Shapes
+///
+/// - spans: `[d/s, s, k]`; so is the result
 fn swap_halves<B: Backend>(
     spans: FloatTensor<B>,
     stage: usize,
@@ -247,7 +337,16 @@ fn swap_halves<B: Backend>(
     reshape::<B, 3>(spans, [count, span, k])
 }
 
-/// `G[L,L]` for every block of a stage, a `[n, b, b]` tensor.
+/// `G[L,L]` for every block of a stage.
+///
+/// Pairing both axes of `G` brings the entries that a block couples together into a `b×b` tile on the diagonal. The
+/// tiles are then laid out one after another and those of the diagonal selected, by a handful of indices instead of
+/// one for each entry.
+///
+/// # Shapes
+///
+/// - gram: `[d/s, s, s]`
+/// - result: `[n, b, b]`
 fn coupled_blocks<B: Backend>(gram: FloatTensor<B>, stage: usize, b: usize) -> FloatTensor<B> {
     let [count, span, _] = gram.shape().dims::<3>();
     let gram = B::float_swap_dims(pair::<B>(gram, stage, b), 1, 2);
@@ -264,7 +363,7 @@ fn coupled_blocks<B: Backend>(gram: FloatTensor<B>, stage: usize, b: usize) -> F
     )
 }
 
-/// The `[n, b, b]` blocks of one factor.
+/// The `[n, b, b]` blocks of one factor, of a `[m, n, b, b]` tensor.
 fn factor<B: Backend>(blocks: &FloatTensor<B>, stage: usize) -> FloatTensor<B> {
     let [m, n, b, _] = blocks.shape().dims::<4>();
     let factor = match m {

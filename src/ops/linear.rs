@@ -15,7 +15,8 @@ pub enum Channels {
 }
 
 impl Channels {
-    /// The output channels of a weight that is rotated from this side.
+    /// The output channels of a weight that is rotated from this side: on the left it is `[d, o]`, on the right
+    /// `[o, d]`.
     pub(super) fn of_weight(side: Side) -> Self {
         match side {
             Side::Left => Self::Columns,
@@ -25,6 +26,17 @@ impl Channels {
 }
 
 /// `R·W·diag(s)` on the left, `diag(s)·W·Rᵀ` on the right.
+///
+/// # Shapes
+///
+/// - weight: `[d, o]` for [`Side::Left`], `[o, d]` for [`Side::Right`]; so is the result
+/// - blocks: `[m, n, b, b]`
+/// - scale: `[o]`
+///
+/// # Numerics
+///
+/// Weight and scale are cast to the precision of the blocks, so that rotation and scale are rounded to the weight's
+/// precision together, once. The scale is moved [`away_from_zero`].
 pub(super) fn weight<B: Backend>(
     weight: FloatTensor<B>,
     blocks: FloatTensor<B>,
@@ -39,6 +51,11 @@ pub(super) fn weight<B: Backend>(
 }
 
 /// A vector with a number per output channel, as a row or column that meets the channels of a matrix.
+///
+/// # Shapes
+///
+/// - vector: `[o]`
+/// - result: `[1, o]` for [`Channels::Columns`], `[o, 1]` for [`Channels::Rows`]
 pub(super) fn along<B: Backend>(vector: FloatTensor<B>, channels: Channels) -> FloatTensor<B> {
     let outputs = vector.shape().num_elements();
     let shape = match channels {
@@ -48,15 +65,21 @@ pub(super) fn along<B: Backend>(vector: FloatTensor<B>, channels: Channels) -> F
     reshape::<B, 2>(vector, shape)
 }
 
-/// A scale counts as zero if it is below one when multiplied by this.
+/// A scale counts as zero if it is below one when multiplied by this. A product beyond the range of f32 is infinite,
+/// and not below one either.
 pub(super) const MAGNIFICATION: f64 = 1e30;
 
-/// What is added to a scale that counts as zero.
+/// What is added to a scale that counts as zero. Gradients of up to 1e18 stay in the range of f32 when they are
+/// divided by it.
 pub(super) const SHIFT: f64 = 1e-20;
 
 /// The scale, with 1e-20 added where its magnitude is below 1e-30, since its gradient divides by it.
 ///
 /// The kernels follow the same rule. It changes no other scale, and lets the gradient of every scale through.
+///
+/// # Numerics
+///
+/// In the scale's precision, f32 or f64.
 pub(super) fn away_from_zero<B: Backend>(scale: FloatTensor<B>) -> FloatTensor<B> {
     let magnified = B::float_mul_scalar(B::float_abs(scale.clone()), MAGNIFICATION.into());
     // 0 where the scale counts as zero, else 1: the floor has no gradient.
@@ -68,7 +91,18 @@ pub(super) fn away_from_zero<B: Backend>(scale: FloatTensor<B>) -> FloatTensor<B
     )
 }
 
-/// `x·W + bias`.
+/// `x·W + bias`, with the backend's matrix product.
+///
+/// # Shapes
+///
+/// - input: `[tokens, d]`
+/// - weight: `[d, o]`
+/// - bias: `[o]`
+/// - result: `[tokens, o]`
+///
+/// # Numerics
+///
+/// In the precision of the input, to which the bias is cast; the product is rounded before the bias is added.
 pub(super) fn product<B: Backend>(
     input: FloatTensor<B>,
     weight: FloatTensor<B>,
@@ -85,6 +119,13 @@ pub(super) fn product<B: Backend>(
 }
 
 /// `Σ gradient ⊙ output` and `Σ gradient` per output channel, in f32 or wider.
+///
+/// They are what the gradients of scale and bias need: `∂L/∂s = (Σ dy ⊙ y − bias · Σ dy) / s` and `∂L/∂bias = Σ dy`.
+///
+/// # Shapes
+///
+/// - gradient, output: `[rows, columns]`
+/// - results: `[columns]` for [`Channels::Columns`], `[rows]` for [`Channels::Rows`]
 pub(super) fn channel_sums<B: Backend>(
     gradient: FloatTensor<B>,
     output: FloatTensor<B>,

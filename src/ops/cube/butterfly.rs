@@ -1,6 +1,8 @@
 //! Rotations as one small matrix per span, applied in one pass over memory.
 //!
-//! Operands may have any strides and any float precision; sums run in f32.
+//! Operands may have any strides and any of the kernels' precisions; sums run in f32. A first launch composes the
+//! factors of each span (BOFT, section 4), a second applies the matrices, reading and writing each number of the
+//! operand once for any number of factors.
 
 use burn::backend::TensorMetadata;
 use burn::tensor::DType;
@@ -14,10 +16,21 @@ use super::launch::{Sizes, UNITS, cubes, empty, units};
 use crate::ops::butterfly::{Direction, Side};
 use crate::ops::linear::{MAGNIFICATION, SHIFT};
 
-/// Rows of activations that a cube rotates at once.
+/// Rows of activations that a cube rotates at once. With 128 columns of f32 they fill the 16 KiB of shared memory
+/// that every device has.
 const ROTATED_ROWS: usize = 32;
 
 /// `op(R)·t` or `t·op(R)`, times a scale per output channel of a weight.
+///
+/// # Shapes
+///
+/// - matrix: `[d, columns]` for [`Side::Left`], `[rows, d]` for [`Side::Right`], with any strides
+/// - scale: in f32, a number per column on the left, per row on the right
+/// - result: as the matrix, contiguous
+///
+/// # Numerics
+///
+/// Sums in f32, times the scale in f32, rounded once to the matrix's precision.
 pub(super) fn rotate(
     matrix: CubeTensor,
     blocks: CubeTensor,
@@ -65,7 +78,12 @@ pub(super) fn rotate(
     output
 }
 
-/// `op(R)` of every span, a `[count, span, span]` tensor.
+/// `op(R)` of every span.
+///
+/// # Shapes
+///
+/// - blocks: `[m, n, b, b]`, in f32
+/// - result: `[count, span, span]`, in f32
 fn compose(blocks: CubeTensor, sizes: Sizes, direction: Direction) -> CubeTensor {
     let blocks = into_contiguous(blocks);
     let Sizes { m, b, span, count } = sizes;
@@ -86,6 +104,10 @@ fn compose(blocks: CubeTensor, sizes: Sizes, direction: Direction) -> CubeTensor
 }
 
 /// The place in the span of entry `index` of a block, whose halves are `2^stage` halves apart.
+///
+/// `block` counts from the first block of the span. The span is seen as `[chunk, 2, 2^stage, b/2]`, of which a block
+/// takes both entries of the second axis: with `b = 4` and stage 1, block 0 couples the places 0, 1, 4 and 5. The
+/// kernels index their operands with it, so that no permutation is stored and nothing is moved.
 #[cube]
 pub(super) fn coupled(
     block: usize,
@@ -104,6 +126,15 @@ pub(super) fn coupled(
 }
 
 /// `op(R)` of every span. Each unit computes one column, which no other unit touches.
+///
+/// It starts from a column of the identity and multiplies it by `F_0`, `F_1`, … in turn, block by block: the `b`
+/// results of a block wait in registers until all of them have read the column, then replace it. No barrier is needed
+/// in between. In a row of shared memory, neighbouring units use neighbouring numbers, and all units of a span read
+/// the same number of a block at once.
+///
+/// # Numerics
+///
+/// In f32, with the rounding of `m` products.
 #[cube(launch)]
 fn compose_kernel(
     blocks: &[f32],
@@ -161,6 +192,11 @@ fn compose_kernel(
 }
 
 /// `op(R)·t` for a `[d, columns]` matrix with a scale per column. Each unit computes one column of a span.
+///
+/// For weights as Burn stores them. A cube takes 128 columns of one span and loads the span's rotation into shared
+/// memory, where all units read the same number at once. A unit reads its `s` numbers into registers, then forms and
+/// writes one result after another. Neighbouring units read and write neighbouring columns, which are neighbours in
+/// memory in a contiguous matrix. The grid is 128 columns along `x`, a span along `y`.
 #[cube(launch)]
 fn rotate_rows_kernel<F: Float>(
     matrix: &Tensor<F>,
@@ -203,6 +239,12 @@ fn rotate_rows_kernel<F: Float>(
 }
 
 /// `t·op(R)` for a `[rows, d]` matrix with a scale per row. Each unit computes `tile` rows of one column.
+///
+/// For activations, and for weights that have their outputs in rows. Compared to `rotate_rows_kernel` the roles are
+/// swapped: a cube loads `tile` rows of `width` columns, whole spans only, into shared memory, and each unit keeps
+/// the one column of the rotation that it needs in registers for all of the rows. Units of a span read the same
+/// number of the operand at once, and neighbouring units write neighbouring columns. The grid is `width` columns
+/// along `x`, `tile` rows along `y`.
 #[cube(launch)]
 fn rotate_columns_kernel<F: Float>(
     matrix: &Tensor<F>,

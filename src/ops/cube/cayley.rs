@@ -1,7 +1,8 @@
 //! The Cayley map and its backward pass in f32. Each unit works on one row of a block in shared memory.
 //!
-//! Rows in shared memory are one number longer than those of the block, so that units that walk along their own
-//! rows use different memory banks.
+//! Rows in shared memory are one number longer than those of the block, so that units that walk along their own rows
+//! use different memory banks. Several blocks share a cube as far as its memory and its units reach, and one launch
+//! serves all blocks of all factors of a layer.
 
 use burn::backend::TensorMetadata;
 use burn::tensor::DType;
@@ -12,7 +13,12 @@ use burn_cubecl::tensor::CubeTensor;
 
 use super::launch::{cubes, empty, units};
 
-/// Launches [`cayley_kernel`] over a `[m, n, b(b−1)/2]` tensor.
+/// Launches [`cayley_kernel`].
+///
+/// # Shapes
+///
+/// - skew: `[m, n, b(b−1)/2]`, in f32
+/// - result: `[m, n, b, b]`
 pub(super) fn cayley(skew: CubeTensor, b: usize, per_cube: usize) -> CubeTensor {
     let [m, n, _] = skew.shape().dims::<3>();
     let skew = into_contiguous(skew);
@@ -29,7 +35,12 @@ pub(super) fn cayley(skew: CubeTensor, b: usize, per_cube: usize) -> CubeTensor 
     blocks
 }
 
-/// Launches [`cayley_backward_kernel`] over two `[m, n, b, b]` tensors.
+/// Launches [`cayley_backward_kernel`].
+///
+/// # Shapes
+///
+/// - blocks, gradient: `[m, n, b, b]`, in f32
+/// - result: `[m, n, b(b−1)/2]`
 pub(super) fn cayley_backward(
     blocks: CubeTensor,
     gradient: CubeTensor,
@@ -52,6 +63,18 @@ pub(super) fn cayley_backward(
 }
 
 /// `C = 2(I + Q)⁻¹ − I` by sweeps, then one Newton-Schulz step; see the portable version.
+///
+/// A sweep on `k` is the rank-one update `A ← A − (A[:,k] − e_k)·(A[k,:] + e_k)/p`: the unit of row `k` writes
+/// `(A[k,:] + e_k)/p` to the scratch, and after a barrier every unit subtracts its multiple of it from its own row.
+/// After `b` sweeps with two barriers each, the matrix is `(I + Q)⁻¹`.
+///
+/// The Newton-Schulz step corrects from the left here, `C + ½ (I − C·Cᵀ)·C`, which is the same in exact arithmetic,
+/// since a unit then needs only its own row of `I − C·Cᵀ`, which the scratch holds.
+///
+/// # Numerics
+///
+/// In f32. The step squares the orthogonality defect of the sweeps, about `ε·‖Q‖²`. A skew of zeros gives exactly
+/// `I`.
 #[cube(launch)]
 fn cayley_kernel(
     skew: &[f32],
@@ -140,6 +163,14 @@ fn cayley_kernel(
 }
 
 /// `∂v_ij = D_ij − D_ji` with `D = −½ (I + C)ᵀ · ∂L/∂C · (I + C)ᵀ`.
+///
+/// The unit of row `i` forms row `i` of `P = (I + C)ᵀ·∂L/∂C` in shared memory. After a barrier it writes the skew
+/// numbers `(i, j)` for `j > i`, each from two dot products: row `i` of `P` with row `j` of `I + C`, less row `j` of
+/// `P` with row `i` of `I + C`. Both run along rows, so nothing is transposed.
+///
+/// # Numerics
+///
+/// In f32.
 #[cube(launch)]
 fn cayley_backward_kernel(
     blocks: &[f32],
@@ -196,7 +227,8 @@ fn cayley_backward_kernel(
     sync_cube();
 }
 
-/// The place of an entry of the strict upper triangle among the packed numbers.
+/// The place of an entry of the strict upper triangle among the packed numbers: the `row` rows above it hold
+/// `row·b − row·(row + 1)/2` of them.
 #[cube]
 fn packed_index(row: usize, column: usize, #[comptime] b: usize) -> usize {
     row * b - row * (row + 1) / 2 + column - row - 1

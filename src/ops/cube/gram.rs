@@ -1,6 +1,8 @@
 //! The Gram backward: `G` per span, and from it the gradient of the blocks.
 //!
-//! Operands may have any strides and any float precision; sums run in f32.
+//! Operands may have any strides and any of the kernels' precisions; sums run in f32. A first launch reads the two
+//! large operands once and writes partial sums of `G`; a second adds these up and carries `G` through all factors
+//! without leaving the shared memory.
 
 use burn::backend::TensorMetadata;
 use burn::tensor::DType;
@@ -14,10 +16,22 @@ use super::butterfly::coupled;
 use super::launch::{CUBES, PARTIAL_SUM, Sizes, UNITS, cubes, empty, units};
 use crate::ops::butterfly::Side;
 
-/// Rows or columns that a cube multiplies at once.
+/// Terms of the sum, rows of activations or columns of a weight, that a cube holds in shared memory at once.
+///
+/// Two operands of 8 terms by 128 channels take about 8 KiB in f32, half of what every device has.
 const MULTIPLIED_ROWS: usize = 8;
 
-/// Partial sums of `G = lhsᵀ·rhs` per span, a `[parts, count, span, span]` tensor.
+/// Partial sums of `G` per span: `lhsᵀ·rhs` on the right, `lhs·rhsᵀ` on the left.
+///
+/// # Shapes
+///
+/// - lhs, rhs: `[d, columns]` for [`Side::Left`], `[rows, d]` for [`Side::Right`], with any strides
+/// - result: `[parts, count, span, span]`, in f32
+///
+/// # Numerics
+///
+/// A part adds up 512 terms in f32, or more where the summed axis is so long that there would be too many parts, from
+/// 33 million terms on.
 pub(super) fn gram(
     lhs: CubeTensor,
     rhs: CubeTensor,
@@ -54,7 +68,12 @@ pub(super) fn gram(
     partial
 }
 
-/// The gradient of the blocks from the partial sums of `G`.
+/// The gradient of the blocks from the partial sums of `G`, in one launch for all factors.
+///
+/// # Shapes
+///
+/// - partial: `[parts, count, span, span]`
+/// - blocks: `[m, n, b, b]`, in f32; so is the result
 pub(super) fn block_gradient(partial: CubeTensor, blocks: CubeTensor, sizes: Sizes) -> CubeTensor {
     let blocks = into_contiguous(blocks);
     let gradient = empty(&blocks, blocks.shape(), DType::F32);
@@ -73,10 +92,16 @@ pub(super) fn block_gradient(partial: CubeTensor, blocks: CubeTensor, sizes: Siz
     gradient
 }
 
-/// Partial `G = lhsᵀ·rhs` per span, each over `tiles` tiles of the summed axis.
+/// Partial `G` per span, each over `tiles` tiles of the summed axis.
 ///
-/// `channels` is the rotated axis. Each unit computes one column of `G`; tiles are read along the axis whose
-/// numbers are neighbours in memory.
+/// `channels` is the rotated axis. Each unit computes one column of `G` in registers, `s` sums:
+/// `G[i, unit] += lhs[t, i]·rhs[t, unit]` for each term `t`. A tile of `tile` terms by `width` channels of each
+/// operand is in shared memory, where all units of a span read the same number of `lhs` at once and each its own of
+/// `rhs`.
+///
+/// Tiles are read along the axis whose numbers are neighbours in memory: units walk along the channels of
+/// activations, and along the summed axis of weights. In shared memory a line is one number longer than a tile, so
+/// that the second order also writes to different memory banks. Terms and channels beyond the operand count as zeros.
 #[cube(launch)]
 fn gram_kernel<F: Float>(
     lhs: &Tensor<F>,
@@ -148,7 +173,16 @@ fn gram_kernel<F: Float>(
 
 /// The gradient of the blocks from partial sums of `G`. Each unit works on a row of a span, then on a column.
 ///
-/// For each factor, from the last to the first: `H = G·F_i`, whose coupled entries are `∂L/∂C`, then `G ← F_iᵀ·H`.
+/// For each factor, from the last to the first: `H = G·F_i`, whose coupled entries are `∂L/∂C`, then `G ← F_iᵀ·H`. A
+/// row of `H` needs only the same row of `G`, so each unit computes its own in place. A column of `F_iᵀ·H` needs only
+/// the same column of `H`, so after a barrier each unit computes a column in place. The first factor, which comes
+/// last, needs no new `G`.
+///
+/// Lines of `s + 1` numbers keep the units that walk along rows on different memory banks.
+///
+/// # Numerics
+///
+/// Partial sums are added in f32, in the order of the parts, and all products run in f32.
 #[cube(launch)]
 fn block_gradient_kernel(
     partial: &[f32],

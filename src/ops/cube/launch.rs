@@ -8,20 +8,29 @@ use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
 
 /// Spans beyond this size go to the portable version, factor by factor.
+///
+/// A unit keeps a row or a column of a span in registers, and a cube keeps a span's matrix of f32 in shared memory:
+/// 64 registers and 16 KiB at this size.
 const LARGEST_SPAN: usize = 64;
-/// Units of a cube, unless the kernel needs another count.
+/// Units of a cube, unless the kernel needs another count: a multiple of the 32 or 64 units that devices run in step.
+/// Every device allows this many.
 pub(super) const UNITS: usize = 128;
-/// Bytes of shared memory that every device has.
+/// Bytes of shared memory that every device has: WebGPU promises no more.
 const SHARED_MEMORY: usize = 16 << 10;
 /// Numbers that one partial sum adds up.
+///
+/// Cutting a sum into parts gives work to more cubes than the columns alone would, and shortens the chains of
+/// additions in f32. A second step adds up the parts.
 pub(super) const PARTIAL_SUM: usize = 512;
-/// The most cubes along an axis.
+/// The most cubes along an axis: WebGPU promises no more.
 pub(super) const CUBES: usize = 65_535;
 
 /// The sizes of a rotation that the kernels serve.
 #[derive(Clone, Copy)]
 pub(super) struct Sizes {
+    /// Butterfly factors.
     pub(super) m: usize,
+    /// Numbers that a block couples.
     pub(super) b: usize,
     /// Neighbours that the rotation mixes, `b·2^(m−1)`.
     pub(super) span: usize,
@@ -30,7 +39,8 @@ pub(super) struct Sizes {
 }
 
 impl Sizes {
-    /// The sizes, if the kernels serve them.
+    /// The sizes, if the kernels serve them: blocks in f32, spans of up to [`LARGEST_SPAN`], and no more spans than
+    /// an axis has cubes.
     pub(super) fn of(blocks: &CubeTensor) -> Option<Self> {
         let [m, n, b, _] = blocks.shape().dims::<4>();
         let span = b << (m - 1);
@@ -39,7 +49,11 @@ impl Sizes {
         served.then_some(Self { m, b, span, count })
     }
 
-    /// The spans that one cube works on, and how many units they need.
+    /// The spans that one cube works on, and how many units they need: one unit for each number of a span.
+    ///
+    /// Small spans share a cube, so that its units are not idle, as long as their matrices fit into [`SHARED_MEMORY`]
+    /// with rows of `span + 1` numbers. A single span is worked on even if it takes more: at 64 numbers it takes
+    /// 16,640 bytes with such rows, 256 too many.
     pub(super) fn per_cube(self) -> (usize, usize) {
         let shared = SHARED_MEMORY / (4 * self.span * (self.span + 1));
         let spans = (UNITS / self.span).min(shared).max(1);
@@ -48,27 +62,33 @@ impl Sizes {
 }
 
 /// The blocks that one cube of the Cayley kernels works on, if two copies of each fit its shared memory.
+///
+/// With rows of `b + 1` numbers of 4 bytes, two copies take `8·b·(b + 1)` bytes, so that blocks of up to 44×44
+/// numbers fit. Each block has `b` units.
 pub(super) fn blocks_per_cube(skew: &CubeTensor, b: usize, count: usize) -> Option<usize> {
     let per_cube = (SHARED_MEMORY / (8 * b * (b + 1))).min(UNITS / b);
     let served = skew.dtype == DType::F32 && per_cube > 0 && count.div_ceil(per_cube) <= CUBES;
     served.then_some(per_cube)
 }
 
-/// The precision of an operand as the kernels name it, if they serve it.
+/// The precision of an operand as the kernels name it, if they serve it. A kernel is compiled for each of the three.
 pub(super) fn element(operand: &CubeTensor) -> Option<ElemType> {
     matches!(operand.dtype, DType::F32 | DType::F16 | DType::BF16)
         .then(|| burn::backend::cubecl::dtype_to_storage_type(operand.dtype))
 }
 
+/// A contiguous tensor whose numbers the kernel has yet to write, on the device of `like`.
 pub(super) fn empty(like: &CubeTensor, shape: impl Into<Shape>, dtype: DType) -> CubeTensor {
     let (client, device) = (like.client.clone(), like.device.clone());
     empty_device_contiguous_dtype(client, device, shape.into(), dtype)
 }
 
+/// A grid of `x` by `y` cubes. The caller keeps both within [`CUBES`].
 pub(super) fn cubes(x: usize, y: usize) -> CubeCount {
     CubeCount::Static(x as u32, y as u32, 1)
 }
 
+/// The units of a cube, in a line.
 pub(super) fn units(count: usize) -> CubeDim {
     CubeDim::new_1d(count as u32)
 }

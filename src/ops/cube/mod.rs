@@ -1,7 +1,26 @@
 //! GPU kernels: one CubeCL source for CUDA, ROCm, Metal, Vulkan and WebGPU.
 //!
 //! They serve operands of f32, f16 and bf16, spans of up to [`LARGEST_SPAN`](launch::LARGEST_SPAN) numbers, and
-//! blocks in f32. Everything else takes the portable versions.
+//! blocks in f32. Everything else takes the portable versions:
+//!
+//! | operation | a kernel serves | the portable version takes |
+//! |---|---|---|
+//! | `boft_cayley` and its backward pass | blocks of up to 44×44 numbers in f32 | larger blocks, f64 |
+//! | `boft_butterfly`, `boft_weight` | spans of up to 64 numbers | longer spans, blocks or operands in f64 |
+//! | `boft_block_gradient` | the same, two operands of one precision | the same, and operands of two precisions |
+//! | `boft_channel_sums` | channels in columns, up to 33 million rows | channels in rows, operands of two precisions |
+//! | `boft_product` | nothing | everything, since Burn tunes matrix products for each device |
+//!
+//! A *cube* is a group of *units* (threads) that share memory and barriers, in CubeCL's words. All units of a cube
+//! reach every barrier, so a unit that has nothing to compute skips the computation and does not return early. A
+//! barrier also follows the last use of shared memory, because a runtime may give the shared memory to the next cube
+//! as soon as one unit of this one ends.
+//!
+//! # Numerics
+//!
+//! Operands are read in their own precision and widened to f32, in which all sums run. A result is rounded to the
+//! operand's precision once, when it is written. No kernel uses atomic additions, so that results do not depend on
+//! the order in which cubes run.
 
 mod butterfly;
 mod cayley;

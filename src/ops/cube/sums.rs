@@ -1,6 +1,6 @@
 //! Sums per output channel.
 //!
-//! Operands may have any strides and any float precision; sums run in f32.
+//! Operands may have any strides and any of the kernels' precisions; sums run in f32.
 
 use burn::backend::TensorMetadata;
 use burn::tensor::DType;
@@ -12,7 +12,14 @@ use burn_cubecl::tensor::CubeTensor;
 
 use super::launch::{PARTIAL_SUM, UNITS, cubes, empty, units};
 
-/// Partial sums of `gradient ⊙ output` and of `gradient` per column, two `[parts, columns]` tensors.
+/// Partial sums of `gradient ⊙ output` and of `gradient` per column.
+///
+/// The caller adds up the parts with Burn's own sum over the first axis.
+///
+/// # Shapes
+///
+/// - gradient, output: `[rows, columns]`
+/// - results: `[parts, columns]`, with `parts = rows / 512`, rounded up
 pub(super) fn column_sums(
     gradient: CubeTensor,
     output: CubeTensor,
@@ -38,6 +45,10 @@ pub(super) fn column_sums(
 }
 
 /// Partial `Σ gradient ⊙ output` and `Σ gradient` per column, each over `rows` rows. Each unit sums one column.
+///
+/// Neighbouring units read neighbouring columns, so that a row that is contiguous in memory is read in whole lines.
+/// Both operands are read once for both sums. The grid has a cube for every 128 columns along `x` and for every part
+/// along `y`.
 #[cube(launch)]
 fn column_sums_kernel<F: Float>(
     gradient: &Tensor<F>,

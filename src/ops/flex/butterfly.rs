@@ -1,4 +1,10 @@
 //! Rotations as one small matrix per span, applied in one pass over memory.
+//!
+//! `R = F_{m−1} ··· F_1 · F_0` is block-diagonal in spans of `s = b·2^(m−1)` neighbours (BOFT, section 4), so
+//! [`compose`] multiplies the factors out once, for `m·b·s²` multiplications per span. The operand is then read once
+//! and written once, whatever `m` is, while factor by factor it would be read and written `m` times. This costs `s`
+//! multiplications for each number instead of `m·b`, which pays because moving the numbers takes longer than
+//! multiplying them.
 
 use std::mem::MaybeUninit;
 
@@ -11,6 +17,17 @@ use super::tile::{PASSING_ROWS, ROWS, add_scaled, line, with_tile};
 use crate::ops::butterfly::Direction;
 
 /// `op(R)` of every span, composed in f64.
+///
+/// # Shapes
+///
+/// - blocks: `[m, n, b, b]`, contiguous
+/// - result: `[d/s, s, s]`, every span's matrix row by row
+///
+/// # Numerics
+///
+/// All factors are multiplied in f64 and the product is rounded once, so a composed rotation is as orthogonal as its
+/// blocks are, to the rounding of `E`. [`Direction::Back`] transposes the same product and therefore rounds to the
+/// same numbers.
 pub(super) fn compose<E: Real>(blocks: &[E], sizes: Sizes, direction: Direction) -> Vec<E> {
     let square = sizes.span * sizes.span;
     let arch = Arch::new();
@@ -31,7 +48,7 @@ pub(super) fn compose<E: Real>(blocks: &[E], sizes: Sizes, direction: Direction)
     rotations
 }
 
-/// Some spans of [`compose`].
+/// Some spans of [`compose`]. The scratch for a span in f64 is allocated once for all of them.
 struct Compose<'a, E> {
     rotations: &'a mut [E],
     blocks: &'a [E],
@@ -74,6 +91,19 @@ impl<E: Real> WithSimd for Compose<'_, E> {
 }
 
 /// `op(R)·t` for a `[d, columns]` matrix, with a scale per column.
+///
+/// For weights as Burn stores them. The rows of a span lie together in memory, so each span is a task with one slice
+/// of the operand and one of the result, and no task shares either.
+///
+/// # Shapes
+///
+/// - matrix: `[d, columns]`, contiguous; so is the result
+/// - rotation: `[d/s, s, s]`
+/// - scale: `[columns]`
+///
+/// # Numerics
+///
+/// Sums of `s` fused multiply-adds in `E`, then one multiplication by the scale.
 pub(super) fn rotate_rows<E: Real>(
     matrix: &[E],
     rotation: &[E],
@@ -103,6 +133,8 @@ pub(super) fn rotate_rows<E: Real>(
 }
 
 /// A vector of `len` numbers, every one of which `write` writes.
+///
+/// It spares the pass over memory that would fill the vector with zeros first.
 fn written<E: Real>(len: usize, write: impl FnOnce(&mut [MaybeUninit<E>])) -> Vec<E> {
     let mut values = Vec::with_capacity(len);
     write(&mut values.spare_capacity_mut()[..len]);
@@ -111,7 +143,8 @@ fn written<E: Real>(len: usize, write: impl FnOnce(&mut [MaybeUninit<E>])) -> Ve
     values
 }
 
-/// One span of [`rotate_rows`].
+/// One span of [`rotate_rows`]. Its kernel takes four, two or one rows of the result at a time, whichever divides the
+/// span.
 struct RotateRows<'a, E> {
     output: &'a mut [MaybeUninit<E>],
     matrix: &'a [E],
@@ -134,9 +167,16 @@ impl<E: Real> WithSimd for RotateRows<'_, E> {
 }
 
 /// Columns that stay in registers while rows of the rotation meet them.
+///
+/// With four rows of the result these are 64 sums. In f32 a tile's row is one cache line of 64 bytes.
 const TILE: usize = 16;
 
 /// Rotates one span, `LINES` rows of the result at a time.
+///
+/// From the outside in, the loops run over tiles of [`TILE`] columns, over groups of `LINES` rows of the result, and
+/// over the `s` rows of the operand. Inside a tile of columns the operand's `s` pieces are read `s/LINES` times, but
+/// they have only `64·s` bytes in f32 and stay in a first-level cache, and so does the rotation. Each number of the
+/// result is written once. Columns beyond the last full tile are rotated one by one.
 #[inline(always)]
 fn rotate_span_rows<E: Real, const LINES: usize>(
     RotateRows {
@@ -186,6 +226,20 @@ fn rotate_span_rows<E: Real, const LINES: usize>(
 }
 
 /// `t·op(R)` for a `[rows, d]` matrix, with a scale per row.
+///
+/// For activations, and for weights that have their outputs in rows. A span's numbers are a short piece of each row,
+/// so tasks take whole rows: [`PASSING_ROWS`] at a time, and [`ROWS`] for a thread.
+///
+/// # Shapes
+///
+/// - matrix: `[rows, d]`, contiguous; so is the result
+/// - rotation: `[d/s, s, s]`
+/// - scale: `[rows]`
+///
+/// # Numerics
+///
+/// Sums of `s` fused multiply-adds in `E`, then one multiplication by the scale. Rows that do not fill a tile are
+/// summed in the same order, so a row's result does not depend on how many others there are.
 pub(super) fn rotate_columns<E: Real>(
     matrix: &[E],
     rotation: &[E],
@@ -214,7 +268,7 @@ pub(super) fn rotate_columns<E: Real>(
     })
 }
 
-/// Some rows of [`rotate_columns`].
+/// Up to [`PASSING_ROWS`] rows of [`rotate_columns`], with the scales from the first of them on.
 struct RotateColumns<'a, E> {
     output: &'a mut [MaybeUninit<E>],
     matrix: &'a [E],
@@ -234,6 +288,11 @@ impl<E: Real> WithSimd for RotateColumns<'_, E> {
 }
 
 /// Rotates every span of the rows, `LINES` rows by `LINE` columns of the result at a time.
+///
+/// From the outside in, the loops run over spans, over pieces of `LINE` columns within the span, over groups of
+/// `LINES` rows, and over the `s` numbers of the span. The rotation's matrix stays in a first-level cache while all
+/// rows of the task pass by. The innermost step multiplies one number of each row by a piece of one row of the
+/// rotation, so that vectors run along the rotation's rows and the operand needs no transposing.
 #[inline(always)]
 fn rotate_span_columns<E: Real, const LINES: usize, const LINE: usize>(
     RotateColumns {

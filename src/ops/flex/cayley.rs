@@ -1,4 +1,7 @@
 //! The Cayley map and its backward pass, a block at a time in f64.
+//!
+//! The portable version works on all blocks at once and therefore makes `b` passes over memory. Here a block stays in
+//! a first-level cache from the first sweep to the last, and sweeps in f64 take the place of the Newton-Schulz step.
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -6,12 +9,28 @@ use rayon::prelude::*;
 use super::real::Real;
 use crate::ops::cayley::upper_triangle;
 
-/// The blocks of one task, enough work to be worth a thread.
+/// The blocks of one task, enough work to be worth a thread: about 32,768 multiplications, of which a block takes
+/// `b³`.
 fn blocks_per_task(b: usize) -> usize {
     (32_768 / (b * b * b)).max(1)
 }
 
-/// `C = 2(I + Q)⁻¹ − I` for every block, by sweeps in place; see the portable version.
+/// `C = (I − Q)(I + Q)⁻¹ = 2(I + Q)⁻¹ − I` for every block, by sweeps in place.
+///
+/// # Shapes
+///
+/// - skew: `[m, n, b(b−1)/2]`, contiguous, the strict upper triangles row by row
+/// - result: `[m, n, b, b]`, contiguous
+///
+/// # Numerics
+///
+/// Inverted in f64 and rounded once. The sweeps leave an orthogonality defect of about `ε·‖Q‖²` in f64, far below the
+/// rounding to f32, so that the Newton-Schulz step of the portable version is not needed. For a skew in f64 that
+/// defect remains. A skew of zeros gives exactly `I`.
+///
+/// # References
+///
+/// Qiu et al., *Controlling Text-to-Image Diffusion by Orthogonal Finetuning*, section 3.
 pub(super) fn cayley<E: Real>(skew: &[E], b: usize) -> Vec<E> {
     let packed = b * (b - 1) / 2;
     let count = skew.len() / packed;
@@ -26,6 +45,8 @@ pub(super) fn cayley<E: Real>(skew: &[E], b: usize) -> Vec<E> {
 }
 
 /// Runs a kernel with the common block sizes as constants, for which the compiler unrolls its loops.
+///
+/// With a variable size, a sweep over a `4×4` block is mostly checks of bounds and of the loop's end.
 macro_rules! with_block_size {
     ($size:expr, $b:ident => $run:expr) => {
         match $size {
@@ -46,7 +67,7 @@ macro_rules! with_block_size {
     };
 }
 
-/// Some blocks of [`cayley`].
+/// Some blocks of [`cayley`], with their skew numbers in the same order.
 struct Cayley<'a, E> {
     blocks: &'a mut [E],
     skew: &'a [E],
@@ -63,6 +84,8 @@ impl<E: Real> WithSimd for Cayley<'_, E> {
     }
 }
 
+/// Builds `I + Q` for each block, inverts it and writes `2(I + Q)⁻¹ − I`. All blocks of a task share one scratch
+/// matrix.
 #[inline(always)]
 fn cayley_blocks<E: Real>(blocks: &mut [E], skew: &[E], b: usize) {
     let mut inverse = vec![0.0; b * b];
@@ -83,7 +106,16 @@ fn cayley_blocks<E: Real>(blocks: &mut [E], skew: &[E], b: usize) {
     }
 }
 
-/// Inverts in place, without pivoting: the symmetric part of the matrix is the identity.
+/// Inverts in place by Gauss-Jordan sweeps, without pivoting: the symmetric part of the matrix is the identity.
+///
+/// The sweep on `k`, with pivot `p = A[k,k]`, for rows `i` and columns `j` other than `k`:
+///
+/// ```text
+/// A[k,j] ← A[k,j] / p      A[i,j] ← A[i,j] − A[i,k]·A[k,j]      A[i,k] ← −A[i,k] / p      A[k,k] ← 1 / p
+/// ```
+///
+/// Each pivot is that of a Schur complement, whose symmetric part is at least `I` again, so that `p ≥ 1` in every
+/// sweep. This is the rank-one update of the portable version, written out for each entry.
 #[inline(always)]
 fn invert(matrix: &mut [f64], b: usize) {
     for k in 0..b {
@@ -102,7 +134,18 @@ fn invert(matrix: &mut [f64], b: usize) {
     }
 }
 
-/// `∂v_ij = D_ij − D_ji` with `D = −½ (I + C)ᵀ · ∂L/∂C · (I + C)ᵀ`.
+/// The gradient of the skew numbers, `∂v_ij = D_ij − D_ji` with `D = −½ (I + C)ᵀ · ∂L/∂C · (I + C)ᵀ`.
+///
+/// It reads the output of [`cayley`] instead of inverting again, since `(I + Q)⁻¹ = ½ (I + C)`.
+///
+/// # Shapes
+///
+/// - blocks, gradient: `[m, n, b, b]`, contiguous
+/// - result: `[m, n, b(b−1)/2]`
+///
+/// # Numerics
+///
+/// In f64, rounded once.
 pub(super) fn cayley_backward<E: Real>(blocks: &[E], gradient: &[E], b: usize) -> Vec<E> {
     let packed = b * (b - 1) / 2;
     let mut skew = vec![E::default(); blocks.len() / (b * b) * packed];
@@ -125,7 +168,7 @@ pub(super) fn cayley_backward<E: Real>(blocks: &[E], gradient: &[E], b: usize) -
     skew
 }
 
-/// Some blocks of [`cayley_backward`].
+/// Some blocks of [`cayley_backward`], with their gradients and their skew numbers in the same order.
 struct CayleyBackward<'a, E> {
     skew: &'a mut [E],
     blocks: &'a [E],
@@ -148,6 +191,10 @@ impl<E: Real> WithSimd for CayleyBackward<'_, E> {
     }
 }
 
+/// Computes `−½ (P_ij − P_ji)` with `P = (I + C)ᵀ · ∂L/∂C · (I + C)ᵀ`.
+///
+/// `shifted` holds `(I + C)ᵀ` row by row, transposed once when it is filled. The first of the two products is formed
+/// completely. Of the second only the entries off the diagonal are, in pairs, since the difference needs no others.
 #[inline(always)]
 fn skew_gradients<E: Real>(skew: &mut [E], blocks: &[E], gradient: &[E], b: usize) {
     let (mut shifted, mut product) = (vec![0.0; b * b], vec![0.0; b * b]);

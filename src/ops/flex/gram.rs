@@ -1,4 +1,8 @@
 //! The Gram backward: `G` per span, and from it the gradient of the blocks.
+//!
+//! For spans of `s` numbers `G` has `d·s`, and the `s²` of one span fit a cache. So the two large operands are read
+//! once, and all that follows works on matrices of a span's size, in f64. The proof is in the documentation of
+//! [`ops`](crate::ops).
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -9,7 +13,22 @@ use super::sums::{dot, total};
 use super::tile::{PASSING_ROWS, ROWS, add_scaled, line, with_tile};
 use crate::ops::butterfly::{Direction, Side};
 
-/// `G = lhsᵀ·rhs` per span along the rotated axis, in f64 from partial sums of a fixed size.
+/// `G` per span along the rotated axis, `lhs·rhsᵀ` on the left and `lhsᵀ·rhs` on the right.
+///
+/// On the left the rows of a span lie together in memory, so each span is a task, and each entry of `G` is a dot
+/// product of two rows. On the right a span is a short piece of each row, so tasks take [`ROWS`] rows with all their
+/// spans, and the partial sums are added up at the end.
+///
+/// # Shapes
+///
+/// - lhs, rhs: `[d, columns]` for [`Side::Left`], `[rows, d]` for [`Side::Right`], contiguous
+/// - result: `[d/s, s, s]`
+///
+/// # Numerics
+///
+/// On the left the entries are summed by [`dot`], in lanes of the operands' precision. On the right partial sums of
+/// [`ROWS`] rows run in the operands' precision and are added up in f64. Either order depends on the shape alone, not
+/// on the number of threads.
 pub(super) fn gram<E: Real>(
     lhs: &[E],
     rhs: &[E],
@@ -55,7 +74,7 @@ pub(super) fn gram<E: Real>(
     }
 }
 
-/// One span of [`gram`] on the left.
+/// One span of [`gram`] on the left: `s` rows of each operand, and the `[s, s]` matrix of their dot products.
 struct GramOfRows<'a, E> {
     gram: &'a mut [f64],
     lhs: &'a [E],
@@ -83,7 +102,7 @@ impl<E: Real> WithSimd for GramOfRows<'_, E> {
     }
 }
 
-/// A partial sum of [`gram`] on the right.
+/// A partial sum of [`gram`] on the right: up to [`ROWS`] rows of each operand, and `[d/s, s, s]` sums.
 struct GramOfColumns<'a, E> {
     gram: &'a mut [E],
     lhs: &'a [E],
@@ -102,6 +121,11 @@ impl<E: Real> WithSimd for GramOfColumns<'_, E> {
 }
 
 /// Adds the products of all rows to every span's sums, `LINES` rows of `LINE` sums at a time.
+///
+/// From the outside in, the loops run over groups of [`PASSING_ROWS`] rows, over spans, over tiles of the span's `G`,
+/// and over the rows of the group. A tile's sums are loaded into registers, meet all rows of the group and are stored
+/// again, so that they are loaded and stored once for 16 products. The operands come from memory once: the rows of a
+/// group stay in a cache while their spans take turns.
 #[inline(always)]
 fn gram_of_columns<E: Real, const LINES: usize, const LINE: usize>(
     GramOfColumns {
@@ -137,14 +161,29 @@ fn gram_of_columns<E: Real, const LINES: usize, const LINE: usize>(
     }
 }
 
-/// The corners of the tiles of a square.
+/// The corners of the tiles of a square, row by row.
 #[inline(always)]
 fn places(size: usize, rows: usize, columns: usize) -> impl Iterator<Item = (usize, usize)> {
     let along = move |step| (0..size).step_by(step);
     along(rows).flat_map(move |row| along(columns).map(move |column| (row, column)))
 }
 
-/// The gradient of the blocks from `G`; see the portable version.
+/// The gradient of the blocks from `G`, where `∂L/∂R = G·R`.
+///
+/// For each factor from the last to the first: `∂L/∂C = G[L,L]·C` for the indices `L` that a block couples, then
+/// `G ← F_iᵀ·G·F_i`. The portable version, `backward` in `ops/butterfly.rs`, has the proof.
+///
+/// A span's blocks of different factors lie far apart in the result, so that tasks cannot share it among themselves.
+/// Each returns its own list, and the numbers, few as they are, are put in place by one thread.
+///
+/// # Shapes
+///
+/// - gram: `[d/s, s, s]`, overwritten
+/// - blocks: `[m, n, b, b]`, contiguous; so is the result
+///
+/// # Numerics
+///
+/// In f64 throughout, rounded once to the precision of the blocks.
 pub(super) fn block_gradient<E: Real>(mut gram: Vec<f64>, blocks: &[E], sizes: Sizes) -> Vec<E> {
     let Sizes { b, span: s, .. } = sizes;
     let per_span = s / b;
@@ -174,7 +213,11 @@ pub(super) fn block_gradient<E: Real>(mut gram: Vec<f64>, blocks: &[E], sizes: S
     output
 }
 
-/// One span of [`block_gradient`]. Its output lists the blocks of each factor, factor by factor.
+/// One span of [`block_gradient`]. Its output lists the blocks of each factor, factor by factor, a `[m, s/b, b, b]`
+/// tensor.
+///
+/// Of `G·F_i` it forms only the entries that a block couples, `b·s` of `s²`. The whole of `F_iᵀ·G·F_i` is needed only
+/// for factors that are still to come, so `F_0`, the last of them, ends the loop without it.
 struct BlockGradient<'a, E> {
     gram: &'a mut [f64],
     blocks: &'a [E],

@@ -1,6 +1,27 @@
-//! CPU kernels in f32 and f64.
+//! CPU kernels in f32 and f64, for processors with vector instructions and a fused multiply-add.
 //!
-//! Operands of other precisions are cast as the portable versions cast them, or take those versions.
+//! | operation | a kernel serves | the portable version takes |
+//! |---|---|---|
+//! | `boft_cayley` and its backward pass | every block size | blocks and gradient of two precisions |
+//! | `boft_butterfly`, `boft_weight`, `boft_block_gradient` | spans of up to 64 numbers | longer spans |
+//! | `boft_channel_sums` | two operands of one precision | operands of two precisions |
+//! | `boft_product` | any strides, two operands of one precision | operands of two precisions |
+//!
+//! In the second row, operands of any precision are cast before a kernel reads them. In the last two, operands in
+//! half precision take the portable version, too.
+//!
+//! # Vector instructions
+//!
+//! A kernel is a struct that implements [`WithSimd`](pulp::WithSimd), and `Arch::dispatch` picks one of several
+//! compiled copies of it when the program runs. No kernel names an instruction: the loops have lengths that are
+//! constants, and the compiler turns them into vectors. This works only for code that is inlined into `with_simd`, so
+//! everything called from there is `#[inline(always)]`. A function compiled by itself has the vector width of the
+//! oldest processor of its target, and calls a library for every fused multiply-add.
+//!
+//! # Threads
+//!
+//! Work is cut into tasks whose size depends on the shapes only, and partial sums are added up in a fixed order. A
+//! result therefore has the same bits on any number of threads.
 
 mod butterfly;
 mod cayley;
@@ -27,9 +48,14 @@ use super::{
     butterfly as portable_butterfly, cayley as portable_cayley, linear as portable_linear,
 };
 
-/// Spans beyond this size go to the portable version, factor by factor.
+/// The longest span that the kernels compose into one matrix; the portable version rotates longer ones factor by
+/// factor.
+///
+/// A composed span takes `span` multiplications for each number of the operand, factor by factor it takes `m·b`. At
+/// 64 numbers its matrix has 16 KiB in f32, half of a first-level cache of 32 KiB.
 const LARGEST_SPAN: usize = 64;
 
+/// A tensor of these numbers, stored row by row, without a copy.
 fn tensor<E: Real>(values: Vec<E>, shape: impl Into<Shape>) -> FlexTensor {
     FlexTensor::new(
         Bytes::from_elems(values),
@@ -38,7 +64,10 @@ fn tensor<E: Real>(values: Vec<E>, shape: impl Into<Shape>) -> FlexTensor {
     )
 }
 
-/// A tensor whose numbers are contiguous in memory.
+/// A tensor whose numbers are contiguous in memory, row by row.
+///
+/// The kernels cut slices into chunks of rows, so a view with other strides is copied once before it is read. Only
+/// [`product`] reads any strides.
 struct Contiguous(FlexTensor);
 
 impl Contiguous {
@@ -58,7 +87,8 @@ impl Contiguous {
 
 /// Whether the kernels serve this precision on this processor.
 ///
-/// Without a fused multiply-add in hardware, the portable versions are faster.
+/// On a processor without a fused multiply-add each [`Real::mul_add`] would be a call of a library function, and the
+/// portable versions are faster.
 fn has_kernel(tensor: &FlexTensor) -> bool {
     matches!(tensor.dtype(), DType::F32 | DType::F64) && !matches!(Arch::new(), Arch::Scalar)
 }
@@ -194,7 +224,21 @@ impl BoftBackend for Flex {
     }
 }
 
-/// `op(R)·t` or `t·op(R)` in the precision of the blocks, times a scale per output channel of a weight.
+/// `op(R)·t` on the left or `t·op(R)` on the right, times a scale per output channel of a weight.
+///
+/// First every span's rotation is composed into one matrix, then one pass over the operand applies it. A weight's
+/// outputs are its columns on the left and its rows on the right, so that is where the scale goes; it is multiplied
+/// in before a result leaves the registers.
+///
+/// # Shapes
+///
+/// - matrix: `[d, columns]` for [`Side::Left`], `[rows, d]` for [`Side::Right`]; so is the result
+/// - scale: a number per column on the left, per row on the right
+///
+/// # Numerics
+///
+/// Runs in the precision of the blocks. An operand of another precision is cast before and the result is cast back
+/// once, after the scale.
 fn rotate(
     matrix: FlexTensor,
     blocks: FlexTensor,

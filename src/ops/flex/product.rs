@@ -1,7 +1,7 @@
 //! The product of two matrices, added to the bias.
 //!
 //! It calls the same `gemm` as Burn does, but lets it start from the bias and write to memory that nobody cleared or
-//! copied before.
+//! copied before. A separate addition would read and write the whole output once more.
 
 use burn::backend::TensorMetadata;
 use burn::backend::flex::FlexTensor;
@@ -10,13 +10,32 @@ use rayon::prelude::*;
 
 use super::real::Real;
 
-/// A product of at least this many multiplications is shared among threads.
+/// A product of at least this many multiplications is shared among threads. Burn's own products change over at the
+/// same size.
 const SHARED_WORK: usize = 192 * 192 * 192;
 
-/// Rows that one task fills with the bias.
+/// Rows that one task fills with the bias. A task of one row would copy too little to be worth a thread.
 const FILLED_ROWS: usize = 64;
 
 /// `lhs·rhs + bias` of a `[m, k]` and a `[k, n]` tensor with any strides.
+///
+/// The backward pass multiplies by transposes, which are views with swapped strides here and need no copy.
+///
+/// # Shapes
+///
+/// - lhs: `[m, k]`
+/// - rhs: `[k, n]`
+/// - bias: `[n]`
+/// - result: `[m, n]`, contiguous
+///
+/// # Numerics
+///
+/// Products are summed in the operands' precision, in the order that `gemm` chooses for these sizes. With a bias, a
+/// sum starts from it instead of adding it last.
+///
+/// # Panics
+///
+/// - If the inner lengths differ, or the bias does not have a number for every output.
 pub(super) fn product<E: Real>(lhs: &FlexTensor, rhs: &FlexTensor, bias: Option<&[E]>) -> Vec<E> {
     let ([m, k], [inner, n]) = (lhs.shape().dims::<2>(), rhs.shape().dims::<2>());
     assert_eq!(
@@ -68,7 +87,11 @@ pub(super) fn product<E: Real>(lhs: &FlexTensor, rhs: &FlexTensor, bias: Option<
     output
 }
 
-/// Where the numbers of a matrix lie in memory.
+/// Where the numbers of a matrix lie in memory: entry `(row, column)` at
+/// `start + row·row_stride + column·column_stride`, counted in numbers.
+///
+/// The pointer is valid as long as the tensor that it was made of. `gemm` does not check any bounds, so
+/// [`Matrix::new`] does.
 struct Matrix<E> {
     start: *const E,
     row_stride: isize,
@@ -76,6 +99,9 @@ struct Matrix<E> {
 }
 
 impl<E: Real> Matrix<E> {
+    /// The strides of a tensor, after a check that its four corners lie inside its storage. Strides may be negative,
+    /// as those of a flipped tensor are.
+    ///
     /// # Panics
     ///
     /// - If the matrix reaches beyond its storage.

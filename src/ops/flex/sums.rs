@@ -1,4 +1,7 @@
 //! Sums per output channel, whose order does not depend on the number of threads.
+//!
+//! The gradient of the scale needs `Σ gradient ⊙ output` and that of the bias needs `Σ gradient`. Both read the
+//! gradient, so one pass computes both.
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -6,7 +9,7 @@ use rayon::prelude::*;
 use super::real::Real;
 use super::tile::{LANES, ROWS, line};
 
-/// A dot product.
+/// A dot product of two slices of one length.
 struct Dot<'a, E>(&'a [E], &'a [E]);
 
 impl<E: Real> WithSimd for Dot<'_, E> {
@@ -19,6 +22,12 @@ impl<E: Real> WithSimd for Dot<'_, E> {
 }
 
 /// `Σ lhs ⊙ rhs`, in lanes and then in f64.
+///
+/// # Numerics
+///
+/// Lane `k` adds the products `k`, `k + 16`, `k + 32`, … by fused multiply-adds in the operands' precision. The 16
+/// lanes and the products left over are added in f64, in order. A lane of a row of 4096 numbers has 256 terms, so an
+/// f32 sum loses far less than it would in one chain.
 #[inline(always)]
 pub(super) fn dot<E: Real>(lhs: &[E], rhs: &[E]) -> f64 {
     let mut sum = [E::default(); LANES];
@@ -34,6 +43,19 @@ pub(super) fn dot<E: Real>(lhs: &[E], rhs: &[E]) -> f64 {
 }
 
 /// `Σ gradient ⊙ output` and `Σ gradient` per column, from partial sums of a fixed size.
+///
+/// For activations, whose output channels are columns. Each task takes [`ROWS`] rows, contiguous in memory, and adds
+/// them to two rows of sums of its own; [`total`] adds these up.
+///
+/// # Shapes
+///
+/// - gradient, output: `[rows, columns]`
+/// - results: `[columns]` each
+///
+/// # Numerics
+///
+/// Partial sums of [`ROWS`] rows run in the operands' precision, with one rounding for each product and its addition.
+/// Partial sums are added in f64 and rounded once.
 pub(super) fn column_sums<E: Real>(gradient: &[E], output: &[E], columns: usize) -> [Vec<E>; 2] {
     let arch = Arch::new();
     let partial: Vec<Vec<E>> = gradient
@@ -54,8 +76,9 @@ pub(super) fn column_sums<E: Real>(gradient: &[E], output: &[E], columns: usize)
     [products, sums].map(|sums| sums.iter().map(|&sum| E::rounded(sum)).collect())
 }
 
-/// A partial sum of [`column_sums`], the products before the gradients alone.
+/// A partial sum of [`column_sums`].
 struct ColumnSums<'a, E> {
+    /// `2·columns` numbers: the sums of the products, then those of the gradient alone.
     sums: &'a mut [E],
     gradient: &'a [E],
     output: &'a [E],
@@ -70,6 +93,11 @@ impl<E: Real> WithSimd for ColumnSums<'_, E> {
     }
 }
 
+/// Sums the rows of a task, [`LANES`] columns at a time.
+///
+/// The loop over rows is inside the loop over columns, so that both sums of 16 columns stay in registers from the
+/// first row to the last and are written once. In f32, 16 numbers are one cache line, so that walking down the rows
+/// uses all that it reads. Columns beyond the last full tile are summed one by one.
 #[inline(always)]
 fn add_columns<E: Real>(
     ColumnSums {
@@ -107,6 +135,18 @@ fn add_columns<E: Real>(
 }
 
 /// `Σ gradient ⊙ output` and `Σ gradient` per row.
+///
+/// For an `[o, d]` weight, whose output channels are rows. Every sum belongs to one row, so there are no partial
+/// sums; a task takes at least [`ROWS`] rows.
+///
+/// # Shapes
+///
+/// - gradient, output: `[rows, columns]`
+/// - results: `[rows]` each
+///
+/// # Numerics
+///
+/// The products are summed as [`dot`] sums them, the gradient alone in f64 throughout. Each is rounded once.
 pub(super) fn row_sums<E: Real>(gradient: &[E], output: &[E], columns: usize) -> [Vec<E>; 2] {
     let arch = Arch::new();
     let (products, sums) = gradient
@@ -122,10 +162,19 @@ pub(super) fn row_sums<E: Real>(gradient: &[E], output: &[E], columns: usize) ->
     [products, sums]
 }
 
-/// Sums that one task computes.
+/// Sums that one task of [`total`] computes: 32 KiB of f64, which stay in a small cache while every partial sum
+/// passes by.
 const SUMMED: usize = 1 << 12;
 
 /// Adds partial sums, in f64 and always in the same order.
+///
+/// Tasks divide the sums among themselves, not the partial sums, so that the order of additions is the order of the
+/// rows for any number of threads.
+///
+/// # Shapes
+///
+/// - partial: slices of `len` numbers each, in the order of their rows
+/// - result: `[len]`
 pub(super) fn total<E: Real>(partial: &[Vec<E>], len: usize) -> Vec<f64> {
     let mut total = vec![0.0; len];
     total

@@ -153,7 +153,7 @@ impl<B: BoftBackend> Backward<B, 1> for Cayley {
 ///
 /// The gradient of the matrix is the gradient of the output, rotated back. Where the rotation acts as on activations,
 /// that same tensor is one of the two operands of `G`, which needs it even if the matrix is frozen. Where it acts as
-/// on weights, a frozen matrix does not need it, and it is computed all the same.
+/// on weights it is not, and it is not computed for a frozen matrix.
 #[derive(Debug)]
 struct Butterfly;
 
@@ -195,18 +195,31 @@ impl<B: BoftBackend> Backward<B, 2> for Butterfly {
             direction,
         } = ops.state;
         let gradient = gradients.consume::<B>(&ops.node);
-        let rotated_back =
-            B::boft_butterfly(gradient.clone(), blocks.clone(), side, direction.reversed());
-        if let Some(node) = blocks_node {
-            let (lhs, rhs) = match kept {
-                Kept::Input(id) => (checkpointer.retrieve_node_output(id), rotated_back.clone()),
-                Kept::Output(output) => (gradient, output),
-            };
-            let gradient = B::boft_block_gradient(lhs, rhs, blocks, side);
-            gradients.register::<B>(node.id, gradient);
-        }
-        if let Some(node) = matrix_node {
-            gradients.register::<B>(node.id, rotated_back);
+        let rotate_back =
+            |gradient| B::boft_butterfly(gradient, blocks.clone(), side, direction.reversed());
+        match kept {
+            Kept::Input(id) => {
+                let input_gradient = rotate_back(gradient);
+                if let Some(node) = blocks_node {
+                    let input = checkpointer.retrieve_node_output(id);
+                    let gradient =
+                        B::boft_block_gradient(input, input_gradient.clone(), blocks, side);
+                    gradients.register::<B>(node.id, gradient);
+                }
+                if let Some(node) = matrix_node {
+                    gradients.register::<B>(node.id, input_gradient);
+                }
+            }
+            Kept::Output(output) => {
+                // A frozen weight needs no gradient of its own, so nothing is rotated back.
+                if let Some(node) = matrix_node {
+                    gradients.register::<B>(node.id, rotate_back(gradient.clone()));
+                }
+                if let Some(node) = blocks_node {
+                    let gradient = B::boft_block_gradient(gradient, output, blocks, side);
+                    gradients.register::<B>(node.id, gradient);
+                }
+            }
         }
     }
 }

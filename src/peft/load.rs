@@ -29,8 +29,11 @@ use crate::value::{Adapter, LoadReport, Promise};
 /// ```
 #[derive(Debug, Clone, Default)]
 pub struct LoadOptions {
+    /// The adapter's name; none for `default`.
     name: Option<String>,
+    /// From the file's names to the model's.
     names: KeyMap,
+    /// Whether missing and unexpected tensors are reported and not refused.
     allow_partial: bool,
 }
 
@@ -104,7 +107,9 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// As [`Adapter::load`], and where names cannot be mapped.
+    /// - [`LoadError::Name`]: the name of the adapter cannot be the name of a folder.
+    /// - [`LoadError::KeyMap`]: a pattern has no answer for a name, or gives two modules the same one.
+    /// - All others as [`Adapter::load`].
     pub fn load_with(
         folder: impl AsRef<Path>,
         options: &LoadOptions,

@@ -35,8 +35,11 @@ use crate::tensors::is_float;
 /// `adapter_config.json` and `adapter_model.safetensors`.
 #[derive(Debug, Clone)]
 pub struct Adapter {
+    /// The settings, with the model's names.
     pub(crate) config: AdapterConfig,
+    /// The adapted layers, sorted by path.
     pub(crate) layers: Vec<AdapterLayer>,
+    /// Biases and parts of saved modules, sorted by module and name.
     pub(crate) tensors: Vec<SavedTensor>,
     /// Settings that say where it comes from.
     pub(crate) about: Map<String, Value>,
@@ -45,9 +48,14 @@ pub struct Adapter {
 }
 
 /// What a file says it adapts and saves, in its own names.
+///
+/// Only a model can say what a regular expression or `all-linear` selects, so the promise of a file is checked when the
+/// adapter is attached: what it names and the file has not is missing.
 #[derive(Debug, Clone)]
 pub(crate) struct Promise {
+    /// The settings of the file before the tensors and the key map changed them.
     pub(crate) selection: Selection,
+    /// The key map that the file was read with.
     pub(crate) names: KeyMap,
 }
 
@@ -118,7 +126,8 @@ impl Adapter {
         Ok(adapter)
     }
 
-    /// Orders layers and tensors by path.
+    /// Orders layers and tensors by path, so that two adapters with the same numbers are the same and are written the
+    /// same.
     pub(crate) fn sort(&mut self) {
         self.layers.sort_by(|a, b| a.path.cmp(&b.path));
         self.tensors
@@ -163,12 +172,18 @@ impl Adapter {
         Method::unchecked(&self.config).is_orthogonal()
     }
 
-    /// The rotation of one of the layers, for a weight of `d_input` by `d_output`; none where blocks of one
-    /// channel do not rotate.
+    /// The rotation of one of the layers, for a weight of `d_input` by `d_output`; none where blocks of one channel do
+    /// not rotate.
+    ///
+    /// It is computed on `device` with the settings of this adapter, within the COFT radius if there is one and without
+    /// the scale.
     ///
     /// # Errors
     ///
-    /// [`Mismatch`] where the adapter does not fit these widths.
+    /// [`Mismatch`]:
+    ///
+    /// - [`Wrong::Fit`]: the layer does not fit these widths.
+    /// - [`Wrong::Rotation`]: the settings give no layer a rotation.
     pub fn rotation(
         &self,
         layer: &AdapterLayer,

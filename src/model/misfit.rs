@@ -123,6 +123,7 @@ impl Misfit {
     }
 }
 
+/// The part of a message about layers that are excluded; empty if none is.
 fn excluded_count(excluded: &usize) -> String {
     match excluded {
         0 => String::new(),
@@ -131,6 +132,7 @@ fn excluded_count(excluded: &usize) -> String {
     }
 }
 
+/// A number of layers with the same name, in words.
 fn all_of(layers: &usize) -> String {
     match layers {
         1 => "the one layer of that name".to_string(),
@@ -164,10 +166,12 @@ pub(crate) fn it_has(nearest: &[String]) -> String {
 /// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct InjectError {
+    /// At least one misfit, in the order in which they were found.
     misfits: Vec<Misfit>,
 }
 
 impl InjectError {
+    /// An error of these misfits, of which there must be one.
     pub(crate) fn new(misfits: Vec<Misfit>) -> Self {
         Self { misfits }
     }
@@ -178,6 +182,9 @@ impl InjectError {
     }
 
     /// The lines of the message: each a misfit, and the paths of other layers with the same one.
+    ///
+    /// Two misfits are the same if their texts are, apart from the path: twelve layers of 384 channels that 7 does not
+    /// divide are one line.
     fn lines(&self) -> Vec<(&Misfit, Vec<String>)> {
         let mut lines: Vec<(&Misfit, Vec<String>)> = Vec::new();
         let mut line_of = HashMap::new();

@@ -79,9 +79,12 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// [`LoadError`]: files that are missing or malformed, settings that are not supported, and every tensor that is
-    /// missing, unexpected or wrong. With [`LoadOptions::allow_partial`], missing and unexpected tensors are reported
-    /// instead.
+    /// - [`LoadError::Io`], [`LoadError::Pickle`]: a file is missing or cannot be read.
+    /// - [`LoadError::Json`], [`LoadError::Safetensors`]: a file is malformed.
+    /// - [`LoadError::Config`]: the settings are not supported.
+    /// - [`LoadError::Mismatch`]: every tensor that is missing, unexpected or wrong. With
+    ///   [`LoadOptions::allow_partial`], missing and unexpected tensors are reported instead.
+    /// - [`LoadError::Busy`]: the folder was being written during every attempt.
     ///
     /// # Examples
     ///

@@ -351,7 +351,8 @@ fn refuse_layout(key: String, found: Layout, layout: Layout, mismatch: &mut Mism
     }
 }
 
-/// The modules that the keys of a file adapt, whether or not their tensors can be used.
+/// The modules that the keys of a file adapt, whether or not their tensors can be used: a layer whose tensor is refused
+/// is reported for that, and not as lost too.
 fn adapted<'a>(keys: impl Iterator<Item = &'a String>) -> BTreeSet<String> {
     let module = |key: &'a String| match leaf(key)? {
         (_, Leaf::Base(_) | Leaf::Other(_)) => None,
@@ -436,9 +437,24 @@ fn saved_by(modules_to_save: &[String], module: &str) -> Option<String> {
 
 /// OFT's packed blocks: the strict upper triangle of each, row by row, as in an [`AdapterLayer`].
 ///
+/// The block size follows from the packed numbers, `b = (1 + √(1 + 8·numbers))/2`, and not from the settings, whose
+/// size PEFT adjusts to each layer and does not write back. The kind of the layer and its outputs are not in the file.
+///
 /// # Shapes
 ///
 /// - `r`: `[n, b(b−1)/2]`, or `[1, b(b−1)/2]` where the blocks share their numbers
+///
+/// # Numerics
+///
+/// Numbers narrower than f32 are widened to it, as PEFT widens them by default.
+///
+/// # Errors
+///
+/// [`Wrong::Tensor`]: not two axes, numbers that no block has, no blocks, or several where one is shared.
+///
+/// # References
+///
+/// `OFTRotationModule` in `src/peft/tuners/oft/layer.py` of PEFT 0.21.2.
 fn read_oft(path: String, r: &TensorData, block_share: bool) -> Result<AdapterLayer, Wrong> {
     let sizes = |shape: &[usize]| {
         let [rows, packed] = shape[..] else {
@@ -475,10 +491,25 @@ fn read_oft(path: String, r: &TensorData, block_share: bool) -> Result<AdapterLa
 
 /// BOFT's squares `A`, of which the skew-symmetric part `½(A − Aᵀ)` counts, and its scale where there is one.
 ///
+/// The symmetric part has no effect and no gradient. Files have one where PEFT started from random numbers; it is
+/// dropped.
+///
 /// # Shapes
 ///
 /// - `r`: `[m, n, b, b]`
 /// - `s`: `[d_output, 1]`, of a convolution `[1, d_output]`
+///
+/// # Numerics
+///
+/// Numbers narrower than f32 are widened to it. `½(A − Aᵀ)` is computed in f64.
+///
+/// # Errors
+///
+/// [`Wrong::Tensor`]: shapes that are not these, and factors that do not fit the blocks.
+///
+/// # References
+///
+/// `cayley_batch` in `src/peft/tuners/boft/layer.py` of PEFT 0.21.2.
 fn read_boft(path: String, r: &TensorData, s: Option<&TensorData>) -> Result<AdapterLayer, Wrong> {
     let sizes = |shape: &[usize]| {
         let [m, n, b, columns] = shape[..] else {
@@ -517,6 +548,9 @@ fn read_boft(path: String, r: &TensorData, s: Option<&TensorData>) -> Result<Ada
 }
 
 /// Says in the model's names which layers are adapted and which modules are saved.
+///
+/// With a key map, the targets become the full paths of the layers that the file has: a regular expression for Python's
+/// names would select other layers of the model, or none. What the file said stays in the promise of the adapter.
 fn name_in_model<'a>(
     selection: &mut Selection,
     names: &KeyMap,

@@ -189,7 +189,8 @@ impl AdapterLayer {
         Ok(kind)
     }
 
-    /// Refuses a layer of the other kind.
+    /// Refuses a layer of the other kind. An adapter of OFT's from a file fits both: PEFT writes the same tensors for
+    /// both.
     pub(crate) fn check_kind(&self, layer: LayerKind) -> Result<(), FitError> {
         match self.kind {
             Some(adapter) if adapter != layer => Err(FitError::Kind { adapter, layer }),
@@ -197,6 +198,13 @@ impl AdapterLayer {
         }
     }
 
+    /// Refuses a layer of other widths.
+    ///
+    /// # Errors
+    ///
+    /// - [`FitError::Inputs`]: the blocks cover another number of inputs.
+    /// - [`FitError::Blocks`]: a shared block, or the span of the factors, does not divide the inputs.
+    /// - [`FitError::Outputs`]: the scale has another number of outputs. Without a scale, any number fits.
     fn check_widths(&self, d_input: usize, d_output: usize) -> Result<(), FitError> {
         let (b, m) = (self.block_size, self.n_butterfly_factor());
         if let Some(adapter) = self.d_input().filter(|d| *d != d_input) {
@@ -220,6 +228,10 @@ impl AdapterLayer {
     }
 
     /// The sizes of the rotation in a layer of these widths.
+    ///
+    /// # Errors
+    ///
+    /// [`FitError::ScaleAlone`] for blocks of one channel, and otherwise as [`AdapterLayer::check_fit`] for the widths.
     pub(crate) fn butterfly(
         &self,
         d_input: usize,
@@ -347,7 +359,13 @@ fn sizes(skew: &[usize]) -> Result<usize, SizeError> {
     Ok(b)
 }
 
-/// Refuses factors, blocks and block sizes that no layer has.
+/// Refuses factors, blocks and block sizes that no layer has, in the order `[m, n, b]`.
+///
+/// # Errors
+///
+/// - [`SizeError::Width`]: `n·b` is more than [`WIDEST`].
+/// - [`SizeError::Factors`]: the span `b·2^(m−1)` does not divide `n·b`, `b` is odd with several factors, or one of
+///   them is 0.
 pub(crate) fn check_sizes([m, n, b]: [usize; 3]) -> Result<(), SizeError> {
     let (block_num, block_size) = (n, b);
     let d = n.checked_mul(b).filter(|d| *d <= WIDEST);
@@ -386,6 +404,11 @@ pub(crate) fn block_size(packed: usize) -> Option<usize> {
 }
 
 /// The packed numbers of square matrices, `½(A − Aᵀ)` above the diagonal.
+///
+/// # Shapes
+///
+/// - `squares`: `[…, b, b]`
+/// - result: `[…, b(b−1)/2]`
 pub(crate) fn pack(squares: &[f64], b: usize) -> Vec<f64> {
     squares
         .chunks_exact((b * b).max(1))
@@ -394,6 +417,11 @@ pub(crate) fn pack(squares: &[f64], b: usize) -> Vec<f64> {
 }
 
 /// Square matrices of packed numbers, skew-symmetric so that [`pack`] gives the numbers back.
+///
+/// # Shapes
+///
+/// - `packed`: `[…, b(b−1)/2]` with `b ≥ 2`
+/// - result: `[…, b, b]`
 pub(crate) fn unpack(packed: &[f64], b: usize) -> Vec<f64> {
     let mut squares = Vec::with_capacity(packed.len() * 3);
     for block in packed.chunks_exact((b * (b - 1) / 2).max(1)) {

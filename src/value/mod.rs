@@ -62,13 +62,19 @@ pub(crate) struct Promise {
 impl Adapter {
     /// Builds an adapter from tensors you computed yourself.
     ///
-    /// The shapes of the tensors decide how many factors there are, how large the blocks are and whether there is a scale;
-    /// the settings are changed to say the same.
+    /// The shapes of the tensors decide how many factors there are, how large the blocks are and whether there is a
+    /// scale; the settings are changed to say the same. Targets are not compared with the layers before the adapter is
+    /// attached.
     ///
     /// # Errors
     ///
-    /// [`Mismatch`]: layers that the method does not allow, biases that do not fit their layer, and tensors of a precision
-    /// that no file keeps. Settings are checked where they are used: when the adapter is attached or saved.
+    /// [`Mismatch`], with every entry that applies:
+    ///
+    /// - [`Wrong::NotOft`]: a layer has factors, a scale or unshared blocks that the settings of OFT do not allow.
+    /// - [`Wrong::Bias`]: a bias does not have as many numbers as its layer has outputs.
+    /// - [`Wrong::Kept`]: a tensor is neither of floats nor of i64.
+    ///
+    /// Settings are checked where they are used: when the adapter is attached or saved.
     ///
     /// # Examples
     ///

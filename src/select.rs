@@ -38,6 +38,28 @@ pub(crate) enum Decision {
 }
 
 /// A regular expression in the settings that cannot be used.
+///
+/// Expressions are in Python's syntax, since PEFT's files hold them. The few that Python's `re` and this crate would
+/// read differently are refused.
+///
+/// # Examples
+///
+/// ```
+/// use burn::nn::LinearConfig;
+/// use burn_boft::model::Misfit;
+/// use burn_boft::{BoftConfig, PatternError, plan};
+///
+/// # let device = burn::tensor::Device::flex();
+/// let layer = LinearConfig::new(64, 32).init(&device);
+/// // Python reads two brackets as letters, and Rust's engines as a class in a class.
+/// let config = BoftConfig::new().with_target_modules("layer[[0-3]");
+/// let error = plan(&layer, config).unwrap_err();
+/// let [Misfit::Pattern(PatternError::Invalid { setting, reason, .. })] = error.misfits() else {
+///     panic!("{error}");
+/// };
+/// assert_eq!(*setting, "target_modules");
+/// assert!(reason.ends_with("must be escaped in a character class"));
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PatternError {

@@ -98,6 +98,13 @@ impl AdapterCheckpointer {
 }
 
 impl Checkpointer<ModuleRecord> for AdapterCheckpointer {
+    /// Writes what is trained, and what differs from the base by its fingerprint. A tensor that the base did not have
+    /// is written too.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointerError::Record`]: the record cannot be read, or the file cannot be written. An older file of this
+    /// epoch then stays.
     fn save(&self, epoch: usize, record: ModuleRecord) -> Result<(), CheckpointerError> {
         let mut kept = Vec::new();
         for tensor in tensors(record)? {
@@ -116,6 +123,7 @@ impl Checkpointer<ModuleRecord> for AdapterCheckpointer {
             .map_err(pack_error)
     }
 
+    /// Deletes the file of an epoch. One that does not exist is no error.
     fn delete(&self, epoch: usize) -> Result<(), CheckpointerError> {
         match fs::remove_file(self.path(epoch)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -125,6 +133,12 @@ impl Checkpointer<ModuleRecord> for AdapterCheckpointer {
         }
     }
 
+    /// Reads the file of an epoch as a record for a partial load, which leaves the base as it is.
+    ///
+    /// # Errors
+    ///
+    /// - [`CheckpointerError::Record`]: the file is not there or is malformed.
+    /// - [`CheckpointerError::Unknown`]: it was saved with another base.
     fn restore(&self, epoch: usize) -> Result<ModuleRecord, CheckpointerError> {
         let path = self.path(epoch);
         let reader = Reader::from_file(&path).map_err(pack_error)?;

@@ -11,6 +11,29 @@ use crate::select::PatternError;
 const NAMED: usize = 3;
 
 /// One reason why [`inject`](crate::inject()) refuses a configuration for a model.
+///
+/// PEFT is silent about some of them: a target that is absent beside one that is found, and a module to save that does
+/// not exist.
+///
+/// # Examples
+///
+/// ```
+/// use burn::nn::LinearConfig;
+/// use burn_boft::model::Misfit;
+/// use burn_boft::{OftConfig, plan};
+///
+/// # let device = burn::tensor::Device::flex();
+/// # #[derive(burn::module::Module, Debug)]
+/// # struct Model { query: burn::nn::Linear }
+/// let model = Model { query: LinearConfig::new(64, 32).init(&device) };
+/// let config = OftConfig::new().with_target_modules(["querry"]).with_modules_to_save(["score"]);
+/// let error = plan(&model, config).unwrap_err();
+/// // All misfits come at once, and names come with the nearest ones of the model.
+/// let [Misfit::UnknownModuleToSave { .. }, Misfit::UnknownTarget { nearest, .. }] = error.misfits() else {
+///     panic!("{error}");
+/// };
+/// assert_eq!(nearest, &["`query`"]);
+/// ```
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Misfit {

@@ -66,7 +66,7 @@ const MOST_FACTORS: u64 = 63;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConfigError {
-    /// Nothing says what kind of adapter it is.
+    /// Nothing says what kind of adapter it is: `peft_type` is missing or `null`. PEFT has no default for it either.
     #[error("`peft_type` is missing; PEFT writes \"BOFT\" or \"OFT\" there")]
     NoPeftType,
     /// An adapter of another kind.
@@ -95,7 +95,8 @@ pub enum ConfigError {
         /// The field of the count.
         count_field: &'static str,
     },
-    /// Both a size and a count of blocks.
+    /// Both a size and a count of blocks. Where BOFT's size is missing it is PEFT's default, 4, so it must be given as
+    /// 0 where the count is meant.
     #[error("`{size_field}` is {size} and `{count_field}` is {count}; one of them must be 0")]
     TwoSizes {
         /// The field of the size.
@@ -107,7 +108,7 @@ pub enum ConfigError {
         /// The count.
         count: usize,
     },
-    /// OFT of PEFT 0.13 or older.
+    /// OFT of PEFT 0.13 or older, which did not write `oft_block_size`. PEFT 0.14 and later refuse it too.
     #[error(
         "`oft_block_size` is missing, so PEFT 0.13 or older wrote this OFT adapter, whose rotation is another; \
          merge it with that version, or train it anew"
@@ -271,8 +272,8 @@ pub(super) fn read_oft(fields: &Fields) -> Result<OftConfig, ConfigError> {
 
 /// How the axis is cut, from PEFT's pair of a size and a count, of which exactly one must not be 0.
 ///
-/// A missing size has PEFT's default, 4 or 32, so a file with a count must have the size as 0. PEFT refuses it by the
-/// same rule.
+/// BOFT's missing size has PEFT's default, 4, so a file with a count must have the size as 0. OFT's must be there in any
+/// case. PEFT refuses the others by the same rule.
 fn block(
     (size_field, size): (&'static str, usize),
     (count_field, count): (&'static str, usize),

@@ -73,7 +73,8 @@ pub enum ExtractError {
         /// The parameters.
         paths: Vec<String>,
     },
-    /// Parameters that the configuration trains and the model has frozen.
+    /// Parameters that the configuration trains and the model has frozen. Without a configuration, they are in modules
+    /// that the name of a trained module selects too.
     #[error(
         "the configuration trains {}, which the model has frozen",
         listed(paths)
@@ -85,7 +86,7 @@ pub enum ExtractError {
     /// The configuration works in no model, or one of its patterns has no answer.
     #[error(transparent)]
     Config(#[from] InjectError),
-    /// A tensor that cannot be kept.
+    /// A tensor that cannot be kept: it is trained, or part of a module to save, and quantized.
     #[error(
         "`{path}` is quantized, and an adapter keeps float numbers only; exclude it from training"
     )]
@@ -132,6 +133,7 @@ impl Adapter {
     /// - [`ExtractError::NotAdapted`]: the model carries no adapter.
     /// - [`ExtractError::Mixed`]: its layers were adapted with different settings.
     /// - [`ExtractError::LeftBehind`]: it trains parameters that no configuration can name.
+    /// - [`ExtractError::Frozen`]: it trains `head` and not `aux.head`, which `modules_to_save` cannot tell apart.
     /// - [`ExtractError::Quantized`]: it trains a quantized parameter.
     ///
     /// # Examples

@@ -14,12 +14,19 @@ use crate::tensors::{is_float, transposed, widened};
 /// number `i·b − i(i+1)/2 + j − i − 1`, and `Q[j, i] = −Q[i, j]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdapterLayer {
+    /// The layer's dotted path in the model.
     pub(crate) path: String,
+    /// The kind of the layer, where it is known.
     pub(crate) kind: Option<LayerKind>,
+    /// Channels per block, `b`. It is 1 where the skew has no numbers.
     pub(crate) block_size: usize,
+    /// Whether the one stored block of each factor serves all.
     pub(crate) block_share: bool,
+    /// Output channels, where they are known.
     pub(crate) d_output: Option<usize>,
+    /// A `[m, n, b(b−1)/2]` tensor in f32 or f64, `n = 1` where one block is shared.
     pub(crate) skew: TensorData,
+    /// A `[d_output]` tensor in the precision of the skew.
     pub(crate) scale: Option<TensorData>,
 }
 
@@ -177,7 +184,10 @@ impl AdapterLayer {
     ///
     /// # Errors
     ///
-    /// [`FitError`]: a layer of the other kind, or of other sizes.
+    /// - [`FitError::Axes`]: the weight has neither two axes nor four.
+    /// - [`FitError::Kind`]: the adapter is for a layer of the other kind.
+    /// - [`FitError::Inputs`], [`FitError::Blocks`]: the inputs are not those that the blocks rotate.
+    /// - [`FitError::Outputs`]: the outputs are not those that the scale has.
     pub fn check_fit(&self, weight: &[usize]) -> Result<LayerKind, FitError> {
         let kind = match weight.len() {
             2 => LayerKind::Linear,
@@ -310,7 +320,8 @@ impl SavedTensor {
         Self::new(module, torch, turned(data, name, owner))
     }
 
-    /// Burn's name of the tensor, and its numbers in Burn's orientation.
+    /// Burn's name of the tensor, and its numbers in Burn's orientation: the inverse of [`SavedTensor::from_burn`] for
+    /// the same owner.
     pub fn to_burn(&self, owner: TensorOwner) -> (&str, TensorData) {
         let norm = NORM_NAMES.iter().find(|(torch, _)| *torch == self.name);
         let name = match (owner, norm) {

@@ -242,14 +242,12 @@ pub(crate) fn endings(path: &str) -> impl Iterator<Item = &str> {
 /// would match any letter.
 #[derive(Debug)]
 struct Saved {
-    /// The entries as given.
     names: HashSet<String>,
     /// How many components the longest entry has.
     longest: usize,
 }
 
 impl Saved {
-    /// Indexes these entries.
     fn new(names: &[String]) -> Self {
         Self {
             names: names.iter().cloned().collect(),
@@ -281,7 +279,6 @@ enum Modules {
     Names(HashSet<String>),
     /// An expression that must match the whole path.
     Regex(Pattern),
-    /// Every linear layer.
     AllLinear,
 }
 
@@ -366,7 +363,6 @@ impl Pattern {
         })
     }
 
-    /// Whether the pattern matches `path`.
     fn is_match(&self, path: &str) -> Result<bool, PatternError> {
         self.regex
             .is_match(path)

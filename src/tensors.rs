@@ -61,8 +61,8 @@ pub fn from_values(values: Vec<f64>, shape: impl Into<Vec<usize>>, dtype: DType)
     TensorData::new(values, shape.into()).convert_dtype(dtype)
 }
 
-/// The transpose of a matrix: the weight of a linear layer is `[d_output, d_input]` in PyTorch and `[d_input,
-/// d_output]` in Burn. None where the tensor is not a matrix.
+/// The transpose of a matrix: the weight of a linear layer is `[d_output, d_input]` in PyTorch and
+/// `[d_input, d_output]` in Burn. None where the tensor is not a matrix.
 ///
 /// # Shapes
 ///

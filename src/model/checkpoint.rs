@@ -47,7 +47,6 @@ const BASE: &str = "base";
 /// # }
 /// ```
 pub struct AdapterCheckpointer {
-    /// Where the checkpoints are.
     folder: PathBuf,
     /// The paths of parameters that are always saved.
     trained: HashSet<String>,
@@ -91,7 +90,6 @@ impl AdapterCheckpointer {
         })
     }
 
-    /// The file of an epoch.
     fn path(&self, epoch: usize) -> PathBuf {
         self.folder.join(format!("adapter-{epoch}.bpk"))
     }

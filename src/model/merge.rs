@@ -26,7 +26,6 @@ pub enum MergeError {
     },
 }
 
-/// Paths as a message names them, separated by commas.
 fn listed(paths: &[String]) -> String {
     let named: Vec<_> = paths.iter().map(|path| named(path)).collect();
     named.join(", ")

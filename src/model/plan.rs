@@ -180,7 +180,6 @@ impl Display for InjectPlan {
 
 /// A plan, and the rotation of each of its layers.
 pub(crate) struct Preparation {
-    /// What is shown to a user.
     pub(crate) plan: InjectPlan,
     /// The rotation of each layer of the plan, in the same order.
     pub(crate) rotations: Vec<Rotation>,
@@ -253,7 +252,6 @@ impl Preparation {
     }
 }
 
-/// Errors of one kind as misfits.
 fn into_misfits<E: Into<Misfit>>(errors: Vec<E>) -> impl Iterator<Item = Misfit> {
     errors.into_iter().map(Into::into)
 }
@@ -311,9 +309,7 @@ pub(crate) fn trained<'a>(
 /// Beside the layers, it collects what every name selects, so that a name which selects nothing is refused even if
 /// others select something. PEFT is silent about it.
 struct Targets<'a> {
-    /// The settings.
     selection: &'a Selection,
-    /// The settings, compiled.
     selector: &'a Selector,
     /// What the names in `target_modules` have selected so far.
     uses: HashMap<&'a str, Uses>,

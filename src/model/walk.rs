@@ -168,7 +168,7 @@ impl Parameter {
     }
 
     /// Whether it is the running mean of a batch norm. PyTorch has a count of batches beside it, `num_batches_tracked`,
-    /// which Burn has not.
+    /// which Burn does not have.
     pub(crate) fn counts_batches(&self) -> bool {
         self.is_statistic() && self.name() == "running_mean"
     }
@@ -348,7 +348,6 @@ impl Path {
         });
     }
 
-    /// Goes up by one level.
     fn exit(&mut self) {
         if let Some(level) = self.levels.pop() {
             self.text.truncate(level.parent_end);
@@ -392,11 +391,9 @@ impl Path {
 /// Fills a [`Walk`].
 #[derive(Default)]
 struct Walker {
-    /// Where the traversal is.
     path: Path,
     /// The place of the model itself in [`Walk::modules`], once something in it was met.
     root: Option<usize>,
-    /// What was met so far.
     walk: Walk,
 }
 

@@ -36,8 +36,8 @@ use crate::config::{
 /// The version whose formats are written. Since 0.18, PEFT warns of the old Neumann series where a file has no version
 /// or an older one.
 const PEFT_VERSION: &str = "0.21.2";
-/// The last version that computed [`Cayley::Neumann016`]. PEFT itself wrote no version then; ours is written so that
-/// PEFT 0.18 and later warn that they compute another series.
+/// The last version that computed [`Cayley::Neumann016`]. PEFT itself wrote no version then; ours makes PEFT 0.18
+/// and later warn that they compute another series.
 const PEFT_VERSION_016: &str = "0.17.1";
 /// PEFT's default COFT radius, `eps`. It is written where there is no radius, with `coft` false.
 const EPS: f64 = 6e-5;
@@ -209,8 +209,7 @@ pub(super) fn warn_of_old_series(
 
 /// BOFT's settings.
 ///
-/// The number of factors may be 0, which PEFT accepts where its CUDA kernel is not available and then trains one. The
-/// tensors correct it.
+/// The number of factors may be 0: without its CUDA kernel, PEFT accepts that and trains one. The tensors correct it.
 ///
 /// # Errors
 ///
@@ -341,7 +340,7 @@ impl Fields<'_> {
         }
     }
 
-    /// A whole number of at least 0. `4.0` is none: PEFT would multiply shapes with it and fail.
+    /// A whole number of at least 0. `4.0` is not one: PEFT would use it in a shape and fail.
     fn count(&self, field: &'static str, default: usize) -> Result<usize, ConfigError> {
         self.read(field, default, "a whole number, 0 or more", |value| {
             value
@@ -541,7 +540,6 @@ pub(super) fn write(config: &AdapterConfig, about: &Map<String, Value>) -> Map<S
         .collect()
 }
 
-/// A setting by PEFT's name.
 type Field = (&'static str, Value);
 
 /// The settings that both methods have. Empty lists are `null`, which is what PEFT has where nothing was given.

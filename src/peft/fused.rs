@@ -126,11 +126,9 @@ impl OfModule for SavedTensor {
 
 /// Gives things the model's names.
 struct Renamer<'a> {
-    /// The names of both sides.
     names: &'a KeyMap,
     /// The module of the file that each module of the model stands for.
     claimed: BTreeMap<String, String>,
-    /// What cannot be joined.
     mismatch: &'a mut Mismatch,
 }
 
@@ -206,7 +204,6 @@ impl<T> Default for Parts<T> {
 }
 
 impl<T: OfModule> Parts<T> {
-    /// Adds the thing of one part.
     fn add(&mut self, part: Part, thing: T) {
         self.names = part.parts;
         self.found.insert(part.index, thing);

@@ -7,7 +7,8 @@
 //! | OFT of PEFT 0.14 to 0.15.2 | `oft_r` `[n, b, b]`, `oft_s` `[d_output, 1]` | read as BOFT with one factor |
 //! | OFT of PEFT 0.16, 0.17 | `oft_R.weight`, as today | read as today, with the Neumann series of that time |
 //!
-//! PEFT 0.16 and later do not read the squares. Each change in meaning is an entry of `LoadReport::converted`.
+//! PEFT 0.16 and later do not read the squares. What is converted or left out is an entry of
+//! `LoadReport::converted`.
 
 use burn::tensor::TensorData;
 use serde_json::{Map, Value};

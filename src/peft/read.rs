@@ -214,8 +214,8 @@ impl Reader {
 
 /// What is read as it is and may surprise.
 ///
-/// PEFT's OFT shrinks the blocks to one channel where no larger size divides the layer (`adjust_oft_parameters` in
-/// `src/peft/tuners/oft/layer.py`), so such a layer trained nothing. NaN and infinity load as they are, so that a
+/// PEFT's OFT shrinks the blocks to one channel where 1 is the nearest size that divides the layer
+/// (`adjust_oft_parameters` in `src/peft/tuners/oft/layer.py`), so such a layer trained nothing. NaN and infinity load as they are, so that a
 /// broken adapter can be inspected; [`merge`](crate::merge()) refuses the weights that they make.
 fn surprises(layer: &AdapterLayer) -> impl Iterator<Item = String> {
     let path = &layer.path;

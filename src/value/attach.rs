@@ -304,7 +304,6 @@ impl Adapter {
 /// Missing layers of which as many are told with similar names.
 const SUGGESTIONS: usize = 20;
 
-/// All of these errors as one.
 fn refused<E: Into<Misfit>>(errors: Vec<E>) -> InjectError {
     InjectError::new(errors.into_iter().map(Into::into).collect())
 }

@@ -96,7 +96,6 @@ pub enum ExtractError {
     },
 }
 
-/// Paths as a message names them, separated by commas.
 fn listed(paths: &[String]) -> String {
     let named: Vec<_> = paths.iter().map(|path| named(path)).collect();
     named.join(", ")

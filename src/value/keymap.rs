@@ -435,7 +435,6 @@ pub(crate) fn split(path: &str) -> (&str, &str) {
     path.rsplit_once('.').unwrap_or(("", path))
 }
 
-/// The path of what holds a module.
 fn holder(path: &str) -> &str {
     split(path).0
 }

@@ -5,7 +5,17 @@
 //! excluded nor part of a module to save is a target. `layers_to_transform` restricts names further, by the index that
 //! a path has after a list of layers.
 //!
-//! Reference: PEFT's `check_target_module_exists` in `tuners/tuners_utils.py`.
+//! The settings are asked in this order, and the first answer counts:
+//!
+//! 1. `exclude_modules` selects the path: it is excluded.
+//! 2. `modules_to_save` names the module or one that contains it: it is excluded, since it is trained as a whole.
+//! 3. `target_modules` is `all-linear` or a regular expression: it decides alone, and `layers_to_transform` has no say.
+//! 4. `target_modules` has the whole path as a name: it is a target, whatever the index of its layer.
+//! 5. `target_modules` has an ending of the path as a name: it is a target if `layers_to_transform` has its layer.
+//!
+//! Reference: `check_target_module_exists` in PEFT's `src/peft/tuners/tuners_utils.py`, as it is up to PEFT 0.20. In
+//! PEFT 0.21.2 a `layers_pattern` also finds a list that a path starts with, such as `layers` in `layers.0.query`; here
+//! it does not.
 
 use std::collections::HashSet;
 
@@ -28,6 +38,28 @@ pub(crate) enum Decision {
 }
 
 /// A regular expression in the settings that cannot be used.
+///
+/// Expressions are in Python's syntax, since PEFT's files hold them. The few that Python's `re` and this crate would
+/// read differently are refused.
+///
+/// # Examples
+///
+/// ```
+/// use burn::nn::LinearConfig;
+/// use burn_boft::model::Misfit;
+/// use burn_boft::{BoftConfig, PatternError, plan};
+///
+/// # let device = burn::tensor::Device::flex();
+/// let layer = LinearConfig::new(64, 32).init(&device);
+/// // Python reads two brackets as letters, and Rust's engines as a class in a class.
+/// let config = BoftConfig::new().with_target_modules("layer[[0-3]");
+/// let error = plan(&layer, config).unwrap_err();
+/// let [Misfit::Pattern(PatternError::Invalid { setting, reason, .. })] = error.misfits() else {
+///     panic!("{error}");
+/// };
+/// assert_eq!(*setting, "target_modules");
+/// assert!(reason.ends_with("must be escaped in a character class"));
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PatternError {
@@ -58,11 +90,17 @@ pub enum PatternError {
 /// The matching rules of one configuration, compiled once and used for every layer.
 #[derive(Debug)]
 pub(crate) struct Selector {
+    /// What `target_modules` selects.
     target: Modules,
+    /// What `exclude_modules` selects.
     exclude: Modules,
+    /// What `modules_to_save` names.
     saved: Saved,
+    /// Which biases are trained.
     bias: Bias,
+    /// The indices in `layers_to_transform`. An empty list restricts nothing.
     layers: Vec<usize>,
+    /// The patterns of `layers_pattern`, or one that finds any list. The first that matches a path gives the index.
     lists: Vec<Pattern>,
 }
 
@@ -114,6 +152,9 @@ impl Selector {
 
     /// What the rules decide about the layer at `path`, which is a linear layer or a convolution.
     ///
+    /// `is_linear` matters for `all-linear` only. PEFT expands that to linear layers and leaves convolutions out. It
+    /// also leaves out the output embedding of a language model, which Burn's modules do not mark: exclude it by name.
+    ///
     /// # Errors
     ///
     /// [`PatternError::Undecided`] if the search of a pattern in this path cannot be finished.
@@ -137,6 +178,13 @@ impl Selector {
     }
 
     /// Whether a parameter is trained in addition to the adapters: a chosen bias, or a part of a module to save.
+    ///
+    /// `owner` is the path of the module that has the parameter, and `is_adapted` says whether that module carries an
+    /// adapter.
+    ///
+    /// # References
+    ///
+    /// `_mark_only_adapters_as_trainable` in PEFT's `src/peft/tuners/tuners_utils.py` for the biases.
     pub(crate) fn trains(&self, owner: &str, is_bias: bool, is_adapted: bool) -> bool {
         let bias = is_bias
             && match self.bias {
@@ -152,7 +200,8 @@ impl Selector {
         self.saved.contains(path)
     }
 
-    /// The names in `target_modules` that select the module at `path`, whatever the index of its layer.
+    /// The names in `target_modules` that select the module at `path`, whatever the index of its layer. The path itself
+    /// comes first if it is one of them. A regular expression and `all-linear` have no names.
     pub(crate) fn names_of<'a>(&self, path: &'a str) -> impl Iterator<Item = &'a str> {
         let names = match &self.target {
             Modules::Names(names) => Some(names),
@@ -162,6 +211,12 @@ impl Selector {
     }
 
     /// Whether `layers_to_transform` has the index of the layer at `path`, or is empty.
+    ///
+    /// A path without an index is in no layer.
+    ///
+    /// # Errors
+    ///
+    /// [`PatternError::Undecided`]: a pattern has no answer, or no index in its answer.
     fn is_in_layers(&self, path: &str) -> Result<bool, PatternError> {
         if self.layers.is_empty() {
             return Ok(true);
@@ -182,6 +237,9 @@ pub(crate) fn endings(path: &str) -> impl Iterator<Item = &str> {
 }
 
 /// The entries of `modules_to_save`, indexed for many lookups by the rule of [`Selection::saves`].
+///
+/// Entries are compared letter by letter. PEFT pastes them into a regular expression, where the dot of `head.dense`
+/// would match any letter.
 #[derive(Debug)]
 struct Saved {
     names: HashSet<String>,
@@ -202,6 +260,8 @@ impl Saved {
     }
 
     /// Whether an entry is the module at `path`, or a module that contains it.
+    ///
+    /// It looks up every run of components of the path that is not longer than the longest entry.
     fn contains(&self, path: &str) -> bool {
         endings(path).any(|ending| {
             let dots = ending.match_indices('.').map(|(dot, _)| dot);
@@ -215,12 +275,15 @@ impl Saved {
 /// A [`TargetModules`], compiled.
 #[derive(Debug)]
 enum Modules {
+    /// Full paths, or their endings at a dot.
     Names(HashSet<String>),
+    /// An expression that must match the whole path.
     Regex(Pattern),
     AllLinear,
 }
 
 impl Modules {
+    /// Compiles the value of a setting, whose name is for messages. No value selects nothing.
     fn new(setting: &'static str, modules: Option<&TargetModules>) -> Result<Self, PatternError> {
         Ok(match modules {
             None => Self::Names(HashSet::new()),
@@ -230,6 +293,11 @@ impl Modules {
         })
     }
 
+    /// Whether it selects the layer at `path`.
+    ///
+    /// # Errors
+    ///
+    /// [`PatternError::Undecided`]: the search of the expression in this path cannot be finished.
     fn contains(&self, path: &str, is_linear: bool) -> Result<bool, PatternError> {
         match self {
             Self::Names(names) => Ok(endings(path).any(|ending| names.contains(ending))),
@@ -242,18 +310,26 @@ impl Modules {
 /// A regular expression in Python's syntax, with the setting and the source for its error messages.
 #[derive(Debug)]
 struct Pattern {
+    /// The setting that the pattern is from.
     setting: &'static str,
+    /// The pattern as given.
     source: String,
+    /// The pattern as it is searched for, with what the rules put around it.
     regex: Regex,
 }
 
 impl Pattern {
     /// A pattern that has to match a whole path, as Python's `fullmatch` does.
+    ///
+    /// The group around it keeps a bare `|` of the pattern inside.
     fn full(setting: &'static str, source: &str) -> Result<Self, PatternError> {
         Self::new(setting, source, &format!(r"\A(?:{source})\z"))
     }
 
     /// A pattern for a list of layers, which is followed by the index of the layer, as in PEFT's `match`.
+    ///
+    /// At least one component must come before the list, and one after the index, so the pattern finds the layer of
+    /// modules in a list and never that of the list's elements themselves.
     fn layer_list(source: &str) -> Result<Self, PatternError> {
         // The start is lazy. A greedy one would find the index of the expert in `layers.1.experts.0`.
         Self::new(
@@ -263,6 +339,11 @@ impl Pattern {
         )
     }
 
+    /// Compiles `regex`, which contains `source`.
+    ///
+    /// # Errors
+    ///
+    /// [`PatternError::Invalid`]: `source` is not valid by itself, or would mean something else in Python.
     fn new(setting: &'static str, source: &str, regex: &str) -> Result<Self, PatternError> {
         let invalid = |reason| PatternError::Invalid {
             setting,
@@ -288,6 +369,9 @@ impl Pattern {
             .map_err(|error| self.undecided(path, error))
     }
 
+    /// The index that follows the list of layers in `path`. None where the path has no such list.
+    ///
+    /// `001` is 1, as Python's `int` has it.
     fn layer_index(&self, path: &str) -> Result<Option<usize>, PatternError> {
         let found = self
             .regex
@@ -302,6 +386,7 @@ impl Pattern {
         }
     }
 
+    /// The error for a path that the pattern has no answer for.
     fn undecided(&self, path: &str, reason: impl ToString) -> PatternError {
         PatternError::Undecided {
             setting: self.setting,
@@ -313,6 +398,11 @@ impl Pattern {
 }
 
 /// Why `pattern` is refused although fancy-regex would accept it: it would mean something else than in Python.
+///
+/// fancy-regex takes `[`, `&&`, `--` and `~~` in a class for nested classes and set operations, and `\<` and `\>` for
+/// the ends of words. Python's `re` has neither. Conditional groups and `\0` are refused too.
+///
+/// A pattern that fancy-regex refuses needs no entry here: the user gets its message.
 fn misread(pattern: &str) -> Option<&'static str> {
     let mut in_class = false;
     let mut chars = pattern.chars();

@@ -16,12 +16,13 @@ pub fn widened(dtype: DType) -> DType {
     ops::widened(dtype)
 }
 
-/// Whether a precision is one of the floats that files of adapters hold.
+/// Whether a precision is one of the floats that files of adapters hold: f64, f32, f16 or bf16. Quantized and 8-bit
+/// floats are none of them.
 pub fn is_float(dtype: DType) -> bool {
     matches!(dtype, DType::F64 | DType::F32 | DType::F16 | DType::BF16)
 }
 
-/// Whether no number is NaN or infinite.
+/// Whether no number is NaN or infinite. Integers are finite, and so is a tensor without numbers.
 pub fn is_finite(data: &TensorData) -> bool {
     fn all<T: burn::tensor::Element>(data: &TensorData, is_finite: fn(T) -> bool) -> bool {
         data.as_slice::<T>()
@@ -40,18 +41,48 @@ pub fn values(data: &TensorData) -> Vec<f64> {
     data.iter::<f64>().collect()
 }
 
-/// A tensor of these numbers, rounded to a precision.
+/// A tensor of these numbers, rounded to a precision. Floats that came out of [`values`] in the same precision come
+/// back exactly.
+///
+/// # Panics
+///
+/// If the shape has another number of elements.
+///
+/// # Examples
+///
+/// ```
+/// use burn::tensor::{DType, TensorData};
+/// use burn_boft::tensors::{from_values, values};
+///
+/// let half = TensorData::new(vec![0.1f32, -3.0], [2]).convert_dtype(DType::BF16);
+/// assert_eq!(from_values(values(&half), [2], DType::BF16), half);
+/// ```
 pub fn from_values(values: Vec<f64>, shape: impl Into<Vec<usize>>, dtype: DType) -> TensorData {
     TensorData::new(values, shape.into()).convert_dtype(dtype)
 }
 
-/// The transpose of a matrix: the weight of a linear layer is `[d_output, d_input]` in PyTorch and `[d_input, d_output]`
-/// in Burn. None where the tensor is not a matrix.
+/// The transpose of a matrix: the weight of a linear layer is `[d_output, d_input]` in PyTorch and
+/// `[d_input, d_output]` in Burn. None where the tensor is not a matrix.
 ///
 /// # Shapes
 ///
 /// - input: `[rows, columns]`
 /// - result: `[columns, rows]`
+///
+/// # Numerics
+///
+/// The numbers go through f64, which keeps every float of an adapter's file. Integers above 2⁵³ would be rounded.
+///
+/// # Examples
+///
+/// ```
+/// use burn::tensor::TensorData;
+/// use burn_boft::tensors::transposed;
+///
+/// let pytorch = TensorData::new(vec![1f32, 2., 3., 4., 5., 6.], [2, 3]); // two outputs of three inputs
+/// let burn = transposed(&pytorch).unwrap();
+/// assert_eq!(burn, TensorData::new(vec![1f32, 4., 2., 5., 3., 6.], [3, 2]));
+/// ```
 pub fn transposed(matrix: &TensorData) -> Option<TensorData> {
     let [rows, columns] = **matrix.shape() else {
         return None;
@@ -66,18 +97,20 @@ pub fn transposed(matrix: &TensorData) -> Option<TensorData> {
     Some(from_values(transpose, [columns, rows], matrix.dtype()))
 }
 
-/// Some of the numbers of a tensor in their order, a `[numbers.len()]` tensor.
+/// Some of the numbers of a tensor in their order, a `[numbers.len()]` tensor in its precision. The range counts
+/// numbers, not rows, in row-major order.
 ///
 /// # Panics
 ///
-/// If the tensor has fewer numbers.
+/// If the tensor has fewer numbers, or the range ends before it starts.
 pub fn part(data: &TensorData, numbers: Range<usize>) -> TensorData {
     let width = data.dtype().size();
     let bytes = &data.as_bytes()[numbers.start * width..numbers.end * width];
     TensorData::from_bytes_vec(bytes.to_vec(), [numbers.len()], data.dtype())
 }
 
-/// Joins tensors along their first axis. None where their precisions or their other axes differ.
+/// Joins tensors along their first axis. None where their precisions or their other axes differ, where one has no axis,
+/// or where there are none.
 ///
 /// # Shapes
 ///
@@ -100,7 +133,8 @@ pub fn concatenate<'a>(parts: impl IntoIterator<Item = &'a TensorData>) -> Optio
     Some(from_values(numbers, shape, dtype))
 }
 
-/// Splits a tensor along its first axis into equal parts. None where that axis does not split into so many.
+/// Splits a tensor along its first axis into equal parts. None where that axis does not split into so many. One part is
+/// the tensor itself, also where it has no axis.
 ///
 /// # Shapes
 ///
@@ -138,7 +172,7 @@ pub fn split(tensor: &TensorData, parts: usize) -> Option<Vec<TensorData>> {
     Some((0..parts).map(part).collect())
 }
 
-/// Burn's precision for one of a safetensors file: the floats, and i64 for counts.
+/// Burn's precision for one of a safetensors file: the floats, and i64 for counts. None for all others.
 pub fn from_file(dtype: Dtype) -> Option<DType> {
     Some(match dtype {
         Dtype::F64 => DType::F64,
@@ -150,7 +184,8 @@ pub fn from_file(dtype: Dtype) -> Option<DType> {
     })
 }
 
-/// The precision of a safetensors file for one of Burn's: the floats, and i64 for counts.
+/// The precision of a safetensors file for one of Burn's: the floats, and i64 for counts. The inverse of [`from_file`].
+/// None for precisions that no adapter's file has.
 pub fn to_file(dtype: DType) -> Option<Dtype> {
     Some(match dtype {
         DType::F64 => Dtype::F64,

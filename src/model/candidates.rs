@@ -246,6 +246,10 @@ pub(crate) fn verdicts<'a>(
 }
 
 /// The verdict on one parameter, of a module with this bias.
+///
+/// Names in `layer_kinds` are full paths or types; where several are meant, the last one counts. A kind that is
+/// declared there overrules the type and its fields, and not the axes: a weight of another rank or a bias of another
+/// length cannot be laid out as Burn's.
 fn verdict(
     parameter: &Parameter,
     module: Option<&ModuleInfo>,

@@ -1,6 +1,9 @@
 //! [`AdapterCheckpointer`]: checkpoints of a training run that leave out the base.
 //!
 //! This is the only file of the library that knows the format of Burn's records.
+//!
+//! A checkpoint is one of Burn's records with fewer tensors, so Burn loads it with partial loading allowed, and any
+//! tool that reads records reads it.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -57,9 +60,13 @@ impl AdapterCheckpointer {
     /// Makes a checkpointer for a run that starts from this adapted model. It saves files `adapter-<epoch>.bpk` in a
     /// folder, which is created.
     ///
+    /// To resume a run, make it from the same base, adapted with the same configuration: the numbers of adapters and of
+    /// everything else that is trained may differ, those of the base may not.
+    ///
     /// # Errors
     ///
-    /// [`CheckpointerError`] if the folder cannot be created, or the model cannot be turned into a record.
+    /// - [`CheckpointerError::IOError`] if the folder cannot be created.
+    /// - [`CheckpointerError::Record`] if the model cannot be turned into a record.
     pub fn new<M: Module>(folder: impl AsRef<Path>, model: &M) -> Result<Self, CheckpointerError> {
         let folder = folder.as_ref().to_path_buf();
         fs::create_dir_all(&folder).map_err(CheckpointerError::IOError)?;
@@ -89,6 +96,13 @@ impl AdapterCheckpointer {
 }
 
 impl Checkpointer<ModuleRecord> for AdapterCheckpointer {
+    /// Writes what is trained, and what differs from the base by its fingerprint. A tensor that the base did not have
+    /// is written too.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointerError::Record`]: the record cannot be read, or the file cannot be written. An older file of this
+    /// epoch then stays.
     fn save(&self, epoch: usize, record: ModuleRecord) -> Result<(), CheckpointerError> {
         let mut kept = Vec::new();
         for tensor in tensors(record)? {
@@ -107,6 +121,7 @@ impl Checkpointer<ModuleRecord> for AdapterCheckpointer {
             .map_err(pack_error)
     }
 
+    /// Deletes the file of an epoch. One that does not exist is no error.
     fn delete(&self, epoch: usize) -> Result<(), CheckpointerError> {
         match fs::remove_file(self.path(epoch)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -116,6 +131,12 @@ impl Checkpointer<ModuleRecord> for AdapterCheckpointer {
         }
     }
 
+    /// Reads the file of an epoch as a record for a partial load, which leaves the base as it is.
+    ///
+    /// # Errors
+    ///
+    /// - [`CheckpointerError::Record`]: the file is not there or is malformed.
+    /// - [`CheckpointerError::Unknown`]: it was saved with another base.
     fn restore(&self, epoch: usize) -> Result<ModuleRecord, CheckpointerError> {
         let path = self.path(epoch);
         let reader = Reader::from_file(&path).map_err(pack_error)?;
@@ -131,16 +152,20 @@ impl Checkpointer<ModuleRecord> for AdapterCheckpointer {
 }
 
 /// The tensors of a record.
+///
+/// They are read from the record's bytes, which is the form that files have.
 fn tensors(record: ModuleRecord) -> Result<Vec<burn_pack::Tensor>, CheckpointerError> {
     let bytes = record.into_bytes().map_err(CheckpointerError::Record)?;
     let reader = Reader::from_bytes(bytes).map_err(pack_error)?;
     reader.into_tensors().map_err(pack_error)
 }
 
+/// An error of the format, as Burn's checkpointers return it.
 fn pack_error(error: burn_pack::Error) -> CheckpointerError {
     CheckpointerError::Record(RecordError::from(error))
 }
 
+/// The offset basis of FNV-1a with 64 bits.
 const SEED: u64 = 0xcbf2_9ce4_8422_2325;
 
 /// A hash of a tensor, which tells a changed base from an unchanged one. It is not meant to resist an attacker.
@@ -160,6 +185,7 @@ fn hash_bytes(hash: u64, bytes: &[u8]) -> u64 {
         .fold(hash, |hash, byte| mix(hash, u64::from(*byte)))
 }
 
+/// One step of the hash: FNV-1a's, with a rotation.
 fn mix(hash: u64, word: u64) -> u64 {
     // A product only carries bits upwards. The rotation brings high bits down again.
     (hash ^ word).wrapping_mul(0x0100_0000_01b3).rotate_left(23)

@@ -62,6 +62,9 @@ pub fn inject<M: Module>(model: M, config: impl Into<AdapterConfig>) -> Result<M
 }
 
 /// What a model gets. Whoever makes one has checked that everything fits.
+///
+/// [`inject`] and [`Adapter::attach`](crate::Adapter::attach) both end here, so that what they leave trainable is the
+/// same.
 pub(crate) struct Placement {
     /// Adapters by the path of their layer.
     pub(crate) layers: HashMap<String, (Rotation, Values)>,

@@ -125,9 +125,34 @@ pub fn unload<M: Module>(model: M) -> M {
 /// Call it after an optimizer step. The forward pass stays within the radius even without it; this keeps the stored
 /// numbers within it as well. Adapters without a radius are not changed.
 ///
+/// # Examples
+///
+/// ```
+/// use burn::nn::{Linear, LinearConfig};
+/// use burn_boft::{Adapter, Init, OftConfig, inject, project};
+///
+/// # let device = burn::tensor::Device::flex();
+/// # #[derive(burn::module::Module, Debug)]
+/// # struct Model { query: Linear }
+/// let model = Model { query: LinearConfig::new(16, 8).init(&device) };
+/// let config = OftConfig::new()
+///     .with_block_size(4)
+///     .with_coft_radius(0.1)
+///     .with_init(Init::Random { seed: 7 })
+///     .with_target_modules(["query"]);
+/// let model = project(inject(model, config)?); // after each optimizer step
+/// let adapter = Adapter::extract(&model)?;
+/// // `‖Q‖_F` of the first of four blocks, from its six numbers above the diagonal.
+/// let numbers = adapter.layers()[0].skew().iter::<f64>().take(6);
+/// let norm = (2.0 * numbers.map(|x| x * x).sum::<f64>()).sqrt();
+/// assert!(norm <= 0.1 / 4f64.sqrt() + 1e-6);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
 /// # References
 ///
 /// Qiu et al., *Controlling Text-to-Image Diffusion by Orthogonal Finetuning*: constrained orthogonal finetuning.
+/// PEFT's `_project_batch` in `src/peft/tuners/oft/layer.py`.
 pub fn project<M: Module>(model: M) -> M {
     let walked = walk(&model);
     let bounded = walked

@@ -11,6 +11,29 @@ use crate::select::PatternError;
 const NAMED: usize = 3;
 
 /// One reason why [`inject`](crate::inject()) refuses a configuration for a model.
+///
+/// PEFT is silent about some of them: a target that is absent beside one that is found, and a module to save that does
+/// not exist.
+///
+/// # Examples
+///
+/// ```
+/// use burn::nn::LinearConfig;
+/// use burn_boft::model::Misfit;
+/// use burn_boft::{OftConfig, plan};
+///
+/// # let device = burn::tensor::Device::flex();
+/// # #[derive(burn::module::Module, Debug)]
+/// # struct Model { query: burn::nn::Linear }
+/// let model = Model { query: LinearConfig::new(64, 32).init(&device) };
+/// let config = OftConfig::new().with_target_modules(["querry"]).with_modules_to_save(["score"]);
+/// let error = plan(&model, config).unwrap_err();
+/// // All misfits come at once, and names come with the nearest ones of the model.
+/// let [Misfit::UnknownModuleToSave { .. }, Misfit::UnknownTarget { nearest, .. }] = error.misfits() else {
+///     panic!("{error}");
+/// };
+/// assert_eq!(nearest, &["`query`"]);
+/// ```
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Misfit {
@@ -123,6 +146,7 @@ impl Misfit {
     }
 }
 
+/// The part of a message about layers that are excluded; empty if none is.
 fn excluded_count(excluded: &usize) -> String {
     match excluded {
         0 => String::new(),
@@ -131,6 +155,7 @@ fn excluded_count(excluded: &usize) -> String {
     }
 }
 
+/// A number of layers with the same name, in words.
 fn all_of(layers: &usize) -> String {
     match layers {
         1 => "the one layer of that name".to_string(),
@@ -164,10 +189,12 @@ pub(crate) fn it_has(nearest: &[String]) -> String {
 /// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct InjectError {
+    /// At least one misfit, in the order in which they were found.
     misfits: Vec<Misfit>,
 }
 
 impl InjectError {
+    /// An error of these misfits, of which there must be one.
     pub(crate) fn new(misfits: Vec<Misfit>) -> Self {
         Self { misfits }
     }
@@ -178,6 +205,9 @@ impl InjectError {
     }
 
     /// The lines of the message: each a misfit, and the paths of other layers with the same one.
+    ///
+    /// Two misfits are the same if their texts are, apart from the path: twelve layers of 384 channels that 7 does not
+    /// divide are one line.
     fn lines(&self) -> Vec<(&Misfit, Vec<String>)> {
         let mut lines: Vec<(&Misfit, Vec<String>)> = Vec::new();
         let mut line_of = HashMap::new();

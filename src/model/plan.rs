@@ -1,4 +1,7 @@
 //! [`plan`]: the dry run of an injection.
+//!
+//! [`inject`](crate::inject()) makes the same [`Preparation`] and then acts on it, so a plan that succeeds is an
+//! injection that succeeds.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::{self, Display, Formatter};
@@ -78,6 +81,8 @@ impl LayerPlan {
     }
 
     /// How many numbers of the adapter are trained: those of the skew and those of the scale.
+    ///
+    /// PEFT counts more for BOFT, whose squares it stores whole: [`summary`](crate::summary()) has both counts.
     pub fn parameters(&self) -> usize {
         let skew: usize = self.butterfly.skew_shape().iter().product();
         match self.scale {
@@ -88,6 +93,22 @@ impl LayerPlan {
 }
 
 /// What [`inject`](crate::inject()) would do, as [`plan`] found it. `Display` prints a table.
+///
+/// # Examples
+///
+/// ```
+/// use burn::nn::LinearConfig;
+/// use burn_boft::{OftConfig, plan};
+///
+/// # let device = burn::tensor::Device::flex();
+/// let layer = LinearConfig::new(45, 10).init(&device);
+/// let plan = plan(&layer, OftConfig::new().with_block_size(32).with_target_modules("all-linear"))?;
+/// // OFT takes the divisor of 45 that is nearest to 32, as PEFT does, and the table says so.
+/// assert_eq!(plan.layers[0].butterfly.block_size(), 45);
+/// assert_eq!(plan.layers[0].adjusted_from, Some(32));
+/// assert!(plan.to_string().contains("(block size adjusted from 32)"));
+/// # Ok::<(), burn_boft::model::InjectError>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct InjectPlan {
@@ -160,11 +181,16 @@ impl Display for InjectPlan {
 /// A plan, and the rotation of each of its layers.
 pub(crate) struct Preparation {
     pub(crate) plan: InjectPlan,
+    /// The rotation of each layer of the plan, in the same order.
     pub(crate) rotations: Vec<Rotation>,
 }
 
 impl Preparation {
     /// Finds the layers that a configuration means in a model, and their rotations.
+    ///
+    /// Misfits come in this order: settings that work in no model, what the model already carries, `modules_to_save`,
+    /// patterns, targets, and sizes that do not fit a layer. Only a pattern that cannot be used, or has no answer, ends
+    /// the search early, since without it the targets are not known.
     ///
     /// # Errors
     ///
@@ -231,6 +257,9 @@ fn into_misfits<E: Into<Misfit>>(errors: Vec<E>) -> impl Iterator<Item = Misfit>
 }
 
 /// The parameters that already carry something.
+///
+/// They are refused even where the configuration selects other layers: one adapter has one configuration, and a model
+/// with two could not be extracted.
 fn already_adapted(walk: &Walk) -> impl Iterator<Item = Misfit> {
     walk.parameters.iter().filter_map(|parameter| {
         let attached = parameter.attached.as_ref()?;
@@ -242,6 +271,9 @@ fn already_adapted(walk: &Walk) -> impl Iterator<Item = Misfit> {
 }
 
 /// The entries of `modules_to_save` that no module with parameters ends with.
+///
+/// PEFT passes over such an entry, and the classifier that somebody misspelt stays frozen. `allow_absent_targets` does
+/// not allow it either.
 fn unknown_modules_to_save(selection: &Selection, walk: &Walk) -> Vec<Misfit> {
     if selection.modules_to_save.is_empty() {
         return Vec::new();
@@ -273,6 +305,9 @@ pub(crate) fn trained<'a>(
 }
 
 /// The search for the layers that a configuration means.
+///
+/// Beside the layers, it collects what every name selects, so that a name which selects nothing is refused even if
+/// others select something. PEFT is silent about it.
 struct Targets<'a> {
     selection: &'a Selection,
     selector: &'a Selector,
@@ -284,6 +319,7 @@ struct Targets<'a> {
     targets: usize,
     /// How many of them are excluded.
     excluded: usize,
+    /// Targets that cannot be adapted.
     misfits: Vec<Misfit>,
 }
 
@@ -317,6 +353,14 @@ impl<'a> Targets<'a> {
     }
 
     /// The layers to adapt, in the model's order.
+    ///
+    /// A target that cannot be adapted is a misfit only if its type is one that could be: a layer called `Linear` that
+    /// is laid out in another way, or one with a quantized weight. An embedding among the targets of a regular
+    /// expression is passed over, and is a misfit only for a name that selects nothing else.
+    ///
+    /// # Errors
+    ///
+    /// A pattern that has no answer for a path.
     fn find<'w>(
         &mut self,
         walk: &'w Walk,
@@ -386,6 +430,14 @@ impl<'a> Targets<'a> {
     }
 
     /// What is wrong with the targets as a whole.
+    ///
+    /// Each name that selects no layer gets the most telling of these reasons:
+    ///
+    /// 1. It selects layers that `layers_to_transform` leaves out.
+    /// 2. It selects a module that cannot be adapted.
+    /// 3. It selects nothing, which is no misfit with `allow_absent_targets`.
+    ///
+    /// If there is no target at all and no name has a reason, that is one misfit.
     fn misfits(mut self, walk: &Walk) -> Vec<Misfit> {
         for module in walk.modules.iter().filter(|module| module.holds_parameters) {
             let type_name = module.type_name.clone();

@@ -235,6 +235,12 @@ fn matrix<const D: usize>(base: Tensor<D>, kind: LayerKind) -> Tensor<2> {
     }
 }
 
+/// Measures one layer.
+///
+/// # Shapes
+///
+/// - `skew`: `[m, n, b(b−1)/2]`, or `[m, 1, b(b−1)/2]` where one block is shared
+/// - `base`: `[d_input, d_output]`
 fn diagnose_layer(
     path: &str,
     rotation: &Rotation,
@@ -255,6 +261,8 @@ fn diagnose_layer(
 }
 
 /// The orthogonality defect, `max|RᵀR − I|`.
+///
+/// `R` is block-diagonal in its spans, so it is computed for each span and not for all of `R`.
 pub(crate) fn defect(blocks: &Blocks) -> f64 {
     let rotation = blocks.spans();
     let [_, span, _] = rotation.dims();
@@ -271,6 +279,14 @@ pub(crate) fn norm(rotation: &Rotation, skew: Tensor<3>) -> f64 {
 }
 
 /// The largest `‖Q‖₂` of packed blocks, by power iteration on `QᵀQ`.
+///
+/// # Shapes
+///
+/// - `skew`: `[m, n, b(b−1)/2]`
+///
+/// # Numerics
+///
+/// The iteration runs on the host in f64 and can only fall short of the norm. The result is NaN if a number is.
 fn skew_norm(skew: &Tensor<3>, b: usize) -> f64 {
     const STEPS: usize = 200;
     let numbers = skew.clone().into_data();
@@ -309,6 +325,15 @@ fn skew_norm(skew: &Tensor<3>, b: usize) -> f64 {
 }
 
 /// The hyperspherical energy, `Σ_{i≠j} ‖ŵ_i − ŵ_j‖⁻¹` over the normalised columns.
+///
+/// # Shapes
+///
+/// - `weight`: `[d_input, d_output]`
+///
+/// # Numerics
+///
+/// Distances come from cosines, `‖ŵ_i − ŵ_j‖² = 2 − 2·cos`, which takes one product. Squared distances below `10⁻¹²`
+/// count as `10⁻¹²`, so that equal columns have a finite energy.
 fn energy(weight: Tensor<2>) -> f64 {
     let [_, columns] = weight.dims();
     let norm = weight.clone().square().sum_dim(0).sqrt().clamp_min(1e-12);

@@ -3,6 +3,9 @@
 //! Burn shows a traversal one parameter after the other, each with its rank as a constant, and the parts of an adapter
 //! after the weight that carries it. The list puts together what belongs together, so that every verb on a model is a
 //! function of this list.
+//!
+//! Burn knows modules by the names of their fields and types only. `Struct:Linear` is all that is said of a linear
+//! layer, so whether it is Burn's is decided in `candidates`.
 
 use std::collections::HashMap;
 
@@ -26,6 +29,8 @@ const NORMS: [&str; 5] = [
 ];
 
 /// Reads a model: one pass over its parameters, whose numbers are not copied.
+///
+/// The list shares the tensors of the model. Drop it before the model is changed: it would keep the old tensors alive.
 pub(crate) fn walk<M: Module>(model: &M) -> Walk {
     let mut walker = Walker::default();
     model.visit(&mut walker);
@@ -42,7 +47,8 @@ pub(crate) struct Walk {
 }
 
 impl Walk {
-    /// The parameters that carry an adapter of this crate, with the adapter and what it computes.
+    /// The parameters that carry an adapter of this crate, with the adapter and what it computes, in the model's order.
+    /// They are the weights of the adapted layers.
     pub(crate) fn adapted(&self) -> impl Iterator<Item = (&Parameter, &Attached, &Rotation)> {
         self.parameters.iter().filter_map(|parameter| {
             let attached = parameter.attached.as_ref()?;
@@ -68,7 +74,10 @@ impl Walk {
 }
 
 /// One module of a model.
+///
+/// Lists are modules too: Burn shows the elements of a `Vec` as its fields `0`, `1` and so on.
 pub(crate) struct ModuleInfo {
+    /// The dotted path, which is empty for the model itself.
     pub(crate) path: String,
     /// The name of its type, such as `Linear` or `Vec`.
     pub(crate) type_name: String,
@@ -79,11 +88,16 @@ pub(crate) struct ModuleInfo {
 }
 
 /// A float parameter, or a buffer, which Burn shows like one.
+///
+/// It has two names: Burn's, by which it is found in the model, and PyTorch's, by which it is kept in files.
 pub(crate) struct Parameter {
+    /// The dotted path, such as `encoder.layer.0.query.weight`.
     path: String,
     /// How much of `path` is the path of the module that owns the parameter.
     owner_end: usize,
+    /// The type of the module that owns it, such as `Linear`.
     owner_type: String,
+    /// The tensor of the base, whatever is attached to it.
     pub(crate) stored: Stored,
     /// What is attached to it.
     pub(crate) attached: Option<Attached>,
@@ -110,16 +124,25 @@ impl Parameter {
         last_component(&self.path)
     }
 
+    /// Whether a normalisation layer of Burn owns it, as far as the name of the type says.
     fn is_of_norm(&self) -> bool {
         NORMS.contains(&self.owner_type())
     }
 
     /// Whether PyTorch would call it a bias.
+    ///
+    /// PEFT trains every parameter of that name where `bias` is `all`, those of norms as well.
     pub(crate) fn is_bias(&self) -> bool {
         self.name() == "bias" || (self.name() == "beta" && self.is_of_norm())
     }
 
     /// The name that PyTorch has for it.
+    ///
+    /// | Burn | PyTorch |
+    /// |---|---|
+    /// | `gamma`, `beta` of a norm | `weight`, `bias` |
+    /// | `alpha` of a `PRelu` | `weight` |
+    /// | any other | the same |
     pub(crate) fn torch_name(&self) -> &str {
         match self.name() {
             "gamma" if self.is_of_norm() => "weight",
@@ -130,6 +153,11 @@ impl Parameter {
     }
 
     /// Whether PyTorch stores the transpose of it, as it does for the weight of a linear layer.
+    ///
+    /// # Shapes
+    ///
+    /// - in Burn: `[d_input, d_output]`
+    /// - in PyTorch: `[d_output, d_input]`
     pub(crate) fn is_transposed(&self) -> bool {
         self.owner_type() == "Linear" && self.name() == "weight"
     }
@@ -139,7 +167,8 @@ impl Parameter {
         self.owner_type() == "BatchNorm" && matches!(self.name(), "running_mean" | "running_var")
     }
 
-    /// Whether it is the running mean of a batch norm. PyTorch has a count of batches beside it.
+    /// Whether it is the running mean of a batch norm. PyTorch has a count of batches beside it, `num_batches_tracked`,
+    /// which Burn does not have.
     pub(crate) fn counts_batches(&self) -> bool {
         self.is_statistic() && self.name() == "running_mean"
     }
@@ -174,19 +203,24 @@ impl Attached {
     }
 }
 
-/// The tensor of a parameter, whatever its rank. It is shared with the model. A parameter that Burn initializes lazily is
-/// not initialized before somebody asks for its numbers.
+/// The tensor of a parameter, whatever its rank. It is shared with the model. A parameter that Burn initializes lazily
+/// is not initialized before somebody asks for its numbers.
+///
+/// Of a parameter with an adapter it is the base. The rotated weight is not computed.
 pub(crate) struct Stored(Box<dyn AnyParam>);
 
 impl Stored {
+    /// The shape in Burn, without initializing the parameter.
     pub(crate) fn shape(&self) -> Vec<usize> {
         self.0.shape()
     }
 
+    /// The precision, which for a quantized tensor is its quantization.
     pub(crate) fn dtype(&self) -> DType {
         self.0.dtype()
     }
 
+    /// Whether the tensor is on a device with autodiff.
     pub(crate) fn is_autodiff(&self) -> bool {
         self.0.is_autodiff()
     }
@@ -210,12 +244,13 @@ impl Stored {
         self.0.base()
     }
 
-    /// Whether it holds neither NaN nor infinity.
+    /// Whether it holds neither NaN nor infinity. It is computed on the device of the tensor, and one number is read
+    /// back.
     pub(crate) fn is_finite(&self) -> bool {
         self.0.is_finite()
     }
 
-    /// The numbers, copied to the host.
+    /// The numbers, copied to the host, in their precision and in Burn's orientation.
     pub(crate) fn data(&self) -> TensorData {
         self.0.data()
     }
@@ -283,7 +318,9 @@ fn type_name(container: &str) -> &str {
 /// Where a traversal is: the dotted path, and the types around it.
 #[derive(Default)]
 pub(crate) struct Path {
+    /// The dotted path.
     text: String,
+    /// One level per component of the path.
     levels: Vec<Level>,
 }
 
@@ -297,6 +334,7 @@ struct Level {
 }
 
 impl Path {
+    /// Goes down to a field of this name, of a module of this type.
     fn enter(&mut self, name: &str, container: &str) {
         let parent_end = self.text.len();
         if !self.text.is_empty() {
@@ -326,6 +364,7 @@ impl Path {
         &self.text[..self.owner_end()]
     }
 
+    /// How much of the path is the path of the module that owns the last component.
     fn owner_end(&self) -> usize {
         self.levels.last().map_or(0, |level| level.parent_end)
     }
@@ -462,6 +501,13 @@ pub(crate) enum Numbers {
 }
 
 /// Changes every parameter as `edit` says for its path, and sets every flag for which `switch` has a value.
+///
+/// Both are asked once for each path, in the model's order, the parameters of adapters included. Nothing here can fail:
+/// whoever calls it has checked that shapes fit.
+///
+/// # Panics
+///
+/// If new numbers have another rank than the parameter.
 pub(crate) fn rewrite<M: Module>(
     model: M,
     edit: impl FnMut(&Path) -> Edit,
@@ -474,6 +520,7 @@ pub(crate) fn rewrite<M: Module>(
     })
 }
 
+/// Applies the edits of [`rewrite`].
 struct Rewriter<E, S> {
     path: Path,
     edit: E,
@@ -520,6 +567,14 @@ impl<E: FnMut(&Path) -> Edit, S: FnMut(&Path) -> Option<bool>> ModuleMapper for 
 }
 
 /// A tensor of the new numbers that takes the place of the old one, and is trained if the old one was.
+///
+/// # Numerics
+///
+/// Numbers from the host are rounded to the precision of the old tensor. A tensor keeps its own.
+///
+/// # Panics
+///
+/// If the rank is another one.
 fn replace<const D: usize>(old: Tensor<D>, numbers: Numbers) -> Tensor<D> {
     let require_grad = old.is_require_grad();
     let new = match numbers {

@@ -17,6 +17,10 @@
 //! | `fan_in_fan_out`, `inference_mode`, `module_dropout` | nothing: they change no result of PEFT 0.16 and later |
 //!
 //! PEFT's files: `src/peft/tuners/boft/config.py` and `src/peft/tuners/oft/config.py`.
+//!
+//! Values are read more strictly than PEFT reads them: its classes do not check types, so a string where a number
+//! belongs fails later and elsewhere, or not at all. Ranges, such as that of the dropout, are checked with the model,
+//! by `rotation`.
 
 use std::collections::BTreeMap;
 
@@ -29,13 +33,15 @@ use crate::config::{
     AdapterConfig, Bias, Block, BoftConfig, Cayley, Init, OftConfig, Selection, TargetModules,
 };
 
-/// The version whose formats are written.
+/// The version whose formats are written. Since 0.18, PEFT warns of the old Neumann series where a file has no version
+/// or an older one.
 const PEFT_VERSION: &str = "0.21.2";
-/// The last version that computed [`Cayley::Neumann016`].
+/// The last version that computed [`Cayley::Neumann016`]. PEFT itself wrote no version then; ours makes PEFT 0.18
+/// and later warn that they compute another series.
 const PEFT_VERSION_016: &str = "0.17.1";
-/// PEFT's default COFT radius.
+/// PEFT's default COFT radius, `eps`. It is written where there is no radius, with `coft` false.
 const EPS: f64 = 6e-5;
-/// PEFT's default number of Neumann terms.
+/// PEFT's default number of Neumann terms, written for the exact map as well, with `use_cayley_neumann` false.
 const TERMS: usize = 5;
 
 /// The most terms that are computed: further ones are zero in every precision.
@@ -44,10 +50,23 @@ const MOST_TERMS: u64 = 100;
 const MOST_FACTORS: u64 = 63;
 
 /// Why PEFT's settings are refused.
+///
+/// # Examples
+///
+/// ```
+/// use burn_boft::AdapterConfig;
+///
+/// let settings = r#"{"peft_type": "BOFT", "boft_block_num": 8}"#;
+/// // PEFT's default block size is 4, so a count alone makes two sizes.
+/// let error = serde_json::from_str::<AdapterConfig>(settings).unwrap_err();
+/// assert!(error.to_string().starts_with("`boft_block_size` is 4 and `boft_block_num` is 8"));
+/// let settings = r#"{"peft_type": "BOFT", "boft_block_num": 8, "boft_block_size": 0}"#;
+/// assert!(serde_json::from_str::<AdapterConfig>(settings).is_ok());
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConfigError {
-    /// Nothing says what kind of adapter it is.
+    /// Nothing says what kind of adapter it is: `peft_type` is missing or `null`. PEFT has no default for it either.
     #[error("`peft_type` is missing; PEFT writes \"BOFT\" or \"OFT\" there")]
     NoPeftType,
     /// An adapter of another kind.
@@ -76,7 +95,8 @@ pub enum ConfigError {
         /// The field of the count.
         count_field: &'static str,
     },
-    /// Both a size and a count of blocks.
+    /// Both a size and a count of blocks. Where BOFT's size is missing it is PEFT's default, 4, so it must be given as
+    /// 0 where the count is meant.
     #[error("`{size_field}` is {size} and `{count_field}` is {count}; one of them must be 0")]
     TwoSizes {
         /// The field of the size.
@@ -88,7 +108,7 @@ pub enum ConfigError {
         /// The count.
         count: usize,
     },
-    /// OFT of PEFT 0.13 or older.
+    /// OFT of PEFT 0.13 or older, which did not write `oft_block_size`. PEFT 0.14 and later refuse it too.
     #[error(
         "`oft_block_size` is missing, so PEFT 0.13 or older wrote this OFT adapter, whose rotation is another; \
          merge it with that version, or train it anew"
@@ -108,6 +128,18 @@ pub(super) struct Settings {
 }
 
 /// Reads PEFT's settings.
+///
+/// A setting that neither PEFT 0.21.2 nor an older OFT has is ignored with a warning, as PEFT ignores it, so that files
+/// of later versions load. Settings that change no result, such as `fan_in_fan_out`, are passed over without one.
+///
+/// # Errors
+///
+/// [`ConfigError`] for the first setting that is refused.
+///
+/// # References
+///
+/// `from_peft_type` in `src/peft/config.py` of PEFT 0.21.2 for settings that are not known; `check_kwargs` in
+/// `src/peft/tuners/oft/config.py` for OFT of PEFT 0.13 and older.
 pub(super) fn read(object: &Map<String, Value>) -> Result<Settings, ConfigError> {
     let fields = Fields(object);
     let format = fields.format()?;
@@ -152,7 +184,10 @@ pub(super) fn format(config: &AdapterConfig) -> Format {
     }
 }
 
-/// The warning for layers that are computed with the polynomial of PEFT 0.16.
+/// The warning for layers that are computed with the polynomial of PEFT 0.16. None for any other configuration.
+///
+/// PEFT 0.18 and later warn in the same case, and then compute the new polynomial from the old numbers. Here the series
+/// of the file's version is used, so the model computes what was trained.
 pub(super) fn warn_of_old_series(
     config: &AdapterConfig,
     object: &Map<String, Value>,
@@ -172,6 +207,14 @@ pub(super) fn warn_of_old_series(
     ))
 }
 
+/// BOFT's settings.
+///
+/// The number of factors may be 0: without its CUDA kernel, PEFT accepts that and trains one. The tensors correct it.
+///
+/// # Errors
+///
+/// [`ConfigError::Field`], [`ConfigError::NoSize`] and [`ConfigError::TwoSizes`], as `__post_init__` of PEFT's
+/// `BOFTConfig` has them.
 fn read_boft(fields: &Fields) -> Result<BoftConfig, ConfigError> {
     let size = fields.count("boft_block_size", 4)?;
     let count = fields.count("boft_block_num", 0)?;
@@ -189,6 +232,15 @@ fn read_boft(fields: &Fields) -> Result<BoftConfig, ConfigError> {
     Ok(config)
 }
 
+/// OFT's settings, in files of PEFT 0.14 and later. Those of 0.14 to 0.15.2 lack the settings of the Neumann
+/// polynomial, whose default would be wrong for them: `legacy` takes the other settings only.
+///
+/// # Errors
+///
+/// - [`ConfigError::OldOft`]: `oft_block_size` is missing. PEFT refuses the file by the same rule, and a default would
+///   read numbers of another rotation.
+/// - [`ConfigError::Field`], [`ConfigError::NoSize`] and [`ConfigError::TwoSizes`], as `__post_init__` of PEFT's
+///   `OFTConfig` has them.
 pub(super) fn read_oft(fields: &Fields) -> Result<OftConfig, ConfigError> {
     if !fields.0.contains_key("oft_block_size") {
         return Err(ConfigError::OldOft);
@@ -217,6 +269,10 @@ pub(super) fn read_oft(fields: &Fields) -> Result<OftConfig, ConfigError> {
     Ok(config)
 }
 
+/// How the axis is cut, from PEFT's pair of a size and a count, of which exactly one must not be 0.
+///
+/// BOFT's missing size has PEFT's default, 4, so a file with a count must have the size as 0. OFT's must be there in any
+/// case. PEFT refuses the others by the same rule.
 fn block(
     (size_field, size): (&'static str, usize),
     (count_field, count): (&'static str, usize),
@@ -237,11 +293,18 @@ fn block(
     }
 }
 
-/// A JSON object that is read field by field, a missing field being its default.
+/// A JSON object that is read field by field, a missing field being its default. `null` is no missing field: only the
+/// settings that PEFT lets be `None` may have it.
 pub(super) struct Fields<'a>(pub(super) &'a Map<String, Value>);
 
 impl Fields<'_> {
-    /// The method that `peft_type` names.
+    /// The method that `peft_type` names. It is upper case in every version of PEFT, and the only setting without a
+    /// default.
+    ///
+    /// # Errors
+    ///
+    /// - [`ConfigError::NoPeftType`]: it is missing or `null`.
+    /// - [`ConfigError::OtherPeftType`]: it names another method, or is no string.
     fn format(&self) -> Result<Format, ConfigError> {
         match self.0.get("peft_type") {
             None | Some(Value::Null) => Err(ConfigError::NoPeftType),
@@ -254,6 +317,12 @@ impl Fields<'_> {
         }
     }
 
+    /// A field by a function that is `None` for values that it cannot have; `expected` says in a message which ones it
+    /// can.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError::Field`]: the field is there and has such a value.
     fn read<T>(
         &self,
         field: &'static str,
@@ -271,6 +340,7 @@ impl Fields<'_> {
         }
     }
 
+    /// A whole number of at least 0. `4.0` is not one: PEFT would use it in a shape and fail.
     fn count(&self, field: &'static str, default: usize) -> Result<usize, ConfigError> {
         self.read(field, default, "a whole number, 0 or more", |value| {
             value
@@ -279,6 +349,7 @@ impl Fields<'_> {
         })
     }
 
+    /// A whole number from 0 to `most`, for counts that a loop or a power of two would otherwise take at their word.
     fn up_to(
         &self,
         most: u64,
@@ -292,14 +363,18 @@ impl Fields<'_> {
         })
     }
 
+    /// A number. JSON has neither NaN nor infinity, so it is finite.
     pub(super) fn number(&self, field: &'static str, default: f64) -> Result<f64, ConfigError> {
         self.read(field, default, "a number", Value::as_f64)
     }
 
+    /// `true` or `false`, and nothing that Python would take for one of them.
     fn flag(&self, field: &'static str, default: bool) -> Result<bool, ConfigError> {
         self.read(field, default, "true or false", Value::as_bool)
     }
 
+    /// `init_weights`: PEFT starts from the identity where it is true, and else from `N(0, 0.1)` without a seed of its
+    /// own.
     fn init(&self) -> Result<Init, ConfigError> {
         Ok(match self.flag("init_weights", true)? {
             true => Init::Identity,
@@ -307,6 +382,10 @@ impl Fields<'_> {
         })
     }
 
+    /// Which layers, biases and modules are meant. A name alone is a list of one, except in `target_modules` and
+    /// `exclude_modules`, where PEFT takes a string for a regular expression.
+    ///
+    /// What PEFT has no setting for, such as `layer_kinds`, has its default.
     fn selection(&self) -> Result<Selection, ConfigError> {
         const MODULES: &str = "null, a string or a list of strings";
         let mut modules_to_save = self.read("modules_to_save", Vec::new(), MODULES, names)?;
@@ -347,11 +426,15 @@ impl Fields<'_> {
         })
     }
 
+    /// `peft_version`, which PEFT writes since 0.18: `0.21.2`, or `0.18.2.dev0@` and a commit.
     fn version(&self) -> Option<&str> {
         self.0.get("peft_version").and_then(Value::as_str)
     }
 
     /// Whether an earlier version of PEFT wrote this: one that says so, or that did not say yet.
+    ///
+    /// Only the first two numbers count, so `0.18.0.dev0` is 0.18. A version that cannot be read is 0, since every
+    /// version that writes one writes it in this form.
     fn is_before(&self, minor: (u64, u64)) -> bool {
         let number = |part: Option<&str>| -> u64 {
             let digits = part.unwrap_or_default();
@@ -365,7 +448,7 @@ impl Fields<'_> {
     }
 }
 
-/// `null`, one name, or several.
+/// `null`, one name, or several. An empty string is no name.
 fn names(value: &Value) -> Option<Vec<String>> {
     match value {
         Value::Null => Some(Vec::new()),
@@ -379,6 +462,9 @@ fn names(value: &Value) -> Option<Vec<String>> {
     }
 }
 
+/// Modules by a list of names, or by a string that `from_string` understands. The outer `None` is a value that the
+/// field cannot have, the inner one no modules at all: `null` or an empty string. An empty list is a list, and selects
+/// nothing.
 fn modules(
     value: &Value,
     from_string: impl Fn(String) -> TargetModules,
@@ -390,6 +476,7 @@ fn modules(
     }
 }
 
+/// `layers_to_transform`: `null`, one index, or several. Neither a missing list nor an empty one restricts anything.
 fn indices(value: &Value) -> Option<Vec<usize>> {
     let index = |value: &Value| value.as_u64().and_then(|index| usize::try_from(index).ok());
     match value {
@@ -399,7 +486,7 @@ fn indices(value: &Value) -> Option<Vec<usize>> {
     }
 }
 
-/// A value for a message, cut where it is long.
+/// A value for a message, cut where it is long: a list of targets can have thousands of names.
 fn shortened(value: &Value) -> String {
     const LONGEST: usize = 60;
     let text = value.to_string();
@@ -410,6 +497,13 @@ fn shortened(value: &Value) -> String {
 }
 
 /// Refuses settings that [`read`] would not read back as they are.
+///
+/// It writes and reads them, so that the rules are in one place. Numbers that are not finite are found first: JSON
+/// would hold `null` in their place.
+///
+/// # Errors
+///
+/// [`ConfigError`], which names the setting as PEFT does.
 pub(super) fn check(config: &AdapterConfig) -> Result<(), ConfigError> {
     let number = match config {
         AdapterConfig::Boft(config) => ("boft_dropout", config.dropout),
@@ -428,6 +522,10 @@ pub(super) fn check(config: &AdapterConfig) -> Result<(), ConfigError> {
 }
 
 /// PEFT's settings, with what is carried along.
+///
+/// Every setting that PEFT 0.21.2 writes is there, also where it has its default, since the default may change.
+/// `inference_mode` is true, as in every file that PEFT saves. Settings about the origin that are not in `about` are
+/// `null`.
 pub(super) fn write(config: &AdapterConfig, about: &Map<String, Value>) -> Map<String, Value> {
     let about = ABOUT.map(|key| (key, about.get(key).cloned().unwrap_or(Value::Null)));
     let init = ("init_weights", json!(config.init() == Init::Identity));
@@ -444,6 +542,7 @@ pub(super) fn write(config: &AdapterConfig, about: &Map<String, Value>) -> Map<S
 
 type Field = (&'static str, Value);
 
+/// The settings that both methods have. Empty lists are `null`, which is what PEFT has where nothing was given.
 fn write_selection(selection: &Selection, format: Format) -> Vec<Field> {
     let list = |names: &[String]| match names {
         [] => Value::Null,
@@ -471,6 +570,7 @@ fn write_selection(selection: &Selection, format: Format) -> Vec<Field> {
     ]
 }
 
+/// The settings that only BOFT has, and the version.
 fn write_boft(config: &BoftConfig) -> Vec<Field> {
     let (size, count) = sizes(config.block);
     vec![
@@ -482,6 +582,9 @@ fn write_boft(config: &BoftConfig) -> Vec<Field> {
     ]
 }
 
+/// The settings that only OFT has, and the version, which tells the two Neumann series apart.
+///
+/// `module_dropout` is 0: PEFT 0.16 and later make a dropout of it and do not call it.
 fn write_oft(config: &OftConfig) -> Vec<Field> {
     let (size, count) = sizes(config.block);
     let (terms, version) = match config.cayley {
@@ -502,7 +605,7 @@ fn write_oft(config: &OftConfig) -> Vec<Field> {
     ]
 }
 
-/// PEFT's pair of size and count, of which one is 0.
+/// PEFT's pair of size and count, of which one is 0. PEFT refuses a pair without a 0.
 fn sizes(block: Block) -> (usize, usize) {
     match block {
         Block::Size(size) => (size, 0),
@@ -510,6 +613,7 @@ fn sizes(block: Block) -> (usize, usize) {
     }
 }
 
+/// Modules as PEFT has them: a list of names, or a string that is a regular expression or `all-linear`.
 fn json_modules(modules: &Option<TargetModules>) -> Value {
     match modules {
         None => Value::Null,
@@ -519,6 +623,11 @@ fn json_modules(modules: &Option<TargetModules>) -> Value {
     }
 }
 
+/// PEFT's `adapter_config.json`, with the settings about the origin as `null`.
+///
+/// # Errors
+///
+/// Settings that would not be read back, as a custom error of the serializer with the text of [`ConfigError`].
 impl Serialize for AdapterConfig {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         check(self).map_err(S::Error::custom)?;
@@ -528,6 +637,12 @@ impl Serialize for AdapterConfig {
     }
 }
 
+/// PEFT's `adapter_config.json`. Warnings of settings that are not known are dropped;
+/// [`Adapter::load`](crate::Adapter::load) reports them.
+///
+/// # Errors
+///
+/// Settings that are refused, as a custom error of the deserializer with the text of [`ConfigError`].
 impl<'de> Deserialize<'de> for AdapterConfig {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let object = Map::deserialize(deserializer)?;

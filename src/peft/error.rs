@@ -61,7 +61,7 @@ pub enum LoadError {
         /// Why.
         source: SafeTensorError,
     },
-    /// Somebody replaced the files each time that they were read.
+    /// Somebody replaced the files each time that they were read. The adapter is whole; load it again.
     #[error("{} is being written; load it again when that is done", folder.display())]
     Busy {
         /// The folder.

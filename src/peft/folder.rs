@@ -17,7 +17,8 @@ use crate::value::mismatch::{Mismatch, Wrong};
 /// The pieces of an adapter's folder as they are in PEFT's two files, understood by nobody yet.
 ///
 /// [`Adapter::load`](crate::Adapter::load) and [`Adapter::save`](crate::Adapter::save) understand them; this is for
-/// adapters of other kinds, and for tools that look at the files themselves.
+/// adapters of other kinds, and for tools that look at the files themselves. No name is translated and no key is
+/// checked.
 ///
 /// # Examples
 ///
@@ -65,8 +66,11 @@ impl Folder {
     ///
     /// # Errors
     ///
-    /// [`LoadError`]: files that are not there or are malformed, and tensors of a precision that is not read: those that
-    /// are neither floats nor i64.
+    /// - [`LoadError::Io`]: a file is not there or cannot be read.
+    /// - [`LoadError::Pickle`]: the tensors are in `adapter_model.bin` only.
+    /// - [`LoadError::Json`], [`LoadError::Safetensors`]: a file is malformed.
+    /// - [`LoadError::Mismatch`]: tensors have a precision that is not read: they are neither floats nor i64.
+    /// - [`LoadError::Busy`]: the folder was being written during every attempt.
     pub fn read(path: impl AsRef<Path>) -> Result<Self, LoadError> {
         let (folder, unreadable) = read(path.as_ref())?;
         match unreadable.is_empty() {
@@ -83,9 +87,13 @@ impl Folder {
 
     /// Replaces the two files of a folder as one: readers find the old pair or this one.
     ///
+    /// The settings are written as PEFT writes them: sorted, with two spaces for each level.
+    ///
     /// # Errors
     ///
-    /// [`SaveError`]: files that cannot be written, and tensors that are neither floats nor i64.
+    /// - [`SaveError::Io`]: a file cannot be written, or the folder cannot be created.
+    /// - [`SaveError::Unrepresentable`]: a tensor is neither of floats nor of i64.
+    /// - [`SaveError::Json`], [`SaveError::Safetensors`]: the settings or the tensors cannot be encoded.
     pub fn write(&self, path: impl AsRef<Path>) -> Result<(), SaveError> {
         let path = path.as_ref();
         // Sorted, as PEFT sorts them.
@@ -99,7 +107,12 @@ impl Folder {
     }
 }
 
-/// The folder of a named adapter: PEFT keeps `default` in the folder itself.
+/// The folder of a named adapter: PEFT keeps `default` in the folder itself, and any other name in a folder of that
+/// name (`save_pretrained` in `src/peft/peft_model.py`).
+///
+/// # Errors
+///
+/// [`NameError`]: the name would lead out of the folder, or PyTorch could not have it as the name of a module.
 pub(super) fn folder(dir: &Path, name: Option<&str>) -> Result<PathBuf, NameError> {
     match name {
         None | Some("default") => Ok(dir.to_path_buf()),
@@ -115,9 +128,24 @@ pub(super) fn folder(dir: &Path, name: Option<&str>) -> Result<PathBuf, NameErro
 
 /// Reads the settings in a file, or in an adapter's folder.
 ///
+/// They are read as they are, of any method and without the tensors: enough to say what kind of adapter it is.
+///
 /// # Errors
 ///
-/// [`LoadError::Io`] and [`LoadError::Json`]: a file that is not there or is not a JSON object.
+/// - [`LoadError::Io`]: the file is not there or cannot be read.
+/// - [`LoadError::Json`]: it is not a JSON object.
+///
+/// # Examples
+///
+/// ```
+/// use burn_boft::peft::read_settings;
+///
+/// # let folder = tempfile::tempdir()?;
+/// # let folder = folder.path();
+/// std::fs::write(folder.join("adapter_config.json"), r#"{"peft_type": "LORA", "r": 8}"#)?;
+/// assert_eq!(read_settings(folder)?["peft_type"], "LORA");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn read_settings(path: impl AsRef<Path>) -> Result<Map<String, Value>, LoadError> {
     let path = path.as_ref();
     let path = match path.is_dir() {
@@ -130,11 +158,19 @@ pub fn read_settings(path: impl AsRef<Path>) -> Result<Map<String, Value>, LoadE
     }
 }
 
+/// The JSON object in these bytes; the path is for the message.
 fn parse_settings(path: PathBuf, bytes: &[u8]) -> Result<Map<String, Value>, LoadError> {
     serde_json::from_slice(bytes).map_err(|source| LoadError::Json { path, source })
 }
 
 /// Reads a folder, and which of its tensors have a precision that is not read.
+///
+/// Those are a finding and no error, so that [`Adapter::load`](crate::Adapter::load) reports them together with the
+/// others.
+///
+/// # Errors
+///
+/// [`LoadError`], except for the tensors that are returned beside the folder.
 pub(super) fn read(folder: &Path) -> Result<(Folder, Vec<Wrong>), LoadError> {
     let (config, bytes) = pair::read(folder)?;
     let settings = parse_settings(folder.join(CONFIG_FILE), &config)?;
@@ -163,6 +199,11 @@ pub(super) fn read(folder: &Path) -> Result<(Folder, Vec<Wrong>), LoadError> {
 }
 
 /// The bytes of a safetensors file, those that PEFT would write for these tensors.
+///
+/// # Errors
+///
+/// - [`SaveError::Unrepresentable`] for the first tensor that is neither of floats nor of i64; its path is the key.
+/// - [`SaveError::Safetensors`], [`SaveError::Json`]: the tensors or the metadata cannot be encoded.
 fn to_safetensors(
     tensors: &BTreeMap<String, TensorData>,
     metadata: &BTreeMap<String, String>,
@@ -199,6 +240,10 @@ fn to_safetensors(
 }
 
 /// A safetensors file with metadata, which the crate would write in an order that changes from run to run.
+///
+/// A file is the length of its header in eight bytes, little endian, the header in JSON, padded with spaces to a
+/// multiple of eight, and the numbers. The entry `__metadata__` goes first in the header, where the crate puts it too.
+/// The offsets in the header count from its end, so they stay right.
 fn with_metadata(file: &[u8], metadata: &str) -> Vec<u8> {
     const LENGTH: usize = size_of::<u64>();
     let (length, rest) = file.split_at(LENGTH);

@@ -2,6 +2,10 @@
 //!
 //! DINOv2 has one layer `mlp.weights_in`, which transformers 5 stores as `mlp.gate_proj` and `mlp.up_proj`. Both have the same
 //! input, so one rotation serves the fused layer only where theirs are equal; scales and biases follow one another.
+//!
+//! PEFT trains the parts independently, so the rotations of an adapter from PEFT usually differ. Such a file is refused
+//! and not averaged: no rotation of the shared input computes both. Files that this crate wrote from a fused layer join
+//! again.
 
 use std::collections::BTreeMap;
 
@@ -11,6 +15,14 @@ use crate::value::layer::{AdapterLayer, SavedTensor};
 use crate::value::mismatch::{Mismatch, PartsError, Wrong};
 
 /// Renames everything to the model's names, and joins the parts of fused layers.
+///
+/// What cannot be joined goes to `mismatch` and is in neither list afterwards. The order of the lists is not kept.
+///
+/// # Errors
+///
+/// - [`KeyMapError::Undecided`]: a pattern has no answer for a name.
+/// - [`KeyMapError::Collision`]: two modules of the file would get the same name in the model. Which of them is meant
+///   cannot be told, so nothing is read.
 pub(super) fn to_model_names(
     names: &KeyMap,
     layers: &mut Vec<AdapterLayer>,
@@ -32,10 +44,15 @@ trait OfModule: Sized {
     /// The path of the module.
     fn module(&mut self) -> &mut String;
 
-    /// What tells several things of one module apart.
+    /// What tells several things of one module apart: the name of a saved tensor. A module has only one adapter.
     fn name(&self) -> String;
 
-    /// The thing of the whole module that these are of the parts of, in order.
+    /// Makes one thing of those of the parts, which are in the order of their shares of the output. There is at least
+    /// one. The result keeps the path of the first part until the caller sets it.
+    ///
+    /// # Errors
+    ///
+    /// [`PartsError`]: the parts do not make one thing.
     fn join(parts: Vec<Self>) -> Result<Self, PartsError>;
 }
 
@@ -49,6 +66,19 @@ impl OfModule for AdapterLayer {
     }
 
     /// The adapter of a fused layer: one rotation, and the scales one after the other.
+    ///
+    /// A layer without scales joins with others that have none. Where only some parts have one, the whole has none. The
+    /// outputs are known if all parts know theirs.
+    ///
+    /// # Shapes
+    ///
+    /// - scale: `[Σ d_output]` of parts with `[d_output]` each
+    ///
+    /// # Errors
+    ///
+    /// - [`PartsError::Rotations`]: block sizes or numbers differ. They are compared exactly, since a rounded copy is
+    ///   another rotation.
+    /// - [`PartsError::Shapes`]: the scales have different precisions.
     fn join(parts: Vec<Self>) -> Result<Self, PartsError> {
         let first = &parts[0];
         let is_alike = |part: &Self| {
@@ -79,6 +109,15 @@ impl OfModule for SavedTensor {
         self.name.clone()
     }
 
+    /// The tensor of a fused layer: rows of weights and biases of the parts, one part after the other.
+    ///
+    /// # Shapes
+    ///
+    /// - result: `[Σ rows, …]` of parts with `[rows, …]` each, as PyTorch orients them, so that rows are outputs
+    ///
+    /// # Errors
+    ///
+    /// [`PartsError::Shapes`]: the parts have different precisions, or differ in another axis than the first.
     fn join(parts: Vec<Self>) -> Result<Self, PartsError> {
         let data = concatenate(parts.iter().map(|part| &part.data)).ok_or(PartsError::Shapes)?;
         Ok(Self::new(&parts[0].module, &parts[0].name, data))
@@ -94,6 +133,10 @@ struct Renamer<'a> {
 }
 
 impl Renamer<'_> {
+    /// Renames all things of one type. Whole modules come first, joined ones after them.
+    ///
+    /// Parts are collected by the path of the whole and the name of the thing, so that weight and bias of one fused
+    /// layer join separately.
     fn rename<T: OfModule>(&mut self, things: Vec<T>) -> Result<Vec<T>, KeyMapError> {
         let mut renamed = Vec::new();
         let mut fused: BTreeMap<(String, String), Parts<T>> = BTreeMap::new();
@@ -124,6 +167,12 @@ impl Renamer<'_> {
     }
 
     /// The model's name of `path`, for this module of the file and no other.
+    ///
+    /// The same module may claim its name several times, as its adapter and its bias do.
+    ///
+    /// # Errors
+    ///
+    /// [`KeyMapError::Collision`]: another module of the file has claimed it.
     fn claim(&mut self, file: &str, path: &str) -> Result<String, KeyMapError> {
         let model = self.names.model_path(path)?;
         match self.claimed.insert(model.clone(), file.to_string()) {
@@ -139,7 +188,9 @@ impl Renamer<'_> {
 
 /// Parts of one fused layer.
 struct Parts<T> {
+    /// The paths of all parts in the file, whether or not they were found.
     names: Vec<String>,
+    /// What was found, by the place of its part in `names`.
     found: BTreeMap<usize, T>,
 }
 
@@ -158,6 +209,12 @@ impl<T: OfModule> Parts<T> {
         self.found.insert(part.index, thing);
     }
 
+    /// Joins the parts of the layer that has this path in the file's naming.
+    ///
+    /// # Errors
+    ///
+    /// - [`Wrong::AbsentParts`]: the file has nothing for one of the parts. An identity in its place would be a guess.
+    /// - [`Wrong::Parts`]: the parts do not join.
     fn join(self, whole: &str) -> Result<T, Wrong> {
         let Self { names, found } = self;
         let absent: Vec<_> = (0..names.len())

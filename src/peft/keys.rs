@@ -9,6 +9,10 @@
 //! | a part of a module to save, a bias of another layer | `<module>.<tensor>` | as in the model |
 //!
 //! Older versions had `boft_P` beside BOFT's squares, and `oft_r` with `oft_s` instead of packed blocks.
+//!
+//! PEFT's names in memory also have the name of the adapter, `oft_R.default.weight` and `boft_R.default`; in the file
+//! it is left out (`get_peft_model_state_dict` in `src/peft/utils/save_and_load.py`). Keys are compared component by
+//! component: `oft_` is a part of `boft_` and of names such as `soft_gate`.
 
 use crate::value::keymap::{join, split};
 
@@ -19,7 +23,8 @@ pub const TENSORS_FILE: &str = "adapter_model.safetensors";
 /// The file of the tensors where PEFT wrote a pickle.
 pub(super) const PICKLE_FILE: &str = "adapter_model.bin";
 
-/// What the key of every tensor starts with.
+/// What the key of every tensor starts with: PEFT wraps the model twice, in a `PeftModel` and in the model of its
+/// method.
 pub const PREFIX: &str = "base_model.model.";
 
 /// Settings that say where an adapter comes from, not what it computes; they are carried along.
@@ -70,7 +75,9 @@ const BASE_LAYER: &str = "base_layer";
 /// The method of an adapter, as `peft_type` says it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Format {
+    /// Squares, several factors, and a scale.
     Boft,
+    /// Packed blocks of one factor.
     Oft,
 }
 
@@ -173,6 +180,9 @@ pub(super) enum Leaf<'a> {
 }
 
 /// The module and the tensor that a key names. None of a key without the prefix.
+///
+/// Only the end of a key decides, so a module may be called `boft_R` itself. The module is empty where the adapted
+/// model is itself the layer.
 pub(super) fn leaf(key: &str) -> Option<(&str, Leaf<'_>)> {
     let (front, name) = split(key.strip_prefix(PREFIX)?);
     let (outer, inner) = split(front);
@@ -200,6 +210,9 @@ pub fn key(module: &str, tensor: &str) -> String {
 
 /// The key of a tensor that travels beside the rotations: PEFT moves the parameters of adapted layers one level down.
 ///
+/// `is_adapted` says whether the module carries an adapter. A tensor under the wrong one of the two keys is not read by
+/// PEFT, which drops keys that it has no parameter for.
+///
 /// ```
 /// use burn_boft::peft::saved_key;
 ///
@@ -214,6 +227,9 @@ pub fn saved_key(module: &str, tensor: &str, is_adapted: bool) -> String {
 }
 
 /// Whether PEFT's wrapper of a saved module put this path into the file.
+///
+/// The wrapper holds the frozen module and a trained copy. With `bias = "all"`, PEFT collects every key that ends with
+/// `.bias`, and so the biases of both, beside the entries that `modules_to_save` means.
 pub(super) fn is_stray(module: &str) -> bool {
     matches!(split(module).1, "modules_to_save" | "original_module")
 }

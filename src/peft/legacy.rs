@@ -1,4 +1,14 @@
 //! Layouts of older versions of PEFT: OFT's squares of PEFT 0.14 to 0.15.2, BOFT's permutations of 0.11 and 0.12.
+//!
+//! | written by | tensors | here |
+//! |---|---|---|
+//! | BOFT of PEFT 0.11, 0.12 | `boft_P` `[m, d, d]` beside `boft_R`, `boft_s` | the permutations are left out |
+//! | OFT of PEFT 0.13 and older | `oft_r` without `oft_s` | refused: the rotation is another |
+//! | OFT of PEFT 0.14 to 0.15.2 | `oft_r` `[n, b, b]`, `oft_s` `[d_output, 1]` | read as BOFT with one factor |
+//! | OFT of PEFT 0.16, 0.17 | `oft_R.weight`, as today | read as today, with the Neumann series of that time |
+//!
+//! PEFT 0.16 and later do not read the squares. What is converted or left out is an entry of
+//! `LoadReport::converted`.
 
 use burn::tensor::TensorData;
 use serde_json::{Map, Value};
@@ -28,12 +38,22 @@ pub(super) fn permutation_note(key: &str) -> String {
 ///
 /// `src/peft/tuners/oft/layer.py` of PEFT 0.15.2.
 pub(super) struct Squares {
+    /// How the settings cut the axis. Only the radius needs it: the shape of the tensor has the block size.
     block: Block,
+    /// Whether one square serves all blocks of a layer.
     block_share: bool,
+    /// PEFT's `eps`, where `coft` is set.
     coft_radius: Option<f64>,
 }
 
 /// The settings of a file with squares, as BOFT's.
+///
+/// `module_dropout` becomes BOFT's dropout, because PEFT 0.14 to 0.15.2 still applied it. The Cayley map is the exact
+/// one: `use_cayley_neumann` came with PEFT 0.16.
+///
+/// # Errors
+///
+/// [`ConfigError`], as for OFT of today.
 pub(super) fn settings(json: &Map<String, Value>) -> Result<(BoftConfig, Squares), ConfigError> {
     let fields = config_json::Fields(json);
     let oft = config_json::read_oft(&fields)?;
@@ -54,6 +74,10 @@ impl Squares {
     ///
     /// - `r`: `[n, b, b]`, or `[1, b, b]` where the blocks share their numbers
     /// - `s`: `[d_output, 1]`
+    ///
+    /// # Errors
+    ///
+    /// [`Wrong::Tensor`]: shapes that this layout does not have, or a shared block whose radius cannot be computed.
     pub(super) fn read(
         &self,
         path: &str,
@@ -86,6 +110,13 @@ impl Squares {
     }
 
     /// The rows of blocks and the block size of a shape.
+    ///
+    /// # Errors
+    ///
+    /// - [`SizeError::Axes`]: not three axes.
+    /// - [`SizeError::Squares`]: the two last axes differ, or there are no blocks.
+    /// - [`SizeError::Blocks`]: several blocks where the settings say that one is shared.
+    /// - [`SizeError::Width`]: more channels than any layer has.
     fn sizes(&self, shape: &[usize]) -> Result<[usize; 2], SizeError> {
         let [rows, b, columns] = shape[..] else {
             let expected = "blocks of rows and columns are three axes";
@@ -106,7 +137,12 @@ impl Squares {
         Ok([rows, b])
     }
 
-    /// COFT's radius of that time, which grew with the outputs per block.
+    /// COFT's radius of that time, `eps·⌈o/n⌉²`, which grew with the outputs per block. None without COFT.
+    ///
+    /// # Errors
+    ///
+    /// [`SizeError::SharedRadius`]: one block is shared and the settings give its size, so that `n` depends on a width
+    /// that the file does not hold.
     fn radius(&self, rows: usize, d_output: usize) -> Result<Option<f64>, SizeError> {
         let Some(eps) = self.coft_radius else {
             return Ok(None);
@@ -130,6 +166,8 @@ impl Squares {
 }
 
 /// COFT of PEFT 0.14 to 0.15.2: every square within the radius, its symmetric part counted.
+///
+/// Today's COFT bounds `‖Q‖_F` instead, so it must not be applied to these numbers.
 fn project(squares: &mut [f64], rows: usize, b: usize, radius: f64) {
     let radius = radius / (rows as f64).sqrt();
     for square in squares.chunks_exact_mut(b * b) {

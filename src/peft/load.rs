@@ -29,8 +29,11 @@ use crate::value::{Adapter, LoadReport, Promise};
 /// ```
 #[derive(Debug, Clone, Default)]
 pub struct LoadOptions {
+    /// The adapter's name; none for `default`.
     name: Option<String>,
+    /// From the file's names to the model's.
     names: KeyMap,
+    /// Whether missing and unexpected tensors are reported and not refused.
     allow_partial: bool,
 }
 
@@ -76,9 +79,12 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// [`LoadError`]: files that are missing or malformed, settings that are not supported, and every tensor that is
-    /// missing, unexpected or wrong. With [`LoadOptions::allow_partial`], missing and unexpected tensors are reported
-    /// instead.
+    /// - [`LoadError::Io`], [`LoadError::Pickle`]: a file is missing or cannot be read.
+    /// - [`LoadError::Json`], [`LoadError::Safetensors`]: a file is malformed.
+    /// - [`LoadError::Config`]: the settings are not supported.
+    /// - [`LoadError::Mismatch`]: every tensor that is missing, unexpected or wrong. With
+    ///   [`LoadOptions::allow_partial`], missing and unexpected tensors are reported instead.
+    /// - [`LoadError::Busy`]: the folder was being written during every attempt.
     ///
     /// # Examples
     ///
@@ -104,7 +110,9 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// As [`Adapter::load`], and where names cannot be mapped.
+    /// - [`LoadError::Name`]: the name of the adapter cannot be the name of a folder.
+    /// - [`LoadError::KeyMap`]: a pattern has no answer for a name, or gives two modules the same one.
+    /// - All others as [`Adapter::load`].
     pub fn load_with(
         folder: impl AsRef<Path>,
         options: &LoadOptions,

@@ -10,6 +10,16 @@
 //!
 //! A reader takes no lock, so it also reads folders that it must not write to. It keeps the tensors' file open until it has
 //! the settings, and starts again if the file at that path is another one by then.
+//!
+//! What a reader finds, depending on where a save stopped:
+//!
+//! | the save stopped | tensors in place | settings that wait for them | a reader finds |
+//! |---|---|---|---|
+//! | before step 3 | old | none, or those of tensors that are not there | the old pair |
+//! | between steps 3 and 4 | new | the new ones | the new pair |
+//! | after step 4 | new | none | the new pair |
+//!
+//! PEFT's own `save_pretrained` writes the two files one after the other and in place, so it gives no such promise.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -23,10 +33,12 @@ use xxhash_rust::xxh3::xxh3_128;
 use super::error::{LoadError, SaveError};
 use super::keys::{CONFIG_FILE, PICKLE_FILE, TENSORS_FILE};
 
-/// How often a folder is read that somebody else is writing, and how long to wait in between.
+/// How often a folder is read that somebody else is writing, and how long to wait in between: 0.4 s in all, beside the
+/// time that reading takes.
 const ATTEMPTS: usize = 200;
 const PAUSE: Duration = Duration::from_millis(2);
 
+/// The file that writers lock. It is empty, and exists only while somebody writes.
 const LOCK: &str = ".adapter.lock";
 /// Settings that wait for their tensors to be in place.
 const WAITING: (&str, &str) = (".adapter_config.", ".json");
@@ -37,6 +49,12 @@ const STAGED: (&str, &str) = (".adapter_model.", ".tmp");
 type Pair = (Vec<u8>, Vec<u8>);
 
 /// The settings and the tensors that one save wrote.
+///
+/// # Errors
+///
+/// - [`LoadError::Io`]: a file is not there or cannot be read.
+/// - [`LoadError::Pickle`]: the only tensors are in `adapter_model.bin`.
+/// - [`LoadError::Busy`]: the files were replaced during every attempt.
 pub(super) fn read(folder: &Path) -> Result<Pair, LoadError> {
     for attempt in 0..ATTEMPTS {
         if attempt > 0 {
@@ -53,8 +71,11 @@ pub(super) fn read(folder: &Path) -> Result<Pair, LoadError> {
 /// The pair, unless somebody replaced the adapter meanwhile.
 ///
 /// A save replaces the tensors before the settings, and the settings wait under the tensors' name in between. So the
-/// settings of these tensors are those that wait, or, where none do, the ones in place for as long as the tensors
-/// are not replaced.
+/// settings of these tensors are those that wait, or, where none do, the ones in place for as long as the tensors are
+/// not replaced.
+///
+/// The tensors are read before the settings for this reason. The file of the tensors stays open until the end, so that
+/// the system cannot give its identity to another file.
 fn try_read(folder: &Path) -> Result<Option<Pair>, LoadError> {
     let failed = |path: &Path| {
         let path = path.to_path_buf();
@@ -93,6 +114,13 @@ fn try_read(folder: &Path) -> Result<Option<Pair>, LoadError> {
 }
 
 /// Replaces the pair in a folder. Wherever this stops, a reader finds the old pair or the new one.
+///
+/// The folder is created where it does not exist. A save that another process left halfway is finished first.
+///
+/// # Errors
+///
+/// [`SaveError::Io`], which names the file that could not be written. Up to the rename of the tensors, the old pair
+/// stays; after it, readers find the new pair and the next save finishes this one.
 pub(super) fn write(folder: &Path, config: &[u8], tensors: &[u8]) -> Result<(), SaveError> {
     let failed = |path: &Path| {
         let path = path.to_path_buf();
@@ -121,6 +149,10 @@ pub(super) fn write(folder: &Path, config: &[u8], tensors: &[u8]) -> Result<(), 
 }
 
 /// Finishes a save that stopped halfway, and removes what one left behind.
+///
+/// Settings that wait for the tensors in place are moved into place: nothing else leads to them once these tensors are
+/// replaced. Other files of a save belong to nobody, since their writer would hold the lock. Where the file system has
+/// no locks they may be those of a writer at work, and stay.
 fn finish(folder: &Path, lock: &Lock) -> io::Result<()> {
     let current = match fs::read(folder.join(TENSORS_FILE)) {
         Ok(tensors) => Some(waiting_for(folder, &tensors)),
@@ -141,6 +173,8 @@ fn finish(folder: &Path, lock: &Lock) -> io::Result<()> {
 }
 
 /// The turn of one writer, which ends when this is dropped or its process ends.
+///
+/// The system releases the lock of a process that dies, so a file `.adapter.lock` that stays does not keep anybody out.
 struct Lock {
     path: PathBuf,
     /// The file that is locked, which unlocks when it is closed.
@@ -150,7 +184,10 @@ struct Lock {
 }
 
 impl Lock {
-    /// Waits for the turn.
+    /// Waits for the turn, for as long as it takes.
+    ///
+    /// The file is removed at the end of each turn, so a writer may get the lock of a file that is no longer in the
+    /// folder, while another one locks its successor. Therefore the locked file must still be the one at the path.
     fn take(folder: &Path) -> io::Result<Self> {
         let path = folder.join(LOCK);
         loop {
@@ -190,6 +227,9 @@ impl Drop for Lock {
 }
 
 /// Where the settings of these tensors wait.
+///
+/// The name is a hash of 128 bits of the whole file, so a reader finds the settings from the tensors alone, and tensors
+/// of another save do not lead to them.
 fn waiting_for(folder: &Path, tensors: &[u8]) -> PathBuf {
     let hash = xxh3_128(tensors);
     let (start, end) = WAITING;
@@ -197,6 +237,9 @@ fn waiting_for(folder: &Path, tensors: &[u8]) -> PathBuf {
 }
 
 /// What a file is going to be, on the disk under another name.
+///
+/// It is in the same folder, since a rename replaces a file at once only within a file system, and its content is on
+/// the disk before it gets its name. Dropped before that, it is deleted.
 fn staged(path: &Path, content: &[u8]) -> io::Result<tempfile::NamedTempFile> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(STAGED.0).suffix(STAGED.1);
@@ -214,7 +257,8 @@ fn staged(path: &Path, content: &[u8]) -> io::Result<tempfile::NamedTempFile> {
     Ok(file)
 }
 
-/// Makes renames in a folder last, where the system can say so.
+/// Makes renames in a folder last, where the system can say so: on Unix. Elsewhere a crash of the system, not of the
+/// process, may undo the last renames.
 fn sync(folder: &Path) -> io::Result<()> {
     #[cfg(unix)]
     File::open(folder)?.sync_all()?;

@@ -6,6 +6,12 @@
 //! 4. `to_model_names` gives everything the model's names, and joins layers that the model fuses.
 //!
 //! Nothing stops at the first tensor that is amiss: a caller learns of all of them at once.
+//!
+//! PEFT builds the adapters from the settings first and then copies the tensors of the file into them. It drops a tensor
+//! without a place and says nothing, and a layer without a tensor keeps its initial numbers. Here the tensors are the
+//! starting point, so that both are found.
+//!
+//! PEFT's file: `src/peft/utils/save_and_load.py`, `set_peft_model_state_dict`, read in PEFT 0.21.2.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -28,22 +34,31 @@ use crate::value::reconcile::{check_biases, reconcile};
 
 /// An adapter's file, understood.
 pub(super) struct Parsed {
+    /// The settings, changed to say what the tensors are, with the model's names.
     pub(super) config: AdapterConfig,
+    /// The adapted layers under the model's names, not sorted yet.
     pub(super) layers: Vec<AdapterLayer>,
+    /// Biases and parts of saved modules under the model's names, in PyTorch's orientation.
     pub(super) tensors: Vec<SavedTensor>,
 }
 
 /// What reading found beside the adapter.
 #[derive(Default)]
 pub(super) struct Findings {
+    /// What was used, what was read differently from what the file says, and what may surprise. `missing` and
+    /// `unexpected` stay empty here: those are in the mismatch, and the caller decides whether they are errors.
     pub(super) report: LoadReport,
+    /// What is missing, unexpected or wrong, under the names of the file.
     pub(super) mismatch: Mismatch,
 }
 
 /// How a file is read, decided from its settings and its keys before any tensor is.
 pub(super) struct Reader {
+    /// The settings as the file says them, until [`Reader::read`] lets the tensors decide.
     config: AdapterConfig,
+    /// How the tensors of every layer are laid out. A file has one layout.
     layout: Layout,
+    /// Whether the settings say that one block serves all blocks of a layer. Packed blocks must then have one row.
     block_share: bool,
     /// For files of PEFT 0.14 to 0.15.2.
     squares: Option<Squares>,
@@ -53,6 +68,14 @@ pub(super) struct Reader {
 
 impl Reader {
     /// Chooses how a file with these settings and keys is read.
+    ///
+    /// The settings alone do not suffice: OFT of PEFT 0.14 and OFT of PEFT 0.21 have the same `peft_type`, and only the
+    /// keys tell their layouts apart. A file with squares becomes BOFT with one factor, because that is what it
+    /// computes.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`]: the settings are refused, by the rules of `config_json`. Tensors are not looked at.
     pub(super) fn new<'a>(
         json: &Map<String, Value>,
         keys: impl Iterator<Item = &'a String>,
@@ -88,6 +111,16 @@ impl Reader {
     }
 
     /// Reads the tensors of a file. What is amiss goes to the findings.
+    ///
+    /// The order matters. Layers get their sizes and the settings follow them while all names are still those of the
+    /// file, because the messages are about the file. Scales that the metadata says are untrained are taken out before
+    /// the settings are adjusted, so that the settings then say that there is no scale. Only then do all names become
+    /// the model's.
+    ///
+    /// # Errors
+    ///
+    /// [`KeyMapError`]: a pattern has no answer for a name, or two modules of the file would get the same name in the
+    /// model.
     pub(super) fn read(
         mut self,
         files: Folder,
@@ -136,7 +169,11 @@ impl Reader {
         })
     }
 
-    /// Reads one layer, and says what may surprise about it.
+    /// Reads one layer, and says what may surprise about it. None where a finding says why there is no layer.
+    ///
+    /// - Without a rotation there is no layer: a scale alone does not say how large the blocks are.
+    /// - BOFT without `boft_s` is a finding, and still a layer, so that a partial load has its rotation.
+    /// - `oft_r` without `oft_s` is from PEFT 0.13 or older, whose numbers mean another rotation.
     fn layer(&self, path: String, slots: Slots, findings: &mut Findings) -> Option<AdapterLayer> {
         let Findings { report, mismatch } = findings;
         let named = |tensor| key(&path, tensor);
@@ -176,6 +213,10 @@ impl Reader {
 }
 
 /// What is read as it is and may surprise.
+///
+/// PEFT's OFT shrinks the blocks to one channel where 1 is the nearest size that divides the layer
+/// (`adjust_oft_parameters` in `src/peft/tuners/oft/layer.py`), so such a layer trained nothing. NaN and infinity load as they are, so that a
+/// broken adapter can be inspected; [`merge`](crate::merge()) refuses the weights that they make.
 fn surprises(layer: &AdapterLayer) -> impl Iterator<Item = String> {
     let path = &layer.path;
     let idle = (!layer.rotates()).then(|| {
@@ -197,14 +238,18 @@ fn surprises(layer: &AdapterLayer) -> impl Iterator<Item = String> {
 /// The tensors of one adapted layer.
 #[derive(Default)]
 struct Slots {
+    /// The tensor that [`Layout::rotation`] names, in the shape of its layout.
     rotation: Option<TensorData>,
+    /// The tensor that [`Layout::scale`] names, `[d_output, 1]` or `[1, d_output]`.
     scale: Option<TensorData>,
 }
 
 /// Tensors by what they belong to.
 #[derive(Default)]
 struct Sorted {
+    /// The tensors of adapters by the path of their layer.
     slots: BTreeMap<String, Slots>,
+    /// Biases and parts of saved modules.
     tensors: Vec<SavedTensor>,
     /// Names of modules to save that have tensors.
     saved: BTreeSet<String>,
@@ -212,6 +257,27 @@ struct Sorted {
 
 impl Sorted {
     /// Puts one tensor where it belongs, or says why it belongs nowhere.
+    ///
+    /// | the key names | what happens |
+    /// |---|---|
+    /// | a rotation or scale of the layout of the file | it belongs to its layer |
+    /// | a rotation or scale of another layout | it is refused, see [`refuse_layout`] |
+    /// | `boft_P` | it is left out: the permutation follows from the sizes |
+    /// | `oft_embedding_R.weight` | it is unexpected: embeddings are not adapted |
+    /// | `base_layer.bias` | it is a trained bias, unless the settings train none |
+    /// | any other `base_layer.…` | it is unexpected: an adapter changes no base weight |
+    /// | a bias in PEFT's wrapper of a saved module | it is left out where the settings train all biases |
+    /// | a part of a module to save | it is kept |
+    /// | any other bias | it is a trained bias where the settings train all of them |
+    /// | anything else | it is unexpected |
+    ///
+    /// Whole numbers are unexpected wherever they are, except the count of batches that PyTorch's batch norms carry.
+    ///
+    /// # References
+    ///
+    /// `_get_learnable_bias_state_dict` in `src/peft/tuners/tuners_utils.py` of PEFT 0.21.2 for the biases. PEFT 0.20
+    /// and older collected keys that contain the letters `oft_` or `boft_`, so their files may hold weights of a module
+    /// called `soft_gate`.
     fn sort(
         &mut self,
         key: String,
@@ -259,16 +325,21 @@ impl Sorted {
         report.applied.push(key);
     }
 
+    /// The tensors of the layer at this path so far.
     fn slots(&mut self, module: &str) -> &mut Slots {
         self.slots.entry(module.to_string()).or_default()
     }
 
+    /// Keeps a tensor that travels beside the rotations. Its module and its name are as the file says them.
     fn save(&mut self, module: &str, name: &str, data: TensorData) {
         self.tensors.push(SavedTensor::new(module, name, data));
     }
 }
 
 /// Says why a tensor of this layout is not read in a file of another one.
+///
+/// Two layouts of OFT in one file are wrong and stop even a partial load: whichever is left out, the model would
+/// compute with half of its layers. A tensor of the other method is only unexpected.
 fn refuse_layout(key: String, found: Layout, layout: Layout, mismatch: &mut Mismatch) {
     match (found.format(), layout.format()) {
         (Format::Oft, Format::Oft) => mismatch.wrong.push(Wrong::MixedVersions { key }),
@@ -280,7 +351,8 @@ fn refuse_layout(key: String, found: Layout, layout: Layout, mismatch: &mut Mism
     }
 }
 
-/// The modules that the keys of a file adapt, whether or not their tensors can be used.
+/// The modules that the keys of a file adapt, whether or not their tensors can be used: a layer whose tensor is refused
+/// is reported for that, and not as lost too.
 fn adapted<'a>(keys: impl Iterator<Item = &'a String>) -> BTreeSet<String> {
     let module = |key: &'a String| match leaf(key)? {
         (_, Leaf::Base(_) | Leaf::Other(_)) => None,
@@ -290,6 +362,11 @@ fn adapted<'a>(keys: impl Iterator<Item = &'a String>) -> BTreeSet<String> {
 }
 
 /// Warns of what the settings name and the file has nothing of: PEFT passes over it.
+///
+/// - A name in `target_modules` without an adapter. Regular expressions and `all-linear` are not checked, since only a
+///   model can say what they select; [`Adapter::attach`](crate::Adapter::attach) does.
+/// - An entry of `modules_to_save` without tensors.
+/// - Trained biases where the file has none. PEFT 0.20 and older did not save those of OFT, nor BOFT's for `boft_only`.
 fn warn_of_lost(
     selection: &Selection,
     adapted: &BTreeSet<String>,
@@ -326,6 +403,9 @@ fn warn_of_lost(
 }
 
 /// The modules to save that the file has nothing of.
+///
+/// For a classification task, PEFT adds both `classifier` and `score` to the list (`PeftModelForSequenceClassification`
+/// in `src/peft/peft_model.py`), and a model has one of the two. The other one is not lost.
 fn lost_modules<'a>(
     selection: &'a Selection,
     saved: &BTreeSet<String>,
@@ -357,9 +437,24 @@ fn saved_by(modules_to_save: &[String], module: &str) -> Option<String> {
 
 /// OFT's packed blocks: the strict upper triangle of each, row by row, as in an [`AdapterLayer`].
 ///
+/// The block size follows from the packed numbers, `b = (1 + √(1 + 8·numbers))/2`, and not from the settings, whose
+/// size PEFT adjusts to each layer and does not write back. The kind of the layer and its outputs are not in the file.
+///
 /// # Shapes
 ///
 /// - `r`: `[n, b(b−1)/2]`, or `[1, b(b−1)/2]` where the blocks share their numbers
+///
+/// # Numerics
+///
+/// Numbers narrower than f32 are widened to it, as PEFT widens them by default.
+///
+/// # Errors
+///
+/// [`Wrong::Tensor`]: not two axes, numbers that no block has, no blocks, or several where one is shared.
+///
+/// # References
+///
+/// `OFTRotationModule` in `src/peft/tuners/oft/layer.py` of PEFT 0.21.2.
 fn read_oft(path: String, r: &TensorData, block_share: bool) -> Result<AdapterLayer, Wrong> {
     let sizes = |shape: &[usize]| {
         let [rows, packed] = shape[..] else {
@@ -396,10 +491,25 @@ fn read_oft(path: String, r: &TensorData, block_share: bool) -> Result<AdapterLa
 
 /// BOFT's squares `A`, of which the skew-symmetric part `½(A − Aᵀ)` counts, and its scale where there is one.
 ///
+/// The symmetric part has no effect and no gradient. Files have one where PEFT started from random numbers; it is
+/// dropped.
+///
 /// # Shapes
 ///
 /// - `r`: `[m, n, b, b]`
 /// - `s`: `[d_output, 1]`, of a convolution `[1, d_output]`
+///
+/// # Numerics
+///
+/// Numbers narrower than f32 are widened to it. `½(A − Aᵀ)` is computed in f64.
+///
+/// # Errors
+///
+/// [`Wrong::Tensor`]: shapes that are not these, and factors that do not fit the blocks.
+///
+/// # References
+///
+/// `cayley_batch` in `src/peft/tuners/boft/layer.py` of PEFT 0.21.2.
 fn read_boft(path: String, r: &TensorData, s: Option<&TensorData>) -> Result<AdapterLayer, Wrong> {
     let sizes = |shape: &[usize]| {
         let [m, n, b, columns] = shape[..] else {
@@ -438,6 +548,9 @@ fn read_boft(path: String, r: &TensorData, s: Option<&TensorData>) -> Result<Ada
 }
 
 /// Says in the model's names which layers are adapted and which modules are saved.
+///
+/// With a key map, the targets become the full paths of the layers that the file has: a regular expression for Python's
+/// names would select other layers of the model, or none. What the file said stays in the promise of the adapter.
 fn name_in_model<'a>(
     selection: &mut Selection,
     names: &KeyMap,

@@ -27,8 +27,11 @@ use crate::value::keymap::KeyMap;
 /// ```
 #[derive(Debug, Clone, Default)]
 pub struct SaveOptions {
+    /// The adapter's name; none for `default`.
     name: Option<String>,
+    /// From the model's names to the file's.
     names: KeyMap,
+    /// The precision of the adapter's numbers in the file; none keeps theirs.
     dtype: Option<FloatDType>,
 }
 
@@ -66,16 +69,43 @@ impl Adapter {
     /// Writers take turns by a lock on the file `.adapter.lock`, which exists only while they write; on a file system
     /// without locks, let one process write at a time. Other files in the folder are left alone.
     ///
-    /// PEFT's BOFT always has a scale. Where none is trained, ones are written, and a line of text beside the tensors lets
-    /// [`Adapter::load`] leave them out again. More than one factor needs PEFT's CUDA kernel; without it, PEFT refuses the
-    /// file. [`Cayley::Neumann016`](crate::Cayley::Neumann016) is written as PEFT 0.16 and 0.17 wrote it, and only those
-    /// versions and this crate compute it.
+    /// PEFT's BOFT always has a scale. Where none is trained, ones are written, and a line of text beside the tensors
+    /// lets [`Adapter::load`] leave them out again. More than one factor needs PEFT's CUDA kernel; without it, PEFT
+    /// refuses the file. [`Cayley::Neumann016`](crate::Cayley::Neumann016) is written as PEFT 0.16 and 0.17 wrote it,
+    /// and only those versions and this crate compute it.
     ///
     /// # Errors
     ///
-    /// [`SaveError`]: files that cannot be written, and settings, sizes or names that could not be read back. The folder
-    /// then still has the adapter that it had, unless the error is about the last step, the settings that are moved into
-    /// place after the tensors: then readers find the new adapter, and the next save completes this one.
+    /// - [`SaveError::Config`]: the settings could not be read back.
+    /// - [`SaveError::Unrepresentable`]: a layer has sizes that PEFT would not make of the settings, or that its format
+    ///   has no place for.
+    /// - [`SaveError::KeyMap`]: a name could not be read back.
+    /// - [`SaveError::Io`]: a file cannot be written.
+    /// - [`SaveError::Json`], [`SaveError::Safetensors`]: the settings or the tensors cannot be encoded.
+    ///
+    /// The folder then still has the adapter that it had, unless the error is about the last step, the settings that
+    /// are moved into place after the tensors: then readers find the new adapter, and the next save completes this one.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use burn::tensor::TensorData;
+    /// use burn_boft::value::AdapterLayer;
+    /// use burn_boft::{Adapter, LayerKind, OftConfig};
+    ///
+    /// let skew = TensorData::new(vec![0.1f32; 3 * 6], [1, 3, 6]);
+    /// let layer = AdapterLayer::new("query", Some(LayerKind::Linear), skew.clone(), None)?;
+    /// let config = OftConfig::new().with_block_size(4).with_target_modules(["query"]);
+    /// let adapter = Adapter::from_parts(config, vec![layer], Vec::new())?;
+    ///
+    /// # let folder = tempfile::tempdir()?;
+    /// # let folder = folder.path();
+    /// adapter.save(folder)?;
+    /// let (loaded, _) = Adapter::load(folder)?;
+    /// assert_eq!(loaded.layers()[0].skew(), &skew); // bit for bit
+    /// assert_eq!(loaded.config(), adapter.config());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<(), SaveError> {
         self.save_with(folder, &SaveOptions::new())
     }
@@ -84,7 +114,10 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// As [`Adapter::save`], and where names cannot be mapped there and back.
+    /// - [`SaveError::Name`]: the name of the adapter cannot be the name of a folder.
+    /// - [`SaveError::KeyMap`]: a pattern has no answer for a name, gives two modules the same one, or writes a name
+    ///   that is read as another.
+    /// - All others as [`Adapter::save`].
     pub fn save_with(
         &self,
         folder: impl AsRef<Path>,
@@ -104,6 +137,10 @@ impl Adapter {
     }
 
     /// Says in the file's names which layers are adapted and which modules are saved.
+    ///
+    /// Names that are mapped, and `all-linear`, become the full paths of the adapted layers. A suffix or a regular
+    /// expression of the model's names would not select the layers of the Python model, whose names are others. The
+    /// settings that restrict a selection go with it.
     fn name_in_file(&self, selection: &mut Selection, names: &KeyMap) -> Result<(), SaveError> {
         let all_linear = matches!(selection.target_modules, Some(TargetModules::AllLinear));
         // PEFT writes the names that "all-linear" stood for, and so do names that are mapped.

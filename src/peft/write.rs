@@ -3,6 +3,13 @@
 //! BOFT's squares are skew-symmetric, `A = Q`, so that PEFT's `½(A − Aᵀ)` gives the numbers back; OFT's blocks are packed as ours
 //! are. A layer that the model fuses is written as several layers: each has the whole rotation, which acts on the input that
 //! they share, and its part of the scale.
+//!
+//! Biases and saved modules are written as they are: an adapter keeps them in PyTorch's orientation. Nothing of a base
+//! weight is written, and no permutation, which follows from the sizes: PEFT 0.11 and 0.12 stored `boft_P`, `[m, d, d]`
+//! numbers for each layer, and leave it out since 0.13.
+//!
+//! PEFT's files: `src/peft/tuners/boft/layer.py` and `src/peft/tuners/oft/layer.py` for the shapes,
+//! `src/peft/utils/save_and_load.py` for the keys, all of PEFT 0.21.2.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,10 +27,14 @@ use crate::value::reconcile::expected_block_size;
 
 /// The tensors of an adapter as PEFT writes them, by their keys.
 ///
+/// A `dtype` rounds the numbers of the rotations and scales only. Biases and saved modules take the place of numbers of
+/// the base model, whose precision is not the adapter's to choose.
+///
 /// # Errors
 ///
-/// Names that do not come back ([`SaveError::KeyMap`]), and layers for which the format has no place
-/// ([`SaveError::Unrepresentable`]).
+/// - [`SaveError::KeyMap`]: a name would be read back as another one, or two modules would get the same key.
+/// - [`SaveError::Unrepresentable`]: the format has no place for a layer, or a tensor of a fused layer does not split
+///   into the layers of the file.
 pub(super) fn tensors(
     format: Format,
     adapter: &Adapter,
@@ -75,11 +86,18 @@ pub(super) fn tensors(
 /// The tensors of a file, and the modules that they are of.
 #[derive(Default)]
 struct File {
+    /// The tensors by the keys that they are written under.
     tensors: BTreeMap<String, TensorData>,
+    /// The module of the model that each key is of, to name both modules of a collision.
     modules: BTreeMap<String, String>,
 }
 
 impl File {
+    /// Adds a tensor of this module of the model.
+    ///
+    /// # Errors
+    ///
+    /// [`KeyMapError::Collision`]: the key is taken. Writing over it would lose numbers.
     fn insert(&mut self, key: String, data: TensorData, module: &str) -> Result<(), KeyMapError> {
         match self.modules.insert(key.clone(), module.to_string()) {
             Some(first) => Err(KeyMapError::Collision {
@@ -97,13 +115,16 @@ impl File {
 
 /// A layer as PEFT stores it.
 struct Stored {
+    /// Which names the tensors get.
     layout: Layout,
+    /// `[m, n, b, b]` of BOFT, `[n, b(b−1)/2]` of OFT, and the same in every layer of the file.
     rotation: TensorData,
     /// One for each layer of the file.
     scales: Vec<TensorData>,
 }
 
 impl Stored {
+    /// Lays a layer out for a file that has it in `parts` layers, 1 where nothing is fused.
     fn new(format: Format, layer: &AdapterLayer, parts: usize) -> Result<Self, Unrepresentable> {
         match format {
             Format::Boft => Self::boft(layer, parts),
@@ -111,6 +132,23 @@ impl Stored {
         }
     }
 
+    /// BOFT's squares, and a scale for each of the `parts`.
+    ///
+    /// PEFT has a scale in every layer and copies the file into it, so ones are written where none is trained. The
+    /// shape of the scale is the only thing in the file that tells a convolution from a linear layer.
+    ///
+    /// # Shapes
+    ///
+    /// - rotation: `[m, n, b, b]`
+    /// - scales: `[d_output/parts, 1]` each, of a convolution `[1, d_output/parts]`
+    ///
+    /// # Errors
+    ///
+    /// - [`Unrepresentable::SharedBlocks`]: only a layer that was read from a file of PEFT 0.14 to 0.15.2 can have them
+    ///   in BOFT. How many blocks it stands for is not known without the model.
+    /// - [`Unrepresentable::NoScale`]: nothing says how many ones to write.
+    /// - [`Unrepresentable::UnknownKind`]: nothing says how the scale is turned.
+    /// - [`Unrepresentable::Outputs`]: the scale does not split evenly.
     fn boft(layer: &AdapterLayer, parts: usize) -> Result<Self, Unrepresentable> {
         if layer.block_share {
             return Err(Unrepresentable::SharedBlocks);
@@ -149,6 +187,15 @@ impl Stored {
         })
     }
 
+    /// OFT's packed blocks, which are the numbers of the layer without the axis of factors.
+    ///
+    /// # Shapes
+    ///
+    /// - rotation: `[n, b(b−1)/2]`, or `[1, b(b−1)/2]` where one block is shared
+    ///
+    /// # Errors
+    ///
+    /// [`Unrepresentable::NotOft`]: several factors, or a scale, for which the file has no key.
     fn oft(layer: &AdapterLayer) -> Result<Self, Unrepresentable> {
         let [m, rows, packed] = layer.skew.shape().dims::<3>();
         if m != 1 || layer.scale.is_some() {
@@ -163,8 +210,16 @@ impl Stored {
     }
 }
 
-/// Refuses sizes that PEFT would not make of the configuration: it builds the layers first, from the configuration, and then
-/// fails to copy tensors of other shapes into them.
+/// Refuses sizes that PEFT would not make of the configuration: it builds the layers first, from the configuration, and
+/// then fails to copy tensors of other shapes into them.
+///
+/// This crate reads sizes from the tensors and could read such a file. It is refused all the same, because a folder
+/// that [`Adapter::save`](crate::Adapter::save) writes is promised to load in PEFT, apart from factors without its CUDA
+/// kernel.
+///
+/// # Errors
+///
+/// [`SaveError::Unrepresentable`] for the first layer with sizes of its own.
 pub(super) fn check_sizes(
     config: &AdapterConfig,
     layers: &[AdapterLayer],
@@ -178,6 +233,13 @@ pub(super) fn check_sizes(
     Ok(())
 }
 
+/// Compares one layer with what PEFT would build from the configuration. The block size is compared where the axis is
+/// known: where one shared block leaves it open, only a size that is the same in every layer is.
+///
+/// # Errors
+///
+/// - [`Unrepresentable::Factors`]: the layer has another number of factors.
+/// - [`Unrepresentable::BlockSize`]: the layer has another block size, after the adjustment that PEFT's OFT makes.
 fn check_layer(config: &AdapterConfig, layer: &AdapterLayer) -> Result<(), Unrepresentable> {
     let method = Method::unchecked(config);
     let (m, settings) = (layer.n_butterfly_factor(), method.n_butterfly_factor());

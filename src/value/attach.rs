@@ -1,4 +1,7 @@
 //! [`Adapter::attach`]: an adapter into a model.
+//!
+//! Three questions are answered from the model before anything changes: which layer each rotation belongs to, which
+//! parameter each saved tensor replaces, and what the settings of the file name without the file having it.
 
 use std::collections::{HashMap, HashSet};
 
@@ -37,21 +40,30 @@ pub enum AttachError {
 impl Adapter {
     /// Attaches the adapter to a model: its rotations to the layers, its biases and saved modules in place.
     ///
-    /// The model keeps its type and its base weights, which are shared, not copied. What is trainable
-    /// afterwards is what [`inject`](crate::inject()) would leave trainable.
+    /// The model keeps its type and its base weights, which are shared, not copied. What is trainable afterwards is
+    /// what [`inject`](crate::inject()) would leave trainable.
     ///
-    /// The model may be fresh, or adapted by this crate: then the new adapter takes the place of the old one,
-    /// and what the old one trained beside it stays unless the new one has it too. To switch between adapters,
-    /// attach each to a clone of the base.
+    /// The model may be fresh, or adapted by this crate: then the new adapter takes the place of the old one, and what
+    /// the old one trained beside it stays unless the new one has it too. To switch between adapters, attach each to a
+    /// clone of the base.
     ///
-    /// On a device with autodiff, Burn's clones of a model share the running statistics of its batch norms, and
-    /// those that an adapter carries show in every clone. On a plain device they do not.
+    /// On a device with autodiff, Burn's clones of a model share the running statistics of its batch norms, and those
+    /// that an adapter carries show in every clone. On a plain device they do not.
+    ///
+    /// # Numerics
+    ///
+    /// Saved tensors get the precision of the parameter that they replace. Where that rounds them,
+    /// [`Adapter::attach_partial`] reports it.
     ///
     /// # Errors
     ///
-    /// [`AttachError`]: every layer, bias and saved tensor that the file promises and has not, that the model
-    /// has no place for, or whose shape does not fit. The model passed in is consumed, so keep a clone where it
-    /// is needed after an error.
+    /// - [`AttachError::Mismatch`]: every layer, bias and saved tensor that the file promises and has not, that the
+    ///   model has no place for, or whose shape does not fit.
+    /// - [`AttachError::Inject`]: the settings work in no model, a weight is quantized, or a parameter carries a
+    ///   reparameterization of another kind.
+    /// - [`AttachError::KeyMap`]: a pattern of the key map that the file was read with has no answer for a name.
+    ///
+    /// The model passed in is consumed, so keep a clone where it is needed after an error.
     ///
     /// # Examples
     ///
@@ -87,9 +99,39 @@ impl Adapter {
 
     /// Attaches what fits: [`Adapter::attach`] where missing and unexpected parts are reported and left.
     ///
+    /// PEFT attaches like this: `set_peft_model_state_dict` in `src/peft/utils/save_and_load.py` loads with
+    /// `strict=False`.
+    ///
     /// # Errors
     ///
     /// As [`Adapter::attach`] for what is there and does not fit.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use burn::nn::{Linear, LinearConfig};
+    /// use burn::tensor::TensorData;
+    /// use burn_boft::value::AdapterLayer;
+    /// use burn_boft::{Adapter, LayerKind, OftConfig};
+    ///
+    /// # let device = burn::tensor::Device::flex();
+    /// # #[derive(burn::module::Module, Debug)]
+    /// # struct Model { query: Linear }
+    /// let layer = |path: &str| {
+    ///     let skew = TensorData::new(vec![0.1f32; 16 * 6], [1, 16, 6]);
+    ///     AdapterLayer::new(path, Some(LayerKind::Linear), skew, None)
+    /// };
+    /// let layers = vec![layer("query")?, layer("value")?];
+    /// let config = OftConfig::new().with_target_modules(["query", "value"]);
+    /// let adapter = Adapter::from_parts(config, layers, Vec::new())?;
+    /// let model = Model { query: LinearConfig::new(64, 32).init(&device) };
+    /// assert!(adapter.attach(model.clone()).is_err());
+    /// let (model, report) = adapter.attach_partial(model)?;
+    /// assert_eq!(report.applied, ["the adapter of `query`"]);
+    /// assert_eq!(report.unexpected.len(), 1); // the model has no `value`
+    /// # drop(model);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn attach_partial<M: Module>(&self, model: M) -> Result<(M, LoadReport), AttachError> {
         let walk = walk(&model);
         let fit = self.fit(&walk)?;
@@ -103,6 +145,14 @@ impl Adapter {
     }
 
     /// What goes where, and what does not.
+    ///
+    /// The targets of the settings are not asked which layers to adapt: the adapter has them by path. A layer that is
+    /// the identity by its sizes has no numbers to attach, and is passed over.
+    ///
+    /// # Errors
+    ///
+    /// - [`AttachError::Inject`]: settings, quantized weights and other reparameterizations, all at once.
+    /// - [`AttachError::KeyMap`]: a pattern has no answer.
     fn fit(&self, walk: &Walk) -> Result<Fit, AttachError> {
         // The file says which layers there are, so it need not say how they are targeted.
         let method = Method::new(&self.config).map_err(refused)?;
@@ -155,7 +205,12 @@ impl Adapter {
         Ok(fit)
     }
 
-    /// Finds the place of every bias and saved tensor.
+    /// Finds the place of every bias and saved tensor, by its module and PyTorch's name.
+    ///
+    /// # Shapes
+    ///
+    /// - a weight of a linear layer: `[d_output, d_input]` in the adapter, `[d_input, d_output]` in the model
+    /// - any other tensor: the same in both
     fn fit_tensors(&self, walk: &Walk, fit: &mut Fit) {
         let places: HashMap<_, _> = walk
             .parameters
@@ -208,6 +263,9 @@ impl Adapter {
     }
 
     /// Finds what the configuration promises and the file has not.
+    ///
+    /// An adapter from a file promises what the file said, in the names of the file. One that was extracted or built
+    /// promises what its configuration says, in the model's names.
     fn find_missing(&self, walk: &Walk, fit: &mut Fit) -> Result<(), AttachError> {
         let own = KeyMap::new();
         let (selection, names) = match &self.promised {
@@ -251,6 +309,9 @@ fn refused<E: Into<Misfit>>(errors: Vec<E>) -> InjectError {
 }
 
 /// The layers that the settings of a file name and the file has not.
+///
+/// A layer has every name that it may have in a file of either generation, and one name that is a target is enough. A
+/// fused layer is missing where a target names one of its parts.
 fn missing_layers(
     selector: &Selector,
     names: &KeyMap,
@@ -279,16 +340,22 @@ fn missing_layers(
 /// What goes where.
 #[derive(Default)]
 struct Fit {
+    /// What is attached, by the path of the layer.
     layers: HashMap<String, (Rotation, Values)>,
+    /// New numbers by the path of the parameter, in Burn's orientation.
     tensors: HashMap<String, TensorData>,
+    /// Paths of the parameters that are trainable afterwards, beside the adapters.
     trained: HashSet<String>,
     /// Parameters whose tensors are there and cannot be used.
     unusable: HashSet<String>,
+    /// Where numbers are rounded.
     warnings: Vec<String>,
+    /// What has no place, or does not fit.
     mismatch: Mismatch,
 }
 
 impl Fit {
+    /// Notes the rotation of a layer of this kind with a weight of this shape, or why it does not fit.
     fn layer(&mut self, layer: &AdapterLayer, method: &Method, kind: LayerKind, shape: &[usize]) {
         let path = &layer.path;
         let (d_input, d_output) = kind.axes(shape);
@@ -309,6 +376,7 @@ impl Fit {
         }
     }
 
+    /// Notes that the model has no layer at this path that can carry an adapter.
     fn no_layer(&mut self, path: &str, reason: Option<Unsupported>, nearest: Vec<String>) {
         self.mismatch.unexpected.push(Unexpected::Layer {
             path: path.to_string(),
@@ -323,6 +391,7 @@ impl Fit {
         self.mismatch.wrong.push(wrong);
     }
 
+    /// What is going to be applied, sorted, and the warnings.
     fn report(&self) -> LoadReport {
         let layers = self
             .layers
@@ -338,6 +407,10 @@ impl Fit {
         }
     }
 
+    /// Changes the model. Nothing can fail from here on.
+    ///
+    /// The walk is dropped first, because it shares every tensor of the model. An older adapter is removed, since Burn
+    /// keeps one reparameterization per parameter.
     fn attach<M: Module>(self, walk: Walk, model: M) -> M {
         let is_adapted = walk.adapted().next().is_some();
         let mut parameters = walk.parameters.iter();

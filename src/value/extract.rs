@@ -1,4 +1,8 @@
 //! [`Adapter::extract`]: an adapter out of a model.
+//!
+//! A model does not keep the configuration that it was adapted with. The rotation of each layer has its method, and the
+//! rest follows from what is trainable: a selection is sought that means exactly these parameters, or the model is
+//! refused.
 
 use std::collections::{HashMap, HashSet};
 
@@ -69,7 +73,8 @@ pub enum ExtractError {
         /// The parameters.
         paths: Vec<String>,
     },
-    /// Parameters that the configuration trains and the model has frozen.
+    /// Parameters that the configuration trains and the model has frozen. Without a configuration, they are in modules
+    /// that the name of a trained module selects too.
     #[error(
         "the configuration trains {}, which the model has frozen",
         listed(paths)
@@ -81,7 +86,7 @@ pub enum ExtractError {
     /// The configuration works in no model, or one of its patterns has no answer.
     #[error(transparent)]
     Config(#[from] InjectError),
-    /// A tensor that cannot be kept.
+    /// A tensor that cannot be kept: it is trained, or part of a module to save, and quantized.
     #[error(
         "`{path}` is quantized, and an adapter keeps float numbers only; exclude it from training"
     )]
@@ -96,6 +101,7 @@ fn listed(paths: &[String]) -> String {
     named.join(", ")
 }
 
+/// The part of a message about the layers that one side has and the other has not; empty if there are none.
 fn differ(what: &str, paths: &[String]) -> String {
     match paths {
         [] => String::new(),
@@ -112,14 +118,22 @@ impl From<PatternError> for ExtractError {
 impl Adapter {
     /// Reads the adapter out of a model that [`inject`](crate::inject()) or [`Adapter::attach`] adapted.
     ///
-    /// The model knows its configuration: the settings are those of its adapters, the targets are the adapted layers
-    /// by their full paths, and the biases and modules to save are what is trainable beside them. The numbers are
-    /// copied to the host; the base weights are neither needed nor read.
+    /// The model knows its configuration: the settings are those of its adapters, the targets are the adapted layers by
+    /// their full paths, and the biases and modules to save are what is trainable beside them. The numbers are copied
+    /// to the host; the base weights are neither needed nor read.
+    ///
+    /// # Numerics
+    ///
+    /// Skew and scale are in f32, or in f64 for an f64 base, and are copied bit for bit. Biases and saved modules keep
+    /// their precision.
     ///
     /// # Errors
     ///
-    /// [`ExtractError`]: a model without adapters, one whose parts were adapted differently, and parameters that are
-    /// trained and would be left behind.
+    /// - [`ExtractError::NotAdapted`]: the model carries no adapter.
+    /// - [`ExtractError::Mixed`]: its layers were adapted with different settings.
+    /// - [`ExtractError::LeftBehind`]: it trains parameters that no configuration can name.
+    /// - [`ExtractError::Frozen`]: it trains `head` and not `aux.head`, which `modules_to_save` cannot tell apart.
+    /// - [`ExtractError::Quantized`]: it trains a quantized parameter.
     ///
     /// # Examples
     ///
@@ -145,13 +159,44 @@ impl Adapter {
 
     /// Reads the adapter out of a model as [`Adapter::extract`] does, and keeps the names that a configuration has.
     ///
-    /// PEFT's file then says `target_modules: ["query"]` where the model was injected with that, and not the full
-    /// paths of all queries.
+    /// PEFT's file then says `target_modules: ["query"]` where the model was injected with that, and not the full paths
+    /// of all queries.
     ///
     /// # Errors
     ///
-    /// As [`Adapter::extract`], and where the configuration has other settings than the model, or selects other
-    /// layers, biases or modules than those that are adapted or trained.
+    /// As [`Adapter::extract`], and:
+    ///
+    /// - [`ExtractError::Settings`]: the model was adapted with other settings.
+    /// - [`ExtractError::Targets`]: the configuration selects other layers than those that are adapted.
+    /// - [`ExtractError::Frozen`]: the configuration trains parameters that are frozen in the model.
+    /// - [`ExtractError::Config`]: the configuration works in no model.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use burn::nn::{Linear, LinearConfig};
+    /// use burn_boft::value::ExtractError;
+    /// use burn_boft::{Adapter, OftConfig, TargetModules, inject};
+    ///
+    /// # let device = burn::tensor::Device::flex();
+    /// # #[derive(burn::module::Module, Debug)]
+    /// # struct Model { layers: Vec<Linear>, head: Linear }
+    /// let model = Model {
+    ///     layers: vec![LinearConfig::new(64, 64).init(&device)],
+    ///     head: LinearConfig::new(64, 10).init(&device),
+    /// };
+    /// let config = OftConfig::new().with_target_modules(r"layers\.\d+");
+    /// let model = inject(model, &config)?;
+    /// let by_paths = Adapter::extract(&model)?;
+    /// assert_eq!(by_paths.config().selection().target_modules, Some(["layers.0"].into()));
+    /// let as_written = Adapter::extract_as(&model, &config)?;
+    /// assert_eq!(as_written.config().selection().target_modules, Some(r"layers\.\d+".into()));
+    ///
+    /// let other = OftConfig::new().with_target_modules(["head"]);
+    /// let error = Adapter::extract_as(&model, other).unwrap_err();
+    /// assert!(matches!(error, ExtractError::Targets { .. }));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn extract_as<M: Module>(
         model: &M,
         config: impl Into<AdapterConfig>,
@@ -184,13 +229,21 @@ fn current<M: Module>(model: &M) -> Walk {
 
 /// The adapters of a model.
 struct Found {
+    /// The model, with running statistics as they are now.
     walk: Walk,
+    /// The method that all adapters have in common.
     method: Method,
     /// Paths of the adapted layers.
     adapted: HashSet<String>,
 }
 
 impl Found {
+    /// Finds the adapters and the method that they share.
+    ///
+    /// # Errors
+    ///
+    /// - [`ExtractError::NotAdapted`]: there are none.
+    /// - [`ExtractError::Mixed`]: two methods differ; sizes may.
     fn new(walk: Walk) -> Result<Self, ExtractError> {
         let mut method: Option<Method> = None;
         let mut adapted = HashSet::new();
@@ -213,6 +266,7 @@ impl Found {
         })
     }
 
+    /// Whether the layer that owns the parameter carries an adapter.
     fn is_adapted(&self, parameter: &Parameter) -> bool {
         self.adapted.contains(parameter.owner())
     }
@@ -246,6 +300,16 @@ impl Found {
     }
 
     /// The biases and saved modules, which are all that is trained.
+    ///
+    /// The running statistics of a saved batch norm are among them, although training does not change them by
+    /// gradients: PEFT's copy of a module has its buffers too.
+    ///
+    /// # Errors
+    ///
+    /// - [`ExtractError::LeftBehind`]: something is trained that the selection does not mean.
+    /// - [`ExtractError::Frozen`]: the selection means something that is not trained.
+    /// - [`ExtractError::Quantized`]: the numbers of a parameter are quantized.
+    /// - [`ExtractError::Config`]: a pattern of the selection cannot be used.
     fn tensors(&self, selection: &Selection) -> Result<Vec<SavedTensor>, ExtractError> {
         let selector = compiled(selection)?;
         let adapted = self.adapted.iter().map(String::as_str).collect();
@@ -281,6 +345,11 @@ impl Found {
     }
 
     /// Compares the layers that a configuration selects with those that are adapted.
+    ///
+    /// # Errors
+    ///
+    /// - [`ExtractError::Targets`]: they differ, with both differences.
+    /// - [`ExtractError::Config`]: there are no targets, or a pattern cannot be used.
     fn check_targets(&self, selection: &Selection) -> Result<(), ExtractError> {
         if selection.target_modules.is_none() {
             return Err(InjectError::new(vec![Misfit::NoTargetSetting]).into());
@@ -313,6 +382,13 @@ impl Found {
     }
 
     /// What a configuration must select for this model.
+    ///
+    /// Whole modules that are trained are modules to save. Of what is left, PEFT can only name the biases of the
+    /// adapted layers, or all biases of the model.
+    ///
+    /// # Errors
+    ///
+    /// [`ExtractError::LeftBehind`]: neither of the two is exactly what is trained.
     fn selection(&self) -> Result<Selection, ExtractError> {
         let modules_to_save = self.trained_modules();
         let saved = |path: &str| {
@@ -347,7 +423,10 @@ impl Found {
         })
     }
 
-    /// The adapted layers by their full paths.
+    /// The adapted layers by their full paths, as a list where it selects no other module.
+    ///
+    /// The path `query` also ends `encoder.query`, so a list would adapt both. A regular expression must match whole
+    /// paths.
     fn targets(&self, modules_to_save: &[String]) -> TargetModules {
         let adapted = self
             .walk
@@ -370,7 +449,8 @@ impl Found {
         }
     }
 
-    /// The adapted layers whose type does not say what they are.
+    /// The adapted layers whose type does not say what they are: those that were adapted by way of
+    /// [`with_layer_kind`](crate::BoftConfig::with_layer_kind).
     fn layer_kinds(&self) -> Vec<(String, Option<LayerKind>)> {
         let verdicts = verdicts(&self.walk, &[]);
         let adapted = verdicts.filter(|(parameter, verdict)| {
@@ -386,6 +466,9 @@ impl Found {
     }
 
     /// The largest modules of which every parameter is trained.
+    ///
+    /// Running statistics are not counted, since they are no parameters. The model itself and lists of modules are
+    /// never among them: `modules_to_save` cannot name the first, and PEFT does not wrap the second.
     fn trained_modules(&self) -> Vec<String> {
         let mut counts: HashMap<&str, (usize, usize)> = HashMap::new();
         for parameter in self.walk.parameters.iter().filter(|p| !p.is_statistic()) {
@@ -418,6 +501,11 @@ impl Found {
     }
 }
 
+/// The rules of a selection.
+///
+/// # Errors
+///
+/// [`ExtractError::Config`]: a pattern cannot be used.
 fn compiled(selection: &Selection) -> Result<Selector, ExtractError> {
     Selector::new(selection).map_err(|errors| {
         let misfits = errors.into_iter().map(Misfit::from);
@@ -426,6 +514,10 @@ fn compiled(selection: &Selection) -> Result<Selector, ExtractError> {
 }
 
 /// The numbers of a parameter, with PyTorch's name and orientation.
+///
+/// # Errors
+///
+/// [`ExtractError::Quantized`]: they are not floats.
 fn saved(parameter: &Parameter) -> Result<SavedTensor, ExtractError> {
     if !is_float(parameter.stored.dtype()) {
         return Err(ExtractError::Quantized {
@@ -444,6 +536,12 @@ fn saved(parameter: &Parameter) -> Result<SavedTensor, ExtractError> {
     })
 }
 
+/// The layer of these numbers, as the adapter keeps it.
+///
+/// # Shapes
+///
+/// - `skew`: `[m, n, b(b−1)/2]`, or `[m, 1, b(b−1)/2]` where one block is shared
+/// - `scale`: `[d_output]`
 fn layer(
     path: &str,
     rotation: &Rotation,

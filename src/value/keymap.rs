@@ -80,10 +80,13 @@ pub enum Transformers {
 pub struct KeyMap {
     /// Names that files of a known model may have, to those of the model.
     known: Vec<(Regex, String)>,
+    /// Patterns for paths of the file, and their replacements.
     to_model: Vec<(Regex, String)>,
+    /// Patterns for paths of the model, and their replacements.
     to_file: Vec<(Regex, String)>,
     /// Other names that a file may have for a path of the model.
     aliases: Vec<(Regex, String)>,
+    /// Layers that the file has in parts.
     fused: Vec<Fused>,
     /// Starts of paths that are there or not, depending on what is around the model.
     prefixes: Vec<String>,
@@ -212,8 +215,23 @@ impl KeyMap {
 
     /// Adds a layer that the file has in parts.
     ///
-    /// `whole` is how the path of the layer ends, as the file would name it, and `parts` are the names that its
-    /// last component has there, in the order of their shares of the output.
+    /// `whole` is how the path of the layer ends, as the file would name it, and `parts` are the names that its last
+    /// component has there, in the order of their shares of the output.
+    ///
+    /// The parts have the same input, and so one rotation. An adapter of the file loads only where the rotations of all
+    /// parts are the same; scales, biases and weights follow one another.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use burn_boft::KeyMap;
+    ///
+    /// let names = KeyMap::new().with_fused("in_proj", ["gate_proj", "up_proj"]);
+    /// assert_eq!(names.file_paths("layers.0.mlp.in_proj")?, ["layers.0.mlp.gate_proj", "layers.0.mlp.up_proj"]);
+    /// // Names are compared between dots.
+    /// assert_eq!(names.file_paths("layers.0.mlp.main_proj")?, ["layers.0.mlp.main_proj"]);
+    /// # Ok::<(), burn_boft::value::KeyMapError>(())
+    /// ```
     pub fn with_fused(
         mut self,
         whole: impl Into<String>,
@@ -285,16 +303,32 @@ impl KeyMap {
         Ok(places)
     }
 
-    /// The path in the model of a module of the file, or of the whole that it is a part of.
+    /// The path in the model of a module of the file.
+    ///
+    /// A part of a fused layer keeps its name here; [`KeyMap::places`] finds the whole.
     ///
     /// # Errors
     ///
     /// [`KeyMapError::Undecided`] where a pattern has no answer.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use burn_boft::{KeyMap, Transformers};
+    ///
+    /// // Both generations of the file lead to the one name that the model has.
+    /// let names = KeyMap::dinov2(Transformers::V4);
+    /// let query = "encoder.layer.0.attention.attention.query";
+    /// assert_eq!(names.model_path("encoder.layer.0.attention.q_proj")?, query);
+    /// assert_eq!(names.model_path(query)?, query);
+    /// # Ok::<(), burn_boft::value::KeyMapError>(())
+    /// ```
     pub fn model_path(&self, file: &str) -> Result<String, KeyMapError> {
         apply(&self.to_model, &apply(&self.known, file)?)
     }
 
-    /// The module that a module of the file is a part of.
+    /// The module that a module of the file is a part of. None of a module that is whole, and of a part's name
+    /// elsewhere in the model.
     pub(crate) fn part(&self, file: &str) -> Option<Part> {
         self.fused.iter().find_map(|fused| {
             let holder = holder(&fused.whole);
@@ -343,7 +377,8 @@ impl KeyMap {
         Ok(paths)
     }
 
-    /// Every name that a module of the model may have in a file: what its targets may mean.
+    /// Every name that a module of the model may have in a file: what its targets may mean. Parts of a fused layer
+    /// count whether they are written or only read.
     pub(crate) fn file_names(&self, model: &str) -> Result<Vec<String>, KeyMapError> {
         let path = apply(&self.to_file, model)?;
         let parts = self
@@ -363,6 +398,11 @@ impl KeyMap {
     }
 }
 
+/// Compiles a pattern.
+///
+/// # Errors
+///
+/// [`KeyMapError::Pattern`]: it is not valid.
 fn compile(pattern: &str) -> Result<Regex, KeyMapError> {
     Regex::new(pattern).map_err(|error| KeyMapError::Pattern {
         pattern: pattern.to_string(),
@@ -370,6 +410,11 @@ fn compile(pattern: &str) -> Result<Regex, KeyMapError> {
     })
 }
 
+/// Applies patterns one after the other, each to what the one before made, and each as often as it is found.
+///
+/// # Errors
+///
+/// [`KeyMapError::Undecided`]: the search of a pattern cannot be finished.
 fn apply(rules: &[(Regex, String)], path: &str) -> Result<String, KeyMapError> {
     let mut result = path.to_string();
     for (regex, replacement) in rules {

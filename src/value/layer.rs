@@ -14,12 +14,19 @@ use crate::tensors::{is_float, transposed, widened};
 /// number `i·b − i(i+1)/2 + j − i − 1`, and `Q[j, i] = −Q[i, j]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdapterLayer {
+    /// The layer's dotted path in the model.
     pub(crate) path: String,
+    /// The kind of the layer, where it is known.
     pub(crate) kind: Option<LayerKind>,
+    /// Channels per block, `b`. It is 1 where the skew has no numbers.
     pub(crate) block_size: usize,
+    /// Whether the one stored block of each factor serves all.
     pub(crate) block_share: bool,
+    /// Output channels, where they are known.
     pub(crate) d_output: Option<usize>,
+    /// A `[m, n, b(b−1)/2]` tensor in f32 or f64, `n = 1` where one block is shared.
     pub(crate) skew: TensorData,
+    /// A `[d_output]` tensor in the precision of the skew.
     pub(crate) scale: Option<TensorData>,
 }
 
@@ -177,7 +184,10 @@ impl AdapterLayer {
     ///
     /// # Errors
     ///
-    /// [`FitError`]: a layer of the other kind, or of other sizes.
+    /// - [`FitError::Axes`]: the weight has neither two axes nor four.
+    /// - [`FitError::Kind`]: the adapter is for a layer of the other kind.
+    /// - [`FitError::Inputs`], [`FitError::Blocks`]: the inputs are not those that the blocks rotate.
+    /// - [`FitError::Outputs`]: the outputs are not those that the scale has.
     pub fn check_fit(&self, weight: &[usize]) -> Result<LayerKind, FitError> {
         let kind = match weight.len() {
             2 => LayerKind::Linear,
@@ -189,7 +199,8 @@ impl AdapterLayer {
         Ok(kind)
     }
 
-    /// Refuses a layer of the other kind.
+    /// Refuses a layer of the other kind. An adapter of OFT's from a file fits both: PEFT writes the same tensors for
+    /// both.
     pub(crate) fn check_kind(&self, layer: LayerKind) -> Result<(), FitError> {
         match self.kind {
             Some(adapter) if adapter != layer => Err(FitError::Kind { adapter, layer }),
@@ -197,6 +208,13 @@ impl AdapterLayer {
         }
     }
 
+    /// Refuses a layer of other widths.
+    ///
+    /// # Errors
+    ///
+    /// - [`FitError::Inputs`]: the blocks cover another number of inputs.
+    /// - [`FitError::Blocks`]: a shared block, or the span of the factors, does not divide the inputs.
+    /// - [`FitError::Outputs`]: the scale has another number of outputs. Without a scale, any number fits.
     fn check_widths(&self, d_input: usize, d_output: usize) -> Result<(), FitError> {
         let (b, m) = (self.block_size, self.n_butterfly_factor());
         if let Some(adapter) = self.d_input().filter(|d| *d != d_input) {
@@ -220,6 +238,10 @@ impl AdapterLayer {
     }
 
     /// The sizes of the rotation in a layer of these widths.
+    ///
+    /// # Errors
+    ///
+    /// [`FitError::ScaleAlone`] for blocks of one channel, and otherwise as [`AdapterLayer::check_fit`] for the widths.
     pub(crate) fn butterfly(
         &self,
         d_input: usize,
@@ -298,7 +320,8 @@ impl SavedTensor {
         Self::new(module, torch, turned(data, name, owner))
     }
 
-    /// Burn's name of the tensor, and its numbers in Burn's orientation.
+    /// Burn's name of the tensor, and its numbers in Burn's orientation: the inverse of [`SavedTensor::from_burn`] for
+    /// the same owner.
     pub fn to_burn(&self, owner: TensorOwner) -> (&str, TensorData) {
         let norm = NORM_NAMES.iter().find(|(torch, _)| *torch == self.name);
         let name = match (owner, norm) {
@@ -347,7 +370,13 @@ fn sizes(skew: &[usize]) -> Result<usize, SizeError> {
     Ok(b)
 }
 
-/// Refuses factors, blocks and block sizes that no layer has.
+/// Refuses factors, blocks and block sizes that no layer has, in the order `[m, n, b]`.
+///
+/// # Errors
+///
+/// - [`SizeError::Width`]: `n·b` is more than [`WIDEST`].
+/// - [`SizeError::Factors`]: the span `b·2^(m−1)` does not divide `n·b`, `b` is odd with several factors, or one of
+///   them is 0.
 pub(crate) fn check_sizes([m, n, b]: [usize; 3]) -> Result<(), SizeError> {
     let (block_num, block_size) = (n, b);
     let d = n.checked_mul(b).filter(|d| *d <= WIDEST);
@@ -386,6 +415,11 @@ pub(crate) fn block_size(packed: usize) -> Option<usize> {
 }
 
 /// The packed numbers of square matrices, `½(A − Aᵀ)` above the diagonal.
+///
+/// # Shapes
+///
+/// - `squares`: `[…, b, b]`
+/// - result: `[…, b(b−1)/2]`
 pub(crate) fn pack(squares: &[f64], b: usize) -> Vec<f64> {
     squares
         .chunks_exact((b * b).max(1))
@@ -394,6 +428,11 @@ pub(crate) fn pack(squares: &[f64], b: usize) -> Vec<f64> {
 }
 
 /// Square matrices of packed numbers, skew-symmetric so that [`pack`] gives the numbers back.
+///
+/// # Shapes
+///
+/// - `packed`: `[…, b(b−1)/2]` with `b ≥ 2`
+/// - result: `[…, b, b]`
 pub(crate) fn unpack(packed: &[f64], b: usize) -> Vec<f64> {
     let mut squares = Vec::with_capacity(packed.len() * 3);
     for block in packed.chunks_exact((b * (b - 1) / 2).max(1)) {

@@ -35,8 +35,11 @@ use crate::tensors::is_float;
 /// `adapter_config.json` and `adapter_model.safetensors`.
 #[derive(Debug, Clone)]
 pub struct Adapter {
+    /// The settings, with the model's names.
     pub(crate) config: AdapterConfig,
+    /// The adapted layers, sorted by path.
     pub(crate) layers: Vec<AdapterLayer>,
+    /// Biases and parts of saved modules, sorted by module and name.
     pub(crate) tensors: Vec<SavedTensor>,
     /// Settings that say where it comes from.
     pub(crate) about: Map<String, Value>,
@@ -45,22 +48,33 @@ pub struct Adapter {
 }
 
 /// What a file says it adapts and saves, in its own names.
+///
+/// Only a model can say what a regular expression or `all-linear` selects, so the promise of a file is checked when the
+/// adapter is attached: what it names and the file has not is missing.
 #[derive(Debug, Clone)]
 pub(crate) struct Promise {
+    /// The settings of the file before the tensors and the key map changed them.
     pub(crate) selection: Selection,
+    /// The key map that the file was read with.
     pub(crate) names: KeyMap,
 }
 
 impl Adapter {
     /// Builds an adapter from tensors you computed yourself.
     ///
-    /// The shapes of the tensors decide how many factors there are, how large the blocks are and whether there is a scale;
-    /// the settings are changed to say the same.
+    /// The shapes of the tensors decide how many factors there are, how large the blocks are and whether there is a
+    /// scale; the settings are changed to say the same. Targets are not compared with the layers before the adapter is
+    /// attached.
     ///
     /// # Errors
     ///
-    /// [`Mismatch`]: layers that the method does not allow, biases that do not fit their layer, and tensors of a precision
-    /// that no file keeps. Settings are checked where they are used: when the adapter is attached or saved.
+    /// [`Mismatch`], with every entry that applies:
+    ///
+    /// - [`Wrong::NotOft`]: a layer has factors, a scale or unshared blocks that the settings of OFT do not allow.
+    /// - [`Wrong::Bias`]: a bias does not have as many numbers as its layer has outputs.
+    /// - [`Wrong::Kept`]: a tensor is neither of floats nor of i64.
+    ///
+    /// Settings are checked where they are used: when the adapter is attached or saved.
     ///
     /// # Examples
     ///
@@ -118,7 +132,8 @@ impl Adapter {
         Ok(adapter)
     }
 
-    /// Orders layers and tensors by path.
+    /// Orders layers and tensors by path, so that two adapters with the same numbers are the same and are written the
+    /// same.
     pub(crate) fn sort(&mut self) {
         self.layers.sort_by(|a, b| a.path.cmp(&b.path));
         self.tensors
@@ -163,12 +178,18 @@ impl Adapter {
         Method::unchecked(&self.config).is_orthogonal()
     }
 
-    /// The rotation of one of the layers, for a weight of `d_input` by `d_output`; none where blocks of one
-    /// channel do not rotate.
+    /// The rotation of one of the layers, for a weight of `d_input` by `d_output`; none where blocks of one channel do
+    /// not rotate.
+    ///
+    /// It is computed on `device` with the settings of this adapter, within the COFT radius if there is one and without
+    /// the scale.
     ///
     /// # Errors
     ///
-    /// [`Mismatch`] where the adapter does not fit these widths.
+    /// [`Mismatch`]:
+    ///
+    /// - [`Wrong::Fit`]: the layer does not fit these widths.
+    /// - [`Wrong::Rotation`]: the settings give no layer a rotation.
     pub fn rotation(
         &self,
         layer: &AdapterLayer,

@@ -3,6 +3,10 @@
 //! PEFT's configuration does not say what is in the file: without its CUDA kernel, PEFT trains one factor whatever
 //! `boft_n_butterfly_factor` is, and its OFT adjusts the block size to each layer. The shapes of the tensors are what was
 //! trained, so the configuration follows them, and the report has a line for each layer where it did.
+//!
+//! PEFT's files: `update_layer` in `src/peft/tuners/boft/layer.py`, which sets the factors to 1 where the kernel does
+//! not load and leaves the configuration as it was, and `adjust_oft_parameters` in `src/peft/tuners/oft/layer.py`, both
+//! of PEFT 0.21.2.
 
 use super::layer::{AdapterLayer, SavedTensor};
 use super::mismatch::{Mismatch, Wrong};
@@ -11,6 +15,12 @@ use crate::config::{AdapterConfig, Block};
 use crate::rotation::{Method, factors};
 
 /// Refuses biases that do not have as many numbers as their layer has outputs, as far as its scale says how many.
+///
+/// A layer of OFT has no scale, so its biases are compared with the model when the adapter is attached.
+///
+/// # Shapes
+///
+/// - a bias: `[d_output]`
 pub(crate) fn check_biases(
     layers: &[AdapterLayer],
     tensors: &[SavedTensor],
@@ -32,6 +42,18 @@ pub(crate) fn check_biases(
 }
 
 /// Lets the configuration say what the tensors are: they decide, and the report tells.
+///
+/// | the layers | the configuration afterwards |
+/// |---|---|
+/// | all have `m` factors | has `m` factors |
+/// | have different numbers of factors | keeps its own |
+/// | none has a scale | has none; otherwise it has one |
+/// | all have the blocks that it means | keeps its size or count |
+/// | do not, and all have one block size | has that size |
+/// | do not, and have several block sizes | keeps its own |
+///
+/// OFT's block size is compared after the adjustment to the width of the layer, so a file of PEFT's with adjusted
+/// blocks needs no line in the report. Without layers, nothing changes.
 pub(crate) fn reconcile(
     config: &mut AdapterConfig,
     layers: &[AdapterLayer],
@@ -79,6 +101,7 @@ pub(crate) fn expected_block_size(method: &Method, d_input: Option<usize>) -> Op
     }
 }
 
+/// The value that all are equal to. None where two differ, or where there are none.
 fn same<T: PartialEq>(mut values: impl Iterator<Item = T>) -> Option<T> {
     let first = values.next()?;
     values.all(|value| value == first).then_some(first)

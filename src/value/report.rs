@@ -7,6 +7,9 @@ use super::mismatch::{Missing, Unexpected};
 /// What [`Adapter::load`](crate::Adapter::load) or [`Adapter::attach_partial`](crate::Adapter::attach_partial) did.
 ///
 /// `Display` counts what was applied, and has one line for every other entry.
+///
+/// PEFT returns the keys that are missing and unexpected (`load_adapter` in `src/peft/peft_model.py`); what it converts
+/// or ignores, it does not say.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LoadReport {

@@ -67,8 +67,7 @@ impl OfModule for AdapterLayer {
 
     /// The adapter of a fused layer: one rotation, and the scales one after the other.
     ///
-    /// A layer without scales joins with others that have none. Where only some parts have one, the whole has none. The
-    /// outputs are known if all parts know theirs.
+    /// The whole has a scale if all parts have one, and none if none has. The outputs are known if all parts know theirs.
     ///
     /// # Shapes
     ///
@@ -78,6 +77,7 @@ impl OfModule for AdapterLayer {
     ///
     /// - [`PartsError::Rotations`]: block sizes or numbers differ. They are compared exactly, since a rounded copy is
     ///   another rotation.
+    /// - [`PartsError::Scales`]: only some parts have a scale, as where a file lacks one and a partial load passes over it.
     /// - [`PartsError::Shapes`]: the scales have different precisions.
     fn join(parts: Vec<Self>) -> Result<Self, PartsError> {
         let first = &parts[0];
@@ -87,6 +87,10 @@ impl OfModule for AdapterLayer {
         };
         if !parts.iter().all(is_alike) {
             return Err(PartsError::Rotations);
+        }
+        let is_scaled = |part: &Self| part.scale.is_some() == first.scale.is_some();
+        if !parts.iter().all(is_scaled) {
+            return Err(PartsError::Scales);
         }
         let scales: Option<Vec<_>> = parts.iter().map(|part| part.scale.as_ref()).collect();
         let scale = scales

@@ -388,6 +388,9 @@ pub enum PartsError {
         "and one layer has one rotation where theirs differ; merge the adapter in PEFT instead"
     )]
     Rotations,
+    /// Only some of the parts have a scale.
+    #[error("and only some of them have a scale, which the others would lose or gain")]
+    Scales,
     /// The parts are of different precisions or shapes.
     #[error("and their shapes or precisions differ")]
     Shapes,

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use burn::module::Module;
 use burn::tensor::DType;
-use burn_boft::peft::{LoadError, LoadOptions, SaveOptions};
+use burn_boft::peft::{Folder, LoadError, LoadOptions, SaveOptions};
 use burn_boft::{Adapter, Bias, BoftConfig, BoftLinear, KeyMap, Transformers, inject};
 use serde_json::json;
 
@@ -172,6 +172,28 @@ fn two_different_rotations_cannot_be_loaded_into_one_fused_layer() {
     );
     // Without the map the two layers stay apart, and each may have its own rotation.
     assert_eq!(Adapter::load(folder.path()).unwrap().0.layers().len(), 3);
+}
+
+#[test]
+fn a_fused_layer_of_which_only_one_part_has_a_scale_is_refused() {
+    let adapter = Adapter::extract_as(&inject(Dino::new(), dino()).unwrap(), dino()).unwrap();
+    let names = KeyMap::dinov2(Transformers::V5);
+    let folder = tempfile::tempdir().unwrap();
+    let options = SaveOptions::new().with_key_map(names.clone());
+    adapter.save_with(folder.path(), &options).unwrap();
+    let mut files = Folder::read(folder.path()).unwrap();
+    let up = |key: &String| key.ends_with("up_proj.boft_s");
+    let key = files.tensors.keys().find(|key| up(key)).unwrap().clone();
+    files.tensors.remove(&key);
+    files.write(folder.path()).unwrap();
+    let options = LoadOptions::new().with_key_map(names).allow_partial(true);
+    let error = Adapter::load_with(folder.path(), &options).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("and only some of them have a scale"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -13,9 +13,8 @@
 //! 4. `target_modules` has the whole path as a name: it is a target, whatever the index of its layer.
 //! 5. `target_modules` has an ending of the path as a name: it is a target if `layers_to_transform` has its layer.
 //!
-//! Reference: `check_target_module_exists` in PEFT's `src/peft/tuners/tuners_utils.py`, as it is up to PEFT 0.20. In
-//! PEFT 0.21.2 a `layers_pattern` also finds a list that a path starts with, such as `layers` in `layers.0.query`; here
-//! it does not.
+//! Reference: `check_target_module_exists` in PEFT 0.21's `src/peft/tuners/tuners_utils.py`. Up to PEFT 0.20 a
+//! `layers_pattern` did not find a list that a path starts with, such as `layers` in `layers.0.query`.
 
 use std::collections::HashSet;
 
@@ -130,10 +129,11 @@ impl Selector {
                 reason: "it selects nothing without layers_to_transform".to_string(),
             });
         }
-        let any = [ANY_LIST.to_string()];
-        let names = if names.is_empty() { &any } else { &names[..] };
-        let lists = names
-            .iter()
+        let any = names.is_empty().then_some(None);
+        let named = names.iter().map(|name| Some(name.as_str()));
+        let lists = any
+            .into_iter()
+            .chain(named)
             .filter_map(|name| Pattern::layer_list(name).map_err(|e| errors.push(e)).ok())
             .collect();
 
@@ -328,15 +328,19 @@ impl Pattern {
 
     /// A pattern for a list of layers, which is followed by the index of the layer, as in PEFT's `match`.
     ///
-    /// At least one component must come before the list, and one after the index, so the pattern finds the layer of
-    /// modules in a list and never that of the list's elements themselves.
-    fn layer_list(source: &str) -> Result<Self, PatternError> {
+    /// At least one component must come after the index, so the pattern finds the layer of modules in a list and never
+    /// that of the list's elements themselves. A list that is named may stand at the start of the path; without a name,
+    /// something must come before it. The index has a name, so that groups of the pattern's own do not take its place.
+    fn layer_list(source: Option<&str>) -> Result<Self, PatternError> {
         // The start is lazy. A greedy one would find the index of the expert in `layers.1.experts.0`.
-        Self::new(
-            "layers_pattern",
-            source,
-            &format!(r"\A(?:.*?\.{source}\.(\d+)\.)"),
-        )
+        let (source, regex) = match source {
+            Some(source) => (
+                source,
+                format!(r"\A(?:(?:^|.*?\.){source}\.(?P<idx>\d+)\.)"),
+            ),
+            None => (ANY_LIST, format!(r"\A(?:.*?\.{ANY_LIST}\.(?P<idx>\d+)\.)")),
+        };
+        Self::new("layers_pattern", source, &regex)
     }
 
     /// Compiles `regex`, which contains `source`.
@@ -378,11 +382,14 @@ impl Pattern {
             .captures(path)
             .map_err(|error| self.undecided(path, error))?;
         let Some(groups) = found else { return Ok(None) };
-        // The source is pasted into a larger expression, so with a group or a bare `|` in it, the first group may not be
-        // the index. PEFT crashes then.
-        match groups.get(1).and_then(|group| group.as_str().parse().ok()) {
+        // The source is pasted into a larger expression, so with a bare `|` in it, a match may have no index. PEFT then
+        // passes over the layer.
+        match groups
+            .name("idx")
+            .and_then(|group| group.as_str().parse().ok())
+        {
             Some(index) => Ok(Some(index)),
-            None => Err(self.undecided(path, "its first group is not a layer index")),
+            None => Err(self.undecided(path, "it matches without the index of a layer")),
         }
     }
 
@@ -491,7 +498,7 @@ mod tests {
     /// PEFT's REGEX_TEST_CASES with a list of targets. Its rows that differ only in how an empty
     /// `layers_pattern` is written (`[]`, `""` or `None`) are one row here.
     #[rustfmt::skip]
-    const PEFT_NAMES: [NamesRow; 37] = [
+    const PEFT_NAMES: [NamesRow; 41] = [
         // path, target_modules, layers_to_transform, layers_pattern, targeted
         ("", &[], &[], &[], false),
         ("", &["foo"], &[], &[], false),
@@ -522,11 +529,15 @@ mod tests {
         ("foo.bar.q_proj", &["q_proj"], &[], &[], true),
         ("foo.bar.1.baz", &["baz"], &[1], &["foo"], false),
         ("foo.bar.1.baz", &["baz"], &[1], &["baz"], false),
-        ("bar.1.baz", &["baz"], &[1], &["bar"], false),
+        ("bar.1.baz", &["baz"], &[1], &["bar"], true),
         ("foo.bar.001.baz", &["baz"], &[1], &["bar"], true),
         ("foo.bar.1.spam.2.baz", &["baz"], &[1], &["bar"], true),
         ("foo.bar.2.spam.1.baz", &["baz"], &[1], &["bar"], false),
-        ("blocks.1.weight", &["weight"], &[1], &["blocks"], false),
+        ("blocks.1.weight", &["weight"], &[1], &["blocks"], true),
+        ("blocks.1.weight", &["weight"], &[1], &[], false),
+        ("model.h.0.key", &["key"], &[0], &["(h|layers)"], true),
+        ("layers.0.key", &["key"], &[0], &["h|layers"], true),
+        ("xh.0.key", &["key"], &[0], &["h"], false),
         ("blocks.1.bias", &["weight"], &[1], &["blocks"], false),
         ("mlp.blocks.1.weight", &["weight"], &[1], &["blocks"], true),
         ("mlp.blocks.1.bias", &["weight"], &[1], &["blocks"], false),
@@ -735,7 +746,8 @@ mod tests {
         let path = "model.layers.1.experts.0.up";
         let layer_1 = |list| decide(&in_layers(&["up"], &[1], &[list]), path);
         assert_eq!(layer_1("lay.+rs"), Decision::Target);
-        assert_eq!(layer_1(r"layers\.(\d+)\.experts"), Decision::Target);
+        // The index after the pattern counts, here that of the expert.
+        assert_eq!(layer_1(r"layers\.(\d+)\.experts"), Decision::Unmatched);
         // Python's `match` starts at the front, where neither `.*?\.h` nor `layers\.…` is.
         assert_eq!(layer_1("h|layers"), Decision::Unmatched);
     }
@@ -778,14 +790,9 @@ mod tests {
         for (selection, path, reason) in [
             (targeting(r"(a+)+\1b"), path.as_str(), "backtracking"),
             (
-                in_layers(&["key"], &[0], &["(h|layers)"]),
-                "model.h.0.key",
-                "layer index",
-            ),
-            (
                 in_layers(&["key"], &[0], &["h|layers"]),
                 "model.h.0.key",
-                "layer index",
+                "index of a layer",
             ),
         ] {
             let matcher = Selector::new(&selection).unwrap();

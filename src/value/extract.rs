@@ -390,12 +390,12 @@ impl Found {
     ///
     /// [`ExtractError::LeftBehind`]: neither of the two is exactly what is trained.
     fn selection(&self) -> Result<Selection, ExtractError> {
-        let modules_to_save = self.trained_modules();
-        let saved = |path: &str| {
-            let mut modules = modules_to_save.iter();
-            modules.any(|module| crate::config::is_saved(std::slice::from_ref(module), path))
+        let saving = Selection {
+            modules_to_save: self.trained_modules(),
+            ..Selection::default()
         };
-        let beside = self.trained().filter(|parameter| !saved(parameter.owner()));
+        let saved = compiled(&saving)?;
+        let beside = self.trained().filter(|p| !saved.saves(p.owner()));
         let beside: Vec<_> = beside.collect();
         let bias = match beside.iter().all(|parameter| self.is_adapted(parameter)) {
             true if beside.is_empty() => Bias::None,
@@ -415,11 +415,10 @@ impl Found {
             });
         }
         Ok(Selection {
-            target_modules: Some(self.targets(&modules_to_save)),
-            modules_to_save,
+            target_modules: Some(self.targets(&saved)),
             bias,
             layer_kinds: self.layer_kinds(),
-            ..Selection::default()
+            ..saving
         })
     }
 
@@ -427,7 +426,7 @@ impl Found {
     ///
     /// The path `query` also ends `encoder.query`, so a list would adapt both. A regular expression must match whole
     /// paths.
-    fn targets(&self, modules_to_save: &[String]) -> TargetModules {
+    fn targets(&self, saved: &Selector) -> TargetModules {
         let adapted = self
             .walk
             .adapted()
@@ -437,7 +436,7 @@ impl Found {
         let selects_others = self.walk.modules.iter().any(|module| {
             let path = module.path.as_str();
             !self.adapted.contains(path)
-                && !crate::config::is_saved(modules_to_save, path)
+                && !saved.saves(path)
                 && endings(path).any(|ending| self.adapted.contains(ending))
         });
         match selects_others {

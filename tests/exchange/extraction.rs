@@ -1,11 +1,15 @@
 //! Taking an adapter out of a model.
 
 use burn::module::{Module, ParamGroup};
+use burn::tensor::DType;
 use burn_boft::value::ExtractError;
-use burn_boft::{Adapter, AdapterConfig, Bias, BoftLinear, Cayley, OftConfig, inject};
+use burn_boft::{
+    Adapter, AdapterConfig, Bias, BoftLinear, Cayley, OftConfig, TargetModules, inject,
+};
 
 use super::support::*;
 use crate::common::host;
+use crate::common::models::{INPUT, Net, linear, numbers};
 
 #[test]
 fn extraction_refuses_settings_that_differ_from_the_injection() {
@@ -145,4 +149,36 @@ fn extraction_refuses_to_leave_trained_parameters_behind() {
     let adapter = Adapter::extract_as(&model.valid(), boft()).unwrap();
     assert_eq!(adapter.tensors().len(), 4);
     assert!(Adapter::extract_as(&model.valid(), boft().with_bias(Bias::None)).is_err());
+}
+
+/// A layer whose path is also the ending of another's.
+#[derive(Module, Debug)]
+struct Nested {
+    inner: Net<BoftLinear>,
+    hidden: BoftLinear,
+}
+
+impl Nested {
+    fn new() -> Self {
+        Self {
+            inner: base(),
+            hidden: linear([INPUT, 10], 7, DType::F32, &device()).into(),
+        }
+    }
+}
+
+#[test]
+fn extraction_names_an_adapted_layer_so_that_no_other_layer_is_meant() {
+    let config = oft()
+        .with_target_modules("hidden")
+        .with_modules_to_save([""; 0])
+        .with_bias(Bias::None);
+    let model = inject(Nested::new(), config).unwrap();
+    let adapter = Adapter::extract(&model).unwrap();
+    let targets = adapter.config().selection().target_modules.clone();
+    assert_eq!(targets, Some(TargetModules::Regex("hidden".to_string())));
+    // A list with this name would miss the adapter of `inner.hidden`.
+    let (again, _) = Adapter::load(saved(&adapter).path()).unwrap();
+    let attached = again.attach(Nested::new()).unwrap();
+    assert_eq!(numbers(&attached), numbers(&model));
 }

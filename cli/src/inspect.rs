@@ -1,5 +1,7 @@
 //! `inspect`: shows what an adapter is, and how far it rotates each layer.
 
+use std::collections::BTreeMap;
+
 use burn::tensor::Device;
 use burn_boft::peft::{LoadOptions, read_settings};
 use burn_boft::value::{AdapterLayer, LayerMeasure};
@@ -8,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::cli::Inspect;
 use crate::error::Error;
+use crate::layers;
 use crate::load::load;
 use crate::output::{Form, check_free};
 use crate::plot;
@@ -20,12 +23,14 @@ pub fn run(options: &Inspect) -> Result<(), Error> {
     let adapter = load(&options.adapter, &LoadOptions::new())?;
     let json = read_settings(&options.adapter)?;
     let about = About::new(&adapter, &json);
-    let rows: Vec<_> = adapter
+    let measures = adapter.measure(&Device::flex());
+    let mut rows: Vec<_> = adapter
         .layers()
         .iter()
-        .zip(adapter.measure(&Device::flex()))
+        .zip(measures)
         .map(|(layer, measure)| Row::new(layer, measure))
         .collect();
+    rows.sort_by(|a, b| layers::compare(&a.measure.path, &b.measure.path));
     if let Some(path) = &options.plot {
         let angles: Vec<_> = rows
             .iter()
@@ -42,7 +47,7 @@ pub fn run(options: &Inspect) -> Result<(), Error> {
 /// What holds for the whole adapter.
 struct About {
     method: String,
-    targets: String,
+    targets: Vec<String>,
     base_model: Option<String>,
     peft_version: Option<String>,
     tensors: usize,
@@ -54,10 +59,10 @@ impl About {
         Self {
             method: adapter.config().to_string(),
             targets: match &adapter.config().selection().target_modules {
-                None => "none".into(),
-                Some(TargetModules::AllLinear) => "all-linear".into(),
-                Some(TargetModules::Regex(regex)) => format!("regex {regex}"),
-                Some(TargetModules::Names(names)) => names.join(", "),
+                None => vec!["none".into()],
+                Some(TargetModules::AllLinear) => vec!["all-linear".into()],
+                Some(TargetModules::Regex(regex)) => vec![format!("regex {regex}")],
+                Some(TargetModules::Names(names)) => names.clone(),
             },
             base_model: adapter.base_model().map(str::to_string),
             peft_version: text("peft_version"),
@@ -99,7 +104,7 @@ fn to_text(about: &About, rows: &[Row]) -> String {
         .max(5);
     let head = [
         ("method", about.method.clone()),
-        ("targets", about.targets.clone()),
+        ("targets", short_list(&about.targets)),
         (
             "base model",
             about.base_model.clone().unwrap_or_else(unknown),
@@ -153,6 +158,28 @@ fn to_text(about: &About, rows: &[Row]) -> String {
     text
 }
 
+/// Names in one line. Many of them are shortened to patterns with `*` for numbers, each with how many it stands for.
+fn short_list(names: &[String]) -> String {
+    const NAMES: usize = 8;
+    if names.len() <= NAMES {
+        return names.join(", ");
+    }
+    let mut patterns = BTreeMap::new();
+    for name in names {
+        *patterns.entry(layers::pattern(name)).or_insert(0) += 1;
+    }
+    let shown = patterns.iter().take(NAMES);
+    let shown: Vec<_> = shown
+        .map(|(pattern, count)| format!("{pattern} ({count})"))
+        .collect();
+    let more = patterns.len() - shown.len();
+    let rest = match more {
+        0 => String::new(),
+        more => format!(" and {more} more, which --json lists"),
+    };
+    format!("{} names: {}{rest}", names.len(), shown.join(", "))
+}
+
 fn to_json(about: &About, rows: &[Row]) -> Value {
     let layers: Vec<_> = rows
         .iter()
@@ -174,7 +201,7 @@ fn to_json(about: &About, rows: &[Row]) -> Value {
         .collect();
     json!({
         "method": about.method,
-        "targets": about.targets,
+        "targets": about.targets.join(", "),
         "base_model": about.base_model,
         "peft_version": about.peft_version,
         "stored": rows.iter().map(|row| row.measure.stored_by_peft).sum::<usize>(),
@@ -182,4 +209,27 @@ fn to_json(about: &About, rows: &[Row]) -> Value {
         "saved_tensors": about.tensors,
         "layers": layers,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_targets_are_shortened_to_patterns() {
+        let names = |count: usize, of: fn(usize) -> String| (0..count).map(of).collect::<Vec<_>>();
+        assert_eq!(
+            short_list(&names(2, |i| format!("layer.{i}.fc"))),
+            "layer.0.fc, layer.1.fc"
+        );
+        assert_eq!(
+            short_list(&names(72, |i| format!("layer.{}.fc{}", i / 2, 1 + i % 2))),
+            "72 names: layer.*.fc1 (36), layer.*.fc2 (36)"
+        );
+        let all = short_list(&names(20, |i| format!("module{i:02}")));
+        assert!(
+            all.ends_with("module07 (1) and 12 more, which --json lists"),
+            "{all}"
+        );
+    }
 }

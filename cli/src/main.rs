@@ -9,6 +9,8 @@ mod find;
 mod header;
 mod inspect;
 mod interrupt;
+mod labels;
+mod layers;
 mod load;
 mod lora;
 mod merge;

@@ -9,6 +9,7 @@ use crate::changes::{Added, Change, Changes};
 use crate::cli::Merge;
 use crate::error::Error;
 use crate::header::Entry;
+use crate::labels;
 use crate::load::load;
 use crate::names::Names;
 use crate::rewrite::{check_output, rewrite};
@@ -28,6 +29,9 @@ pub fn run(options: &Merge) -> Result<(), Error> {
             "note: the model's head shares the tensor of its embedding, and the adapter changes one of the two; the \
              merged model has a tensor for each, and its config.json says \"tie_word_embeddings\": false",
         );
+    }
+    if let Some(line) = labels::correct(&base, head.text(), &mut changes) {
+        note(&line);
     }
     match &options.output {
         Some(output) if !options.dry_run => {

@@ -264,6 +264,11 @@ impl Head {
         })
     }
 
+    /// The text of the `config.json`; empty if there is none.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
     /// Whether this is a tensor of the head that the file may lack, because it is the same as another.
     pub fn is_shared(&self, key: &str) -> bool {
         let shared = self.family.map_or(&[][..], |family| family.shared);

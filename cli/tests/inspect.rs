@@ -240,6 +240,106 @@ fn the_figures_are_those_of_a_dense_reference() {
     }
 }
 
+/// The rectangles of a picture that are neither its background nor a key of its legend, which is 12 pixels wide.
+fn bar_lines(svg: &str) -> impl Iterator<Item = &str> {
+    svg.lines().filter(|line| {
+        let is_key = line.contains("width=\"12\" height=\"12\"");
+        line.starts_with("<rect") && !line.contains("#FFFFFF") && !is_key
+    })
+}
+
+/// An adapter of OFT for two maps in each of twelve layers, with long names.
+fn deep_adapter(folder: &std::path::Path) -> Vec<String> {
+    let mut tensors = Tensors::new();
+    let mut names = Vec::new();
+    for layer in 0..12 {
+        for map in ["attention.attention.query", "mlp.fc1"] {
+            let path = format!("dinov2.encoder.layer.{layer}.{map}");
+            let key = format!("base_model.model.{path}.oft_R.weight");
+            tensors.insert(key, Tensor::random(&[2, 6], 1 + layer));
+            names.push(path);
+        }
+    }
+    let config = serde_json::json!({
+        "peft_type": "OFT", "oft_block_size": 4, "use_cayley_neumann": false, "target_modules": names
+    });
+    write_adapter(&folder.join("deep"), &config, &tensors);
+    names
+}
+
+#[test]
+fn layers_are_in_the_order_of_their_numbers_and_many_targets_are_shortened() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut names = deep_adapter(folder.path());
+    let printed = succeed(folder.path(), &["inspect", "deep"]);
+    assert!(
+        printed.contains(
+            "targets       24 names: dinov2.encoder.layer.*.attention.attention.query (12), \
+             dinov2.encoder.layer.*.mlp.fc1 (12)\n"
+        ),
+        "{printed}"
+    );
+    let (_, table) = printed.split_once("\n\n").unwrap();
+    let rows: Vec<_> = table
+        .lines()
+        .skip(1)
+        .map(|line| line.split(' ').next().unwrap())
+        .collect();
+    assert_eq!(rows, names);
+    // JSON has them all.
+    let json = succeed(folder.path(), &["inspect", "deep", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let mut targets: Vec<_> = json["targets"].as_str().unwrap().split(", ").collect();
+    targets.sort();
+    names.sort();
+    assert_eq!(targets, names);
+}
+
+#[test]
+fn a_picture_has_whole_labels_in_order_and_a_colour_for_each_kind_of_layer() {
+    let folder = tempfile::tempdir().unwrap();
+    let names = deep_adapter(folder.path());
+    succeed(folder.path(), &["inspect", "deep", "--plot", "deep.svg"]);
+    let svg = fs::read_to_string(folder.path().join("deep.svg")).unwrap();
+    let field = |line: &str, name: &str| {
+        let (_, rest) = line.split_once(&format!(" {name}=\"")).unwrap();
+        rest.split('"').next().unwrap().to_string()
+    };
+
+    // A text is on the line after its tag.
+    let lines: Vec<_> = svg.lines().collect();
+    let mut labels: Vec<_> = lines
+        .windows(2)
+        .filter(|pair| names.iter().any(|name| name == pair[1]))
+        .map(|pair| {
+            (
+                field(pair[0], "y").parse::<i32>().unwrap(),
+                pair[0],
+                pair[1],
+            )
+        })
+        .collect();
+    labels.sort();
+    let shown: Vec<_> = labels.iter().map(|(.., name)| *name).collect();
+    assert_eq!(shown, names);
+    for (_, tag, name) in labels {
+        assert_eq!(field(tag, "text-anchor"), "end");
+        let size: f64 = field(tag, "font-size").parse().unwrap();
+        // Letters of sans-serif fonts are half as wide as high on average; these have a tenth more.
+        let width = 0.55 * size * name.len() as f64;
+        let left = field(tag, "x").parse::<f64>().unwrap() - width;
+        assert!(left >= 0.0, "{name} begins at {left}");
+    }
+
+    let colours: std::collections::BTreeSet<_> =
+        bar_lines(&svg).map(|bar| field(bar, "fill")).collect();
+    assert_eq!(colours.len(), 2, "{svg}");
+    for (kind, count) in [("attention.attention.query", 1), ("mlp.fc1", 1)] {
+        let keys = lines.iter().filter(|line| **line == kind);
+        assert_eq!(keys.count(), count, "{kind} is in the legend");
+    }
+}
+
 #[test]
 fn a_picture_has_a_bar_for_each_layer_as_long_as_its_angle() {
     let case = Case::open("cases/boft-stack-layers");
@@ -257,14 +357,11 @@ fn a_picture_has_a_bar_for_each_layer_as_long_as_its_angle() {
     ] {
         assert_eq!(svg.matches(layer).count(), 1, "{layer}");
     }
-    let bars = svg
-        .lines()
-        .filter(|line| line.starts_with("<rect") && line.contains("#0000FF"));
     let field = |bar: &str, name: &str| -> f64 {
         let (_, rest) = bar.split_once(&format!(" {name}=\"")).unwrap();
         rest.split('"').next().unwrap().parse().unwrap()
     };
-    let mut bars: Vec<_> = bars
+    let mut bars: Vec<_> = bar_lines(&svg)
         .map(|bar| (field(bar, "y"), field(bar, "width")))
         .collect();
     bars.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -283,7 +380,7 @@ fn a_picture_has_a_bar_for_each_layer_as_long_as_its_angle() {
     );
     let svg = fs::read_to_string(folder.path().join("one.svg")).unwrap();
     assert_eq!(svg.matches("\nlayer\n").count(), 1, "{svg}");
-    let bar = svg.lines().find(|line| line.contains("#0000FF")).unwrap();
+    let bar = bar_lines(&svg).next().unwrap();
     assert!(field(bar, "height") > 10.0, "{bar}");
     assert_eq!(
         refused(

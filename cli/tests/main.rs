@@ -9,6 +9,7 @@ mod files;
 mod inspect;
 #[cfg(unix)]
 mod interrupts;
+mod labels;
 #[cfg(target_os = "linux")]
 mod memory;
 mod merge;

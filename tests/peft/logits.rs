@@ -9,7 +9,7 @@ use std::path::Path;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_boft::peft::LoadOptions;
 use burn_boft::{Adapter, KeyMap, Transformers};
-use dinov2::embedded;
+use dinov2::weights::Checkpoint;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 
@@ -27,7 +27,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let labels = head.ok_or("the adapter has no head")?.data().num_elements();
 
     let device = Device::flex();
-    let model = adapter.attach(embedded(labels, &device)?)?;
+    let labels: Vec<String> = (0..labels).map(|label| label.to_string()).collect();
+    let (model, _) = Checkpoint::embedded().load(&labels, &device)?;
+    let model = adapter.attach(model)?;
 
     let bytes = std::fs::read(input)?;
     let file = SafeTensors::deserialize(&bytes)?;

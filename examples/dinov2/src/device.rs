@@ -1,13 +1,16 @@
 //! Where the work is done.
 
 use burn::prelude::*;
-use burn::tensor::DeviceType;
+use burn::tensor::{DType, DeviceType, FloatDType};
 use clap::ValueEnum;
+
+use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 
 /// The devices that this build can use.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum DeviceName {
     /// This machine's processor.
     #[default]
@@ -30,6 +33,45 @@ pub enum DeviceName {
     /// The best WebGPU device.
     #[cfg(feature = "webgpu")]
     Webgpu,
+}
+
+/// The precision of the frozen weights and of the activations. What is trained has single precision, but for biases.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// Single precision.
+    #[default]
+    F32,
+    /// Half precision with the range of single precision.
+    Bf16,
+    /// Half precision.
+    F16,
+}
+
+impl Precision {
+    /// Burn's name for it.
+    pub fn dtype(self) -> FloatDType {
+        match self {
+            Self::F32 => FloatDType::F32,
+            Self::Bf16 => FloatDType::BF16,
+            Self::F16 => FloatDType::F16,
+        }
+    }
+
+    /// Checks that a device computes in this precision.
+    ///
+    /// # Errors
+    ///
+    /// It does not.
+    pub fn check(self, device: &Device) -> Result<(), Error> {
+        if device.supports_dtype(DType::from(self.dtype())) {
+            return Ok(());
+        }
+        Err(Error::Settings(format!(
+            "--dtype {} is not supported by this device; f32 is",
+            format!("{self:?}").to_lowercase()
+        )))
+    }
 }
 
 impl DeviceName {
@@ -82,7 +124,7 @@ impl DeviceName {
     }
 
     /// The name on the command line.
-    fn name(self) -> String {
+    pub fn name(self) -> String {
         self.to_possible_value()
             .map_or_else(String::new, |value| value.get_name().to_string())
     }

@@ -3,7 +3,12 @@ use std::path::PathBuf;
 use burn_boft::model::{InjectError, MergeError};
 use thiserror::Error;
 
-use crate::model::LoadError;
+use crate::evidence::EvidenceError;
+use crate::images::{FolderError, LoaderError, ProcessorError};
+use crate::report::ReportError;
+use crate::scores::ScoresError;
+use crate::training::TrainError;
+use crate::weights::WeightsError;
 
 /// How many misfits a message lists, and how long it may be.
 const LINE_PARTS: usize = 3;
@@ -16,6 +21,10 @@ pub enum Error {
     #[error("{0}")]
     Settings(String),
 
+    /// A file of this program that holds something else than it should.
+    #[error("{path}: {reason}", path = path.display())]
+    SettingsFile { path: PathBuf, reason: String },
+
     /// A folder or a file that does not exist or cannot be used.
     #[error("{path}: {source}", path = path.display())]
     Path {
@@ -23,23 +32,28 @@ pub enum Error {
         source: std::io::Error,
     },
 
-    /// A file that is not a readable image.
-    #[error("{path} is not a readable image: {source}", path = path.display())]
-    Image {
-        path: PathBuf,
-        source: image::ImageError,
-    },
-
-    /// An image folder without enough images to learn from.
-    #[error("{path}: {reason}", path = path.display())]
-    Folder { path: PathBuf, reason: String },
-
-    /// A checkpoint that does not fit the model.
+    /// A folder that would be overwritten.
     #[error(
-        "{path} is not loaded as the model of --size and --registers: {source}",
+        "{path} holds a run already; go on with it by --resume {path}, choose another --output, or replace it with --overwrite",
         path = path.display()
     )]
-    Backbone { path: PathBuf, source: LoadError },
+    RunExists { path: PathBuf },
+
+    /// A folder of images that cannot be learned.
+    #[error(transparent)]
+    Folder(#[from] FolderError),
+
+    /// An image that cannot be read.
+    #[error(transparent)]
+    Loader(#[from] LoaderError),
+
+    /// A preprocessing that this program does not do.
+    #[error(transparent)]
+    Processor(#[from] ProcessorError),
+
+    /// A model or an adapter that cannot be read or written.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
 
     /// Adapter sizes that do not fit the model.
     #[error("the adapter does not fit the backbone: {0}")]
@@ -57,9 +71,31 @@ pub enum Error {
     #[error("training stopped: {0}")]
     Training(String),
 
+    /// Scores that cannot be computed.
+    #[error(transparent)]
+    Scores(#[from] ScoresError),
+
+    /// A comparison that cannot be carried out.
+    #[error(transparent)]
+    Evidence(#[from] EvidenceError),
+
+    /// A report that cannot be drawn.
+    #[error(transparent)]
+    Report(#[from] ReportError),
+
     /// A result that cannot be written.
     #[error("cannot write {path}: {reason}", path = path.display())]
     Write { path: PathBuf, reason: String },
+}
+
+impl From<TrainError> for Error {
+    fn from(error: TrainError) -> Self {
+        match error {
+            TrainError::Loader(error) => Self::Loader(error),
+            TrainError::Read { path, source } => Self::Path { path, source },
+            other => Self::Training(other.to_string()),
+        }
+    }
 }
 
 impl Error {
@@ -67,12 +103,17 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Settings(_)
+            | Self::SettingsFile { .. }
             | Self::Path { .. }
-            | Self::Image { .. }
-            | Self::Folder { .. }
-            | Self::Backbone { .. }
+            | Self::RunExists { .. }
+            | Self::Folder(_)
+            | Self::Loader(_)
+            | Self::Processor(_)
             | Self::Inject(_) => 2,
-            Self::Merge(_) | Self::Merged { .. } | Self::Training(_) | Self::Write { .. } => 1,
+            Self::Weights(error) if error.is_input() => 2,
+            Self::Evidence(EvidenceError::Plot { .. }) => 1,
+            Self::Evidence(_) => 2,
+            _ => 1,
         }
     }
 

@@ -2,6 +2,11 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use dinov2::cli::Cli;
+use peak_alloc::PeakAlloc;
+
+/// Counts the memory, so that a run can say how much it took.
+#[global_allocator]
+static MEMORY: PeakAlloc = PeakAlloc;
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -19,8 +24,8 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
     };
-    match cli.settings().and_then(dinov2::run) {
-        Ok(()) => ExitCode::SUCCESS,
+    match dinov2::run(cli.chosen()) {
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {}", error.line());
             ExitCode::from(error.exit_code())

@@ -1,60 +1,26 @@
 //! The program from outside: exit codes, one clear line per mistake, and what a run leaves behind.
 
+mod common;
+
 use std::fs;
-use std::path::Path;
-use std::process::{Command, Output};
 
-use image::RgbImage;
+use common::{complaint, dinov2, pictures, printed, text, tiny_model};
 
-fn dinov2(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_dinov2"))
-        .args(arguments)
-        .output()
-        .expect("the program starts")
-}
-
-/// The only line on stderr of a run that must fail as a mistake of its input.
-fn complaint(arguments: &[&str]) -> String {
-    let output = dinov2(arguments);
-    let stderr = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(2), "{arguments:?}: {stderr}");
-    assert_eq!(stderr.lines().count(), 1, "{arguments:?}: {stderr}");
-    stderr
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
-
-/// A folder of two classes with three images each.
-fn image_folder() -> tempfile::TempDir {
+#[test]
+fn an_error_names_what_is_missing() {
     let folder = tempfile::tempdir().unwrap();
-    for class in ["cat", "dog"] {
-        fs::create_dir(folder.path().join(class)).unwrap();
-        for index in 0..3 {
-            let file = folder.path().join(class).join(format!("{index}.png"));
-            RgbImage::new(5, 4).save(file).unwrap();
-        }
-    }
-    folder
-}
+    let model = tiny_model(folder.path());
+    let line = complaint(&["--data", "/no/such/folder", "--model", text(&model)]);
+    assert!(line.contains("/no/such/folder"), "{line}");
 
-#[test]
-fn an_error_names_the_path_that_is_wrong() {
-    let line = complaint(&["--images", "/no/such/folder", "--backbone", "/no/such/file"]);
-    assert!(line.contains("/no/such/"), "{line}");
-}
-
-#[test]
-fn an_error_names_the_checkpoint_that_is_missing() {
-    let images = image_folder();
-    let line = complaint(&[
-        "--images",
-        text(images.path()),
-        "--backbone",
-        "/no/such/model.safetensors",
-    ]);
-    assert!(line.contains("/no/such/model.safetensors"), "{line}");
+    let data = folder.path().join("pictures");
+    pictures(&data, 3);
+    let line = complaint(&["--data", text(&data), "--model", "/no/such/model"]);
+    assert!(line.contains("/no/such/model"), "{line}");
+    let line = complaint(&["eval", "--run", "/no/such/run"]);
+    assert!(line.contains("/no/such/run"), "{line}");
+    let line = complaint(&["predict", "--images", text(&data)]);
+    assert!(line.contains("--model"), "{line}");
 }
 
 #[test]
@@ -64,70 +30,33 @@ fn an_output_that_cannot_be_written_is_refused_before_training() {
     fs::write(&file, b"").unwrap();
     let line = complaint(&["--output", text(&file.join("folder"))]);
     assert!(line.contains(text(&file)), "{line}");
-    let line = complaint(&["--pretrain", text(&folder.path().join("none").join("out"))]);
+    let line = complaint(&["--output", text(folder.path())]);
+    assert!(line.contains("not empty"), "{line}");
+    let line = complaint(&["pretrain", text(&folder.path().join("none").join("out"))]);
     assert!(line.contains("none"), "{line}");
 }
 
 #[test]
-fn an_error_names_the_file_that_is_not_a_checkpoint() {
-    let images = image_folder();
-    let backbone = images.path().join(".model.safetensors");
-    fs::write(&backbone, b"not a checkpoint").unwrap();
-    let line = complaint(&[
-        "--images",
-        text(images.path()),
-        "--backbone",
-        text(&backbone),
-    ]);
-    assert!(line.contains(".model.safetensors"), "{line}");
-}
-
-#[test]
-fn a_corrupt_image_is_refused_before_anything_else_is_done() {
-    let images = image_folder();
-    let bad = images.path().join("dog").join("2.png");
-    fs::write(&bad, b"\x89PNG\r\n\x1a\nand then nothing").unwrap();
-    let line = complaint(&[
-        "--images",
-        text(images.path()),
-        "--backbone",
-        "/no/such/file",
-    ]);
-    assert!(line.contains(text(&bad)), "{line}");
-}
-
-#[test]
-fn an_error_names_the_folder_without_classes() {
-    let folder = tempfile::tempdir().unwrap();
-    let line = complaint(&[
-        "--images",
-        text(folder.path()),
-        "--backbone",
-        "/no/such/file",
-    ]);
-    assert!(line.contains(text(folder.path())), "{line}");
-}
-
-#[test]
 fn an_error_names_the_option_that_is_impossible() {
-    let cases: [(&[&str], &str); 14] = [
+    let cases: [(&[&str], &str); 18] = [
         (&["--dropout", "1"], "--dropout"),
         (&["--epochs", "0"], "--epochs"),
         (&["--epochs", "many"], "--epochs"),
         (&["--batch-size", "0"], "--batch-size"),
+        (&["--accumulate", "64"], "--accumulate"),
         (&["--max-steps", "0"], "--max-steps"),
         (&["--learning-rate", "2"], "--learning-rate"),
         (&["--learning-rate", "nan"], "--learning-rate"),
         (&["--factors", "0"], "--factors"),
+        (&["--method", "oft", "--factors", "2"], "--factors"),
+        (&["--method", "full", "--dtype", "bf16"], "--dtype"),
         (&["--method", "sgd"], "--method"),
         (&["--device", "abacus"], "--device"),
-        (&["--images", "."], "--images"),
-        (
-            &["--backbone", "x", "--images", ".", "--image-size", "225"],
-            "--image-size",
-        ),
-        (&["--compare", "--seeds", "0"], "--seeds"),
+        (&["--data", "."], "--model"),
+        (&["--image-size", "224"], "--image-size"),
+        (&["--augment", "standard"], "--augment"),
         (&["--no-such-option"], "--no-such-option"),
+        (&["compare", "--rates", "1e-3"], "learning rates"),
     ];
     for (arguments, named) in cases {
         let line = complaint(arguments);
@@ -136,95 +65,198 @@ fn an_error_names_the_option_that_is_impossible() {
 }
 
 #[test]
+fn a_file_of_settings_is_read_and_flags_take_precedence() {
+    let folder = tempfile::tempdir().unwrap();
+    let settings = folder.path().join("settings.toml");
+    fs::write(
+        &settings,
+        "method = \"oft\"\nblock-size = 16\nmax-steps = 1\n",
+    )
+    .unwrap();
+    let run = folder.path().join("run");
+    let arguments = [
+        "train",
+        "--settings",
+        text(&settings),
+        "--block-size",
+        "32",
+        "--no-probe",
+        "--output",
+        text(&run),
+    ];
+    let output = printed(&arguments);
+    assert!(output.contains("OFT b=32"), "{output}");
+    let saved = fs::read_to_string(run.join("settings.toml")).unwrap();
+    assert!(
+        saved.contains("max-steps = 1") && saved.contains("block-size = 32"),
+        "{saved}"
+    );
+
+    fs::write(&settings, "blocksize = 16\n").unwrap();
+    let line = complaint(&["train", "--settings", text(&settings)]);
+    assert!(
+        line.contains("blocksize") && line.contains("settings.toml"),
+        "{line}"
+    );
+}
+
+#[test]
 fn a_block_size_that_does_not_fit_is_explained_before_training() {
     let folder = tempfile::tempdir().unwrap();
-    let output = dinov2(&["--block-size", "6", "--output", text(folder.path())]);
-    let stderr = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(2), "{stderr}");
-    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    let run = folder.path().join("run");
+    let line = complaint(&["--block-size", "6", "--output", text(&run)]);
     assert!(
-        stderr.contains("block size 6") && stderr.contains("query"),
-        "{stderr}"
+        line.contains("block size 6") && line.contains("query"),
+        "{line}"
     );
-    assert!(!String::from_utf8(output.stdout).unwrap().contains("epoch"));
+    assert!(!run.exists());
 }
 
 #[test]
 fn a_run_prints_the_block_sizes_that_oft_adjusts() {
     let folder = tempfile::tempdir().unwrap();
-    let run = dinov2(&[
-        "--method",
-        "oft",
-        "--block-size",
-        "6",
-        "--max-steps",
-        "1",
-        "--output",
-        text(folder.path()),
-    ]);
-    let stdout = String::from_utf8(run.stdout).unwrap();
-    assert!(
-        stdout.contains("block size 6 does not divide every layer; there OFT takes"),
-        "{stdout}"
-    );
+    let run = folder.path().join("run");
+    let settings = "--method oft --block-size 6 --max-steps 1 --no-probe --output";
+    let mut arguments: Vec<&str> = settings.split_whitespace().collect();
+    arguments.push(text(&run));
+    let output = printed(&arguments);
+    let note = "block size 6 does not divide every layer; there OFT takes";
+    assert!(output.contains(note), "{output}");
 }
 
 #[test]
-fn a_short_run_of_each_adapter_saves_its_file() {
+fn every_method_leaves_a_run_that_can_be_evaluated_and_exported() {
     for method in ["boft", "oft", "lora", "linear", "full"] {
         let folder = tempfile::tempdir().unwrap();
-        let run = dinov2(&[
+        let run = folder.path().join("run");
+        let output = printed(&[
             "--method",
             method,
             "--max-steps",
             "2",
+            "--no-probe",
             "--output",
-            text(folder.path()),
+            text(&run),
         ]);
-        let stdout = String::from_utf8(run.stdout).unwrap();
-        let stderr = String::from_utf8(run.stderr).unwrap();
-        assert!(run.status.success(), "{method}: {stderr}");
-        assert!(stdout.contains("accuracy after"), "{method}: {stdout}");
-        let files: &[_] = match method {
-            "boft" | "oft" => &["adapter_config.json", "adapter_model.safetensors"],
-            _ => &["adapter.bpk"],
-        };
-        for file in files {
-            assert!(folder.path().join(file).is_file(), "{method}: {stdout}");
-        }
-        if !matches!(method, "linear" | "full") {
-            assert!(stdout.contains("merged model: all"), "{method}: {stdout}");
-        }
+        let accuracy = number_after(&output, "accuracy after:");
+        let scores = printed(&["eval", "--run", text(&run), "--json"]);
+        let scores: serde_json::Value = serde_json::from_str(&scores).unwrap();
+        let evaluated = 100.0 * scores["accuracy"].as_f64().unwrap();
+        assert!(
+            (accuracy - evaluated).abs() < 0.051,
+            "{method}: {accuracy} {evaluated}"
+        );
+        let exported = folder.path().join("exported");
+        printed(&["export", "--run", text(&run), "--output", text(&exported)]);
+        assert!(exported.join("model.safetensors").is_file(), "{method}");
+        printed(&["report", text(&run)]);
+        assert!(run.join("report.html").is_file(), "{method}");
     }
 }
 
+/// The first number after these words.
+fn number_after(text: &str, words: &str) -> f64 {
+    let rest = text
+        .split(words)
+        .nth(1)
+        .unwrap_or_else(|| panic!("no {words} in {text}"));
+    let number = rest.split_whitespace().next().expect("a number follows");
+    number
+        .parse()
+        .unwrap_or_else(|_| panic!("{number} is no number"))
+}
+
 #[test]
-fn help_lists_every_option() {
-    let output = dinov2(&["--help"]);
-    assert!(output.status.success());
-    let help = String::from_utf8(output.stdout).unwrap();
-    let options = [
-        "--images",
-        "--backbone",
-        "--size",
-        "--registers",
-        "--image-size",
-        "--method",
-        "--block-size",
-        "--factors",
-        "--dropout",
-        "--learning-rate",
-        "--epochs",
-        "--batch-size",
-        "--max-steps",
-        "--seed",
-        "--output",
-        "--device",
-        "--compare",
-        "--seeds",
-        "--pretrain",
-    ];
-    for option in options {
+fn predictions_are_lines_of_json_and_a_corrupt_file_is_one_of_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("pictures");
+    pictures(&data, 8);
+    let model = tiny_model(folder.path());
+    let run = folder.path().join("run");
+    let settings = "train --image-size 16 --max-steps 2 --no-probe";
+    let mut arguments: Vec<&str> = settings.split_whitespace().collect();
+    arguments.extend(["--model", text(&model), "--data", text(&data)]);
+    arguments.extend(["--output", text(&run)]);
+    printed(&arguments);
+
+    let asked = folder.path().join("asked");
+    fs::create_dir(&asked).unwrap();
+    fs::copy(data.join("across/000.png"), asked.join("a.png")).unwrap();
+    fs::write(asked.join("b.png"), b"\x89PNG\r\n\x1a\nand then nothing").unwrap();
+    fs::copy(data.join("along/000.png"), asked.join("c.png")).unwrap();
+    let asked = text(&asked);
+    let output = dinov2(&["predict", "--run", text(&run), "--images", asked, "--json"]);
+    assert_eq!(output.status.code(), Some(2));
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    let lines: Vec<serde_json::Value> = stdout
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let images: Vec<&str> = lines
+        .iter()
+        .map(|line| line["image"].as_str().unwrap())
+        .collect();
+    assert_eq!(images.len(), 3, "{stdout}");
+    assert!(
+        images[1].ends_with("b.png") && lines[1]["error"].is_string(),
+        "{stdout}"
+    );
+    for line in [&lines[0], &lines[2]] {
+        let logits = line["logits"].as_array().unwrap();
+        let top = line["top"].as_array().unwrap();
+        assert_eq!((logits.len(), top.len()), (3, 3));
+        let shares = top
+            .iter()
+            .map(|class| class["probability"].as_f64().unwrap());
+        assert!((shares.sum::<f64>() - 1.0).abs() < 1e-6);
+    }
+    let image = format!("{asked}/a.png");
+    let table = printed(&["predict", "--run", text(&run), "--images", &image]);
+    assert!(table.contains("across") && table.contains('%'), "{table}");
+}
+
+#[test]
+fn a_comparison_goes_on_where_it_was_interrupted() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("comparison");
+    let settings = "compare --preset digits --methods linear,boft --seeds 1 --max-steps 2 --output";
+    let mut arguments: Vec<&str> = settings.split_whitespace().collect();
+    arguments.push(text(&output));
+    let first = printed(&arguments);
+    assert!(first.contains("BOFT b=4 m=2"), "{first}");
+
+    // As if it had been killed within its last line.
+    let ledger = output.join("results.jsonl");
+    let whole = fs::read_to_string(&ledger).unwrap();
+    fs::write(&ledger, &whole[..whole.len() - 20]).unwrap();
+    let again = printed(&arguments);
+    let repeated = again.lines().filter(|line| line.contains(" of 8: "));
+    assert_eq!(repeated.count(), 1, "{again}");
+    assert!(output.join("RESULTS.md").is_file());
+}
+
+#[test]
+fn help_names_every_command_and_every_option_of_training() {
+    let help = printed(&["--help"]);
+    for command in [
+        "train",
+        "eval",
+        "predict",
+        "export",
+        "report",
+        "compare",
+        "completions",
+    ] {
+        assert!(help.contains(command), "{command} is missing from\n{help}");
+    }
+    let help = printed(&["train", "--help"]);
+    let options = "--model --data --adapter --image-size --augment --skip-corrupt --workers --method --block-size \
+                   --factors --dropout --rank --epochs --batch-size --accumulate --max-steps --learning-rate \
+                   --head-learning-rate --warm-up --weight-decay --clip-norm --label-smoothing --patience \
+                   --warm-start --no-probe --find-rate --seed --checkpoint-every --device --dtype \
+                   --gradient-checkpointing --settings --output --overwrite --resume --plain";
+    for option in options.split_whitespace() {
         assert!(help.contains(option), "{option} is missing from\n{help}");
     }
+    assert!(printed(&["completions", "bash"]).contains("_dinov2"));
 }

@@ -2,14 +2,11 @@
 
 use std::path::PathBuf;
 
-use burn::module::Param;
 use burn::store::{ModuleStore, SafetensorsStore, bridge};
 use burn::tensor::kind::Basic;
 use burn::tensor::{DType, Device, Tensor};
-use dinov2::model::{
-    Dinov2Config, Dinov2ForImageClassification, Head, LoadError, load_safetensors,
-    load_safetensors_bytes,
-};
+use dinov2::model::Dinov2ForImageClassification;
+use dinov2::weights::{Checkpoint, HeadOrigin};
 
 /// Largest difference allowed, relative to the largest expected value. Measured on flex: up to
 /// 5e-7.
@@ -17,24 +14,24 @@ const TOLERANCE: f32 = 1e-4;
 
 #[test]
 fn the_mlp_model_answers_as_transformers_does() {
-    check("mlp", &mlp(), &["native", "larger", "smaller", "uneven"]);
+    check("mlp", &["native", "larger", "smaller", "uneven"]);
 }
 
 #[test]
 fn the_swiglu_model_answers_as_transformers_does() {
-    check("swiglu", &mlp().with_use_swiglu_ffn(true), &["native"]);
+    check("swiglu", &["native"]);
 }
 
 #[test]
 fn the_model_with_registers_answers_as_transformers_does() {
     let cases = ["native", "larger", "smaller", "uneven"];
-    check("registers", &registers(), &cases);
+    check("registers", &cases);
 }
 
 #[test]
 fn masked_patches_are_hidden_as_transformers_hides_them() {
     let device = Device::default();
-    let model = load("mlp", &mlp(), Head::FromFile, &device);
+    let model = load("mlp", &device);
     let mut answers = Answers::open("mlp", "masked", &device);
 
     let masked = answers.tensor("masked");
@@ -46,12 +43,10 @@ fn masked_patches_are_hidden_as_transformers_hides_them() {
 }
 
 #[test]
-fn a_half_precision_backbone_becomes_f32_under_the_head_of_the_model() {
+fn a_backbone_in_half_precision_answers_as_transformers_does() {
     let device = Device::default();
-    let head = backbone().init(&device).classifier.weight.val();
-    let mut model = backbone().init(&device);
-    model.classifier.weight = Param::from_tensor(head.clone());
-    let model = load_safetensors(model, fixture("backbone", "model"), Head::New)
+    let (model, _) = open("backbone")
+        .load(&["a".to_string()], &device)
         .expect("the backbone fits");
     let mut answers = Answers::open("backbone", "native", &device);
 
@@ -62,13 +57,12 @@ fn a_half_precision_backbone_becomes_f32_under_the_head_of_the_model() {
     answers.check_hidden_states(&states);
     answers.check("last_hidden_state", last);
     assert_eq!(model.dinov2.layernorm.gamma.val().dtype(), DType::F32);
-    assert_eq!(model.classifier.weight.val().into_data(), head.into_data());
 }
 
 #[test]
 fn transposing_one_weight_changes_the_output() {
     let device = Device::default();
-    let mut model = load("mlp", &mlp(), Head::FromFile, &device);
+    let mut model = load("mlp", &device);
     let mut answers = Answers::open("mlp", "native", &device);
     let expected: Tensor<2> = answers.tensor("logits");
 
@@ -83,7 +77,7 @@ fn transposing_one_weight_changes_the_output() {
 #[test]
 fn positions_learn_at_other_image_sizes_too() {
     let device = Device::default().autodiff();
-    let model = load("registers", &registers(), Head::FromFile, &device);
+    let model = load("registers", &device);
     let mut answers = Answers::open("registers", "smaller", &device);
 
     let gradients = model.forward(answers.tensor("pixels")).sum().backward();
@@ -97,140 +91,13 @@ fn positions_learn_at_other_image_sizes_too() {
 #[should_panic(expected = "expected [batch, 3, ≥ 4, ≥ 4] pixels, found [1, 1, 16, 16]")]
 fn images_with_another_number_of_channels_are_refused() {
     let device = Device::default();
-    mlp()
-        .init(&device)
-        .forward(Tensor::zeros([1, 1, 16, 16], &device));
-}
-
-#[test]
-fn a_file_in_memory_loads_like_one_on_disk() {
-    let device = Device::default();
-    let bytes = std::fs::read(fixture("mlp", "model")).expect("the fixture is readable");
-    let model =
-        load_safetensors_bytes(mlp().init(&device), bytes, Head::FromFile).expect("the file fits");
-
-    let other = load("mlp", &mlp(), Head::FromFile, &device);
-    let [here, there] = [model, other].map(|model| model.classifier.weight.val().into_data());
-    assert_eq!(here, there);
-}
-
-#[test]
-fn a_new_head_ignores_the_head_of_the_file() {
-    let device = Device::default();
-    let model = load("mlp", &mlp().with_num_labels(7), Head::New, &device);
-
-    assert_eq!(model.classifier.weight.dims(), [64, 7]);
-}
-
-#[test]
-fn a_head_that_the_file_lacks_is_reported() {
-    let (missing, unused, wrong) = misfits("backbone", &backbone());
-
-    assert_eq!(missing, ["classifier.bias", "classifier.weight"]);
-    assert!(unused.is_empty() && wrong.is_empty());
-}
-
-#[test]
-fn layers_that_the_file_lacks_are_reported() {
-    let mut three_layers = mlp();
-    three_layers.num_hidden_layers = 3;
-    let (missing, unused, wrong) = misfits("mlp", &three_layers);
-
-    assert_eq!(missing.len(), 18);
-    assert!(
-        missing
-            .iter()
-            .all(|path| path.starts_with("dinov2.encoder.layer.2."))
-    );
-    assert!(unused.is_empty() && wrong.is_empty());
-}
-
-#[test]
-fn tensors_that_the_model_has_no_parameter_for_are_reported() {
-    let config = registers().with_num_register_tokens(0);
-    let (missing, unused, wrong) = misfits("registers", &config);
-
-    assert_eq!(unused, ["dinov2.embeddings.register_tokens"]);
-    assert!(missing.is_empty() && wrong.is_empty());
-}
-
-#[test]
-fn shapes_that_differ_are_reported() {
-    let (missing, unused, wrong) = misfits("mlp", &mlp().with_num_labels(7));
-
-    assert_eq!(wrong.len(), 2);
-    assert!(wrong.iter().all(|reason| reason.contains("classifier.")));
-    assert!(missing.is_empty() && unused.is_empty());
-}
-
-#[test]
-fn an_error_names_every_tensor_that_does_not_fit() {
-    let error = load_safetensors(
-        mlp().with_use_swiglu_ffn(true).init(&Device::default()),
-        fixture("mlp", "model"),
-        Head::FromFile,
-    )
-    .expect_err("the file is of another model");
-
-    let text = error.to_string();
-    for name in ["layer.0.mlp.weights_in.weight", "layer.1.mlp.fc2.bias"] {
-        assert!(text.contains(name), "{text}");
-    }
-}
-
-#[test]
-fn a_file_that_ends_early_is_refused() {
-    let mut bytes = std::fs::read(fixture("mlp", "model")).expect("the fixture is readable");
-    bytes.truncate(bytes.len() - 4);
-
-    let model = mlp().init(&Device::default());
-    let error =
-        load_safetensors_bytes(model, bytes, Head::FromFile).expect_err("bytes are missing");
-
-    assert!(matches!(error, LoadError::Read(_)), "{error}");
-}
-
-#[test]
-fn a_file_that_is_not_safetensors_is_refused() {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
-    for path in [path.join("Cargo.toml"), path.join("no-such-file")] {
-        let model = mlp().init(&Device::default());
-        let error = load_safetensors(model, &path, Head::FromFile).expect_err("no weights here");
-        assert!(matches!(error, LoadError::Read(_)), "{error}");
-    }
-}
-
-/// The settings that `make.py` gives the GELU and, but for that, the SwiGLU model.
-fn mlp() -> Dinov2Config {
-    Dinov2Config::new(32, 4, 2)
-        .with_patch_size(4)
-        .with_image_size(16)
-        .with_num_labels(5)
-}
-
-/// The settings that `make.py` gives the model with registers.
-fn registers() -> Dinov2Config {
-    Dinov2Config::new(32, 4, 1)
-        .with_patch_size(4)
-        .with_image_size(16)
-        .with_mlp_ratio(2)
-        .with_num_register_tokens(3)
-        .with_num_labels(5)
-}
-
-/// The settings that `make.py` gives the model without a head.
-fn backbone() -> Dinov2Config {
-    Dinov2Config::new(24, 3, 1)
-        .with_patch_size(4)
-        .with_image_size(16)
-        .with_num_labels(5)
-        .with_layer_norm_eps(0.01)
+    load("mlp", &device).forward(Tensor::zeros([1, 1, 16, 16], &device));
 }
 
 /// Compares everything that a model computes in all `cases`, with and without autodiff.
-fn check(name: &str, config: &Dinov2Config, cases: &[&str]) {
+fn check(name: &str, cases: &[&str]) {
     for device in [Device::default(), Device::default().autodiff()] {
-        let model = load(name, config, Head::FromFile, &device);
+        let model = load(name, &device);
         for case in cases {
             let mut answers = Answers::open(name, case, &device);
             let pixels = answers.tensor("pixels");
@@ -242,34 +109,25 @@ fn check(name: &str, config: &Dinov2Config, cases: &[&str]) {
     }
 }
 
-fn load(
-    name: &str,
-    config: &Dinov2Config,
-    head: Head,
-    device: &Device,
-) -> Dinov2ForImageClassification {
-    load_safetensors(config.init(device), fixture(name, "model"), head).expect("the fixture fits")
+/// The model in a fixture, with the classes of its head.
+fn load(name: &str, device: &Device) -> Dinov2ForImageClassification {
+    let checkpoint = open(name);
+    let labels = checkpoint
+        .labels()
+        .expect("the fixture is a classifier")
+        .to_vec();
+    let (model, head) = checkpoint.load(&labels, device).expect("the fixture fits");
+    assert_eq!(head, HeadOrigin::Checkpoint);
+    model
 }
 
-/// What does not fit when the fixture `name` is loaded with its head: missing, unused, wrong.
-fn misfits(name: &str, config: &Dinov2Config) -> (Vec<String>, Vec<String>, Vec<String>) {
-    let model = config.init(&Device::default());
-    match load_safetensors(model, fixture(name, "model"), Head::FromFile) {
-        Err(LoadError::Mismatch {
-            missing,
-            unused,
-            wrong,
-        }) => (missing, unused, wrong),
-        other => panic!("expected a mismatch, found {other:?}"),
-    }
+fn open(name: &str) -> Checkpoint {
+    let path = fixtures().join(name);
+    Checkpoint::open(&path.to_string_lossy()).expect("the fixture is a model")
 }
 
-fn fixture(name: &str, file: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/fixtures")
-        .join(name)
-        .join(file)
-        .with_extension("safetensors")
+fn fixtures() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
 }
 
 /// The largest difference, relative to the largest expected value.
@@ -294,7 +152,7 @@ impl Answers {
             name: name.into(),
             case: case.into(),
             device: device.clone(),
-            store: SafetensorsStore::from_file(fixture(name, "io")),
+            store: SafetensorsStore::from_file(fixtures().join(name).join("io.safetensors")),
         }
     }
 

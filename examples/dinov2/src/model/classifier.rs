@@ -2,10 +2,13 @@
 
 use burn::module::Module;
 use burn::nn::LayerNorm;
-use burn::tensor::{Bool, Device, Tensor};
+use burn::nn::loss::CrossEntropyLossConfig;
+use burn::tensor::{Bool, DType, Device, Tensor};
+use burn::train::ClassificationOutput;
 
 use super::layer::layer_norm;
 use super::{BoftLinear, BoftLinearConfig, Dinov2Config, Dinov2Embeddings, Dinov2Encoder};
+use crate::images::ImageBatch;
 
 /// DINOv2 without a head.
 #[derive(Module, Debug)]
@@ -25,6 +28,16 @@ impl Dinov2Model {
             encoder: Dinov2Encoder::new(config, device),
             layernorm: layer_norm(config, device),
         }
+    }
+
+    /// The precision that the model computes in.
+    pub fn dtype(&self) -> DType {
+        self.embeddings
+            .patch_embeddings
+            .projection
+            .weight
+            .base()
+            .dtype()
     }
 
     /// The normalized tokens after the last layer: class token, registers, patches row by row.
@@ -61,6 +74,27 @@ impl Dinov2Model {
     ) -> Vec<Tensor<3>> {
         let tokens = self.embeddings.forward(pixels, masked);
         self.encoder.hidden_states(tokens)
+    }
+
+    /// The features of the patches, row by row, and how many rows and columns of patches there are.
+    ///
+    /// # Shapes
+    ///
+    /// - `pixels`: `[batch, num_channels, height, width]`, normalized
+    /// - output: `[batch, patches, hidden_size]`
+    ///
+    /// # Panics
+    ///
+    /// As [`forward`](Self::forward).
+    pub fn patch_features(&self, pixels: Tensor<4>) -> (Tensor<3>, [usize; 2]) {
+        let [_, _, height, width] = pixels.dims();
+        let [_, _, patch_height, patch_width] =
+            self.embeddings.patch_embeddings.projection.weight.dims();
+        let tokens = self.forward(pixels);
+        let [_, count, _] = tokens.dims();
+        let prefix = self.embeddings.prefix_len();
+        let patches = tokens.narrow(1, prefix, count - prefix);
+        (patches, [height / patch_height, width / patch_width])
     }
 
     /// One vector per image: the class token beside the mean of the patches. Registers are left
@@ -117,7 +151,29 @@ impl Dinov2ForImageClassification {
         self.classifier.forward(self.features(pixels))
     }
 
-    /// What the head reads: [`Dinov2Model::features`].
+    /// Loss and logits of a batch.
+    ///
+    /// Images are cast to the precision of the model, and the loss is computed in that of the head.
+    ///
+    /// # Panics
+    ///
+    /// As [`Dinov2Model::forward`].
+    pub fn classify(&self, batch: ImageBatch) -> ClassificationOutput {
+        let logits = self.forward(batch.pixels);
+        let smoothing = (batch.label_smoothing > 0.0).then_some(batch.label_smoothing);
+        let loss = CrossEntropyLossConfig::new()
+            .with_smoothing(smoothing)
+            .init(&logits.device())
+            .forward(logits.clone(), batch.labels.clone());
+        ClassificationOutput::new(loss, logits, batch.labels)
+    }
+
+    /// The device of the model.
+    pub fn device(&self) -> Device {
+        self.classifier.weight.base().device()
+    }
+
+    /// What the head reads: [`Dinov2Model::features`], in the precision of the head.
     ///
     /// # Shapes
     ///
@@ -128,6 +184,8 @@ impl Dinov2ForImageClassification {
     ///
     /// As [`Dinov2Model::forward`].
     pub fn features(&self, pixels: Tensor<4>) -> Tensor<2> {
-        self.dinov2.features(pixels)
+        let pixels = pixels.cast(self.dinov2.dtype());
+        let features = self.dinov2.features(pixels);
+        features.cast(self.classifier.weight.base().dtype())
     }
 }

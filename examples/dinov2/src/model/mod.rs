@@ -11,7 +11,6 @@ mod config;
 mod embeddings;
 mod encoder;
 mod layer;
-mod load;
 mod mlp;
 mod resample;
 
@@ -21,7 +20,6 @@ pub use config::Dinov2Config;
 pub use embeddings::{Dinov2Embeddings, Dinov2PatchEmbeddings};
 pub use encoder::Dinov2Encoder;
 pub use layer::{Dinov2Layer, Dinov2LayerScale};
-pub use load::{Head, LoadError, load_safetensors, load_safetensors_bytes};
 pub use mlp::Dinov2Mlp;
 
 // The model is made of `BoftLinear`, which takes the fast route. This is the only place that says so.

@@ -1,0 +1,104 @@
+//! `eval`: how good a model is on labelled images.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use burn::module::Module;
+
+use super::opened::Opened;
+use crate::cli::{Eval, Part};
+use crate::digits;
+use crate::error::Error;
+use crate::images::Sample;
+use crate::inference::predict;
+use crate::scores::Scores;
+use crate::task::Task;
+
+/// Prints accuracy, macro F1, a row per class and the confusion matrix.
+///
+/// # Errors
+///
+/// The model or the images cannot be used, or the images have classes that the model does not know.
+pub fn run(request: &Eval) -> Result<ExitCode, Error> {
+    let opened = Opened::open(&request.model)?;
+    let task = task(request, &opened)?;
+    let samples = part(&task, request.part);
+    if samples.is_empty() {
+        return Err(Error::Settings(
+            "this part of the images is empty".to_string(),
+        ));
+    }
+    let samples = relabelled(samples, &task.classes, &opened.labels)?;
+    let loader = task.plain(&samples, request.model.batch_size, opened.workers)?;
+    let predictions = predict(&opened.model.clone().materialize(), &loader)?;
+    let scores = Scores::of(&opened.labels, &predictions.labels, &predictions.answers())?;
+    match request.json {
+        true => println!("{}", serde_json::json!(scores)),
+        false => println!(
+            "{}\n\n{}\n\n{}",
+            scores.line(),
+            scores.class_table(),
+            scores.confusion_table()
+        ),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The images that are asked for, or else those of the run.
+fn task(request: &Eval, opened: &Opened) -> Result<Task, Error> {
+    let settings = opened.run.as_ref().map(|run| run.settings());
+    let of_run = settings.and_then(|settings| settings.data.as_deref());
+    let seed = settings.map(|settings| settings.recipe.seed);
+    let seed = request.seed.or(seed).unwrap_or(0);
+    match request.data.as_deref().or(of_run) {
+        Some(path) => Task::folder(path, opened.processor.clone(), seed, request.skip_corrupt),
+        None if opened.checkpoint.is_embedded() => Ok(Task::digits(digits::NEW, seed)),
+        None => Err(Error::Settings(
+            "--data is needed: labelled images to evaluate on".to_string(),
+        )),
+    }
+}
+
+fn part(task: &Task, part: Part) -> Arc<[Sample]> {
+    match part {
+        Part::Train => task.train.clone(),
+        Part::Val => task.valid.clone(),
+        Part::Test => task.test.clone(),
+        Part::All => [&task.train, &task.valid, &task.test]
+            .into_iter()
+            .flat_map(|samples| samples.iter().cloned())
+            .collect(),
+    }
+}
+
+/// The samples with the model's numbers of their classes.
+fn relabelled(
+    samples: Arc<[Sample]>,
+    classes: &[String],
+    labels: &[String],
+) -> Result<Arc<[Sample]>, Error> {
+    let numbers: Vec<Option<usize>> = classes
+        .iter()
+        .map(|class| labels.iter().position(|label| label == class))
+        .collect();
+    let unknown: Vec<&str> = classes
+        .iter()
+        .zip(&numbers)
+        .filter(|(_, number)| number.is_none())
+        .map(|(class, _)| class.as_str())
+        .collect();
+    if !unknown.is_empty() {
+        return Err(Error::Settings(format!(
+            "the model does not know the classes {} of the images; it knows {}",
+            unknown.join(", "),
+            labels.join(", ")
+        )));
+    }
+    Ok(samples
+        .iter()
+        .map(|sample| Sample {
+            source: sample.source.clone(),
+            label: numbers[sample.label].unwrap_or(sample.label),
+        })
+        .collect())
+}

@@ -1,0 +1,27 @@
+//! Frozen weights and activations in half precision.
+
+use burn::module::{Module, ModuleMapper, Param};
+use burn::prelude::*;
+
+use crate::device::Precision;
+use crate::model::Dinov2ForImageClassification;
+
+/// Casts the backbone of a model. The head keeps single precision, since it is trained.
+pub fn cast(
+    mut model: Dinov2ForImageClassification,
+    precision: Precision,
+) -> Dinov2ForImageClassification {
+    if precision != Precision::F32 {
+        model.dinov2 = model.dinov2.map(&mut Cast(precision));
+    }
+    model
+}
+
+struct Cast(Precision);
+
+impl ModuleMapper for Cast {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let dtype = self.0.dtype();
+        param.map(|tensor| tensor.cast(dtype).detach())
+    }
+}

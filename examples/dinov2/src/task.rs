@@ -1,0 +1,134 @@
+//! A classification problem: classes, labelled images in three parts, and how to prepare them.
+
+use std::hash::Hasher;
+use std::ops::RangeInclusive;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::digits;
+use crate::error::Error;
+use crate::images::{
+    Loader, LoaderError, LoaderSettings, Processor, Sample, ScanOptions, Source, scan, split,
+};
+use crate::run::TaskRecord;
+
+/// A classification problem.
+#[derive(Clone, Debug)]
+pub struct Task {
+    pub classes: Vec<String>,
+    pub train: Arc<[Sample]>,
+    pub valid: Arc<[Sample]>,
+    pub test: Arc<[Sample]>,
+    pub processor: Processor,
+    pub skip_corrupt: bool,
+}
+
+impl Task {
+    /// A range of the handwritten digits that come with this program, split by a seed.
+    pub fn digits(range: RangeInclusive<u8>, seed: u64) -> Self {
+        let parts = split(&digits::samples(range.clone()), seed);
+        Self {
+            classes: range.map(|digit| digit.to_string()).collect(),
+            train: parts.train.into(),
+            valid: parts.valid.into(),
+            test: parts.test.into(),
+            processor: Processor::digits(),
+            skip_corrupt: false,
+        }
+    }
+
+    /// A folder of images.
+    ///
+    /// # Errors
+    ///
+    /// Everything about the folder that keeps it from being learned.
+    pub fn folder(
+        path: &Path,
+        processor: Processor,
+        seed: u64,
+        skip_corrupt: bool,
+    ) -> Result<Self, Error> {
+        let folder = scan(path, &ScanOptions { seed, skip_corrupt })?;
+        for note in &folder.notes {
+            eprintln!("note: {} is left out: {}", note.path.display(), note.reason);
+        }
+        for image in &folder.skipped {
+            eprintln!("skipped: {}: {}", image.path.display(), image.reason);
+        }
+        Ok(Self {
+            classes: folder.classes,
+            train: folder.train.into(),
+            valid: folder.valid.into(),
+            test: folder.test.into(),
+            processor,
+            skip_corrupt,
+        })
+    }
+
+    /// What identifies the problem in the folder of a run.
+    pub fn record(&self) -> TaskRecord {
+        let parts = [&self.train, &self.valid, &self.test];
+        let mut hash = Fnv::default();
+        for sample in parts.iter().flat_map(|part| part.iter()) {
+            match &sample.source {
+                Source::File(path) => hash.write(path.to_string_lossy().as_bytes()),
+                Source::Grey(pixels) => hash.write(pixels),
+            }
+            hash.write(&sample.label.to_le_bytes());
+        }
+        TaskRecord {
+            classes: self.classes.clone(),
+            images: parts.map(|part| part.len()),
+            fingerprint: format!("{:016x}", hash.finish()),
+        }
+    }
+
+    /// A loader of images as they are, in their order.
+    ///
+    /// # Errors
+    ///
+    /// No threads start.
+    pub fn plain(
+        &self,
+        samples: &Arc<[Sample]>,
+        batch_size: usize,
+        workers: usize,
+    ) -> Result<Loader, LoaderError> {
+        // Batches of equal size, since Burn's metric of the loss gives every batch the same weight.
+        let batches = samples.len().div_ceil(batch_size.max(1)).max(1);
+        let batch_size = samples.len().div_ceil(batches).max(1);
+        Loader::new(
+            samples.clone(),
+            self.processor.clone(),
+            LoaderSettings {
+                batch_size,
+                shuffle_seed: None,
+                augment: false,
+                label_smoothing: 0.0,
+                workers,
+                skip_corrupt: self.skip_corrupt,
+            },
+        )
+    }
+}
+
+/// FNV-1a, a hash that is the same on every machine and in every version of Rust.
+struct Fnv(u64);
+
+impl Default for Fnv {
+    fn default() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+}
+
+impl Hasher for Fnv {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
+}

@@ -6,6 +6,7 @@ pub mod device;
 mod digits;
 mod error;
 pub mod evidence;
+mod files;
 pub mod images;
 mod inference;
 mod knn;

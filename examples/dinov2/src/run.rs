@@ -1,13 +1,13 @@
 //! The folder of a run: what it was asked for, its checkpoints, its journal, and what came out.
 
 use std::fs::{self, File, TryLockError};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
+use crate::files;
 use crate::settings::Settings;
 use crate::training::{Checkpoints, Folder};
 
@@ -306,17 +306,13 @@ fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), Error> {
 }
 
 /// Writes a file that appears whole or not at all.
+///
+/// # Errors
+///
+/// The file cannot be written.
 pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), Error> {
-    let failed = |reason: String| Error::Write {
+    files::write_whole(path, bytes).map_err(|source| Error::Write {
         path: path.to_path_buf(),
-        reason,
-    };
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(|e| failed(e.to_string()))?;
-    file.write_all(bytes).map_err(|e| failed(e.to_string()))?;
-    file.persist(path).map_err(|e| failed(e.to_string()))?;
-    Ok(())
+        reason: source.to_string(),
+    })
 }

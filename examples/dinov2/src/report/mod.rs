@@ -11,15 +11,14 @@ mod pictures;
 mod rotations;
 mod training;
 
-use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
-use tempfile::Builder;
 use thiserror::Error;
 
+use crate::files::write_whole;
 use crate::scores::ScoresError;
 
 /// The data of a run, finished or interrupted. Whatever is empty or absent has no section on the page.
@@ -179,25 +178,6 @@ impl Report {
             source,
         })
     }
-}
-
-fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let mut builder = Builder::new();
-    // Those of `tempfile` are for the owner alone, and a page is an ordinary file.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut file = builder.tempfile_in(folder)?;
-    file.write_all(bytes)?;
-    file.as_file().sync_all()?;
-    file.persist(path).map_err(|error| error.error)?;
-    // A name survives a crash once its folder is on the disk, which only these systems can promise.
-    #[cfg(unix)]
-    File::open(folder)?.sync_all()?;
-    Ok(())
 }
 
 /// A number with four digits, or with three and an exponent.

@@ -6,7 +6,6 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -20,6 +19,7 @@ use burn_boft::AdapterCheckpointer;
 use serde::{Deserialize, Serialize};
 
 use super::TrainError;
+use crate::files::write_whole;
 use crate::model::Dinov2ForImageClassification;
 
 /// The parts of a checkpoint, by the beginnings of their names.
@@ -142,11 +142,8 @@ impl Checkpoints {
             path: path.clone(),
             source,
         };
-        let mut file = tempfile::NamedTempFile::new_in(&self.folder).map_err(failed)?;
         let text = serde_json::to_vec(position).map_err(|error| failed(error.into()))?;
-        file.write_all(&text).map_err(failed)?;
-        file.persist(&path).map_err(|error| failed(error.error))?;
-        Ok(())
+        write_whole(&path, &text).map_err(failed)
     }
 
     /// Deletes what belongs to no checkpoint in use: leftovers of a run that was killed while it wrote.

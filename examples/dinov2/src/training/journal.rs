@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use serde::{Deserialize, Serialize};
 
 use super::TrainError;
+use crate::files::{beside, put};
 
 /// The journal that a run writes.
 #[derive(Debug)]
@@ -83,12 +84,11 @@ impl Journal {
             // The last step of an epoch comes before its validation.
             Entry::Epoch(entry) => entry.epoch < epoch,
         });
-        let folder = path.parent().unwrap_or(Path::new("."));
-        let mut file = tempfile::NamedTempFile::new_in(folder).map_err(failed)?;
+        let mut file = beside(&path).map_err(failed)?;
         for entry in kept {
             file.write_all(&line(&entry)).map_err(failed)?;
         }
-        let file = file.persist(&path).map_err(|error| failed(error.error))?;
+        let file = put(file, &path).map_err(failed)?;
         Ok(Self {
             path,
             file: Mutex::new(file),

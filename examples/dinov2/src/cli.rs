@@ -127,9 +127,9 @@ pub struct Eval {
     #[arg(long, value_name = "FOLDER")]
     pub data: Option<PathBuf>,
 
-    /// Part of the images
-    #[arg(long, value_enum, default_value_t = Part::Test)]
-    pub part: Part,
+    /// Part of the images [default: test; all of a --data that has no parts]
+    #[arg(long, value_enum)]
+    pub part: Option<Part>,
 
     /// Seed of the split, where the folder has no parts [default: that of the run, or 0]
     #[arg(long)]

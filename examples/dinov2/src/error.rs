@@ -117,9 +117,17 @@ impl Error {
         }
     }
 
-    /// The message as one line of readable length, even if its parts have several lines.
-    pub fn line(&self) -> String {
+    /// The message as it is shown. Misfits of layers, of which there may be hundreds, become one line of readable length;
+    /// everything else is written to be read as it is.
+    pub fn message(&self) -> String {
         let text = self.to_string();
+        match self {
+            Self::Inject(_) | Self::Settings(_) | Self::SettingsFile { .. } => Self::line(&text),
+            _ => text,
+        }
+    }
+
+    fn line(text: &str) -> String {
         let parts: Vec<&str> = text
             .lines()
             .map(str::trim)
@@ -143,7 +151,7 @@ mod tests {
 
     #[test]
     fn a_message_of_several_lines_becomes_one() {
-        let line = |text: &str| Error::Settings(text.to_string()).line();
+        let line = |text: &str| Error::Settings(text.to_string()).message();
         assert_eq!(line("first\n  second\n\n"), "first; second");
         assert_eq!(line("a\nb\nc\nd\ne"), "a; b; c; and 2 more");
         assert_eq!(line(&"é".repeat(2000)).chars().count(), LINE_LENGTH + 1);

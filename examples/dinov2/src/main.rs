@@ -27,7 +27,7 @@ fn main() -> ExitCode {
     match dinov2::run(cli.chosen()) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {}", error.line());
+            eprintln!("error: {}", error.message());
             ExitCode::from(error.exit_code())
         }
     }

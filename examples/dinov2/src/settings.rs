@@ -227,12 +227,14 @@ pub struct Settings {
 }
 
 /// What the defaults of a run depend on.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Subject {
     /// The width of the model's tokens.
     pub width: usize,
     /// Whether the images are photographs, and not the digits.
     pub photographs: bool,
+    /// The method of the adapter that the run starts from.
+    pub adapter: Option<Method>,
 }
 
 impl Options {
@@ -354,6 +356,10 @@ impl Options {
 
     /// Refuses settings of another method.
     fn check_method(&self) -> Result<(), Error> {
+        // An adapter says by itself which method it is of.
+        if self.adapter.is_some() && self.method.is_none() {
+            return Ok(());
+        }
         let name = self.method.unwrap_or(MethodName::Boft);
         let boft = [MethodName::Boft];
         let rotations = [MethodName::Boft, MethodName::Oft];
@@ -382,8 +388,33 @@ impl Options {
     }
 
     /// The method that is asked for.
-    pub fn method(&self) -> Method {
-        self.method.unwrap_or(MethodName::Boft).with(self)
+    ///
+    /// # Errors
+    ///
+    /// The run starts from an adapter of another method, or is asked to give it other sizes.
+    fn method(&self, adapter: Option<&Method>) -> Result<Method, Error> {
+        let Some(adapter) = adapter else {
+            return Ok(self.method.unwrap_or(MethodName::Boft).with(self));
+        };
+        if let Some(name) = self.method.filter(|name| !name.is(adapter)) {
+            return Err(Error::Settings(format!(
+                "--adapter holds {adapter}, so --method {} has no place beside it",
+                name.text()
+            )));
+        }
+        let sizes = [
+            ("--block-size", self.block_size.is_some()),
+            ("--factors", self.factors.is_some()),
+            ("--dropout", self.dropout.is_some()),
+            ("--neumann", self.neumann.is_some()),
+            ("--rank", self.rank.is_some()),
+        ];
+        match sizes.iter().find(|(_, given)| *given) {
+            Some((flag, _)) => Err(Error::Settings(format!(
+                "--adapter has its own sizes, so {flag} has no place beside it"
+            ))),
+            None => Ok(adapter.clone()),
+        }
     }
 
     /// Chooses what was left open.
@@ -391,9 +422,9 @@ impl Options {
     /// # Errors
     ///
     /// As [`check`](Self::check).
-    pub fn resolve(&self, subject: Subject) -> Result<Settings, Error> {
+    pub fn resolve(&self, subject: &Subject) -> Result<Settings, Error> {
         self.check()?;
-        let method = self.method();
+        let method = self.method(subject.adapter.as_ref())?;
         let rate = self
             .learning_rate
             .unwrap_or_else(|| method.learning_rate(subject.width));
@@ -526,6 +557,7 @@ mod tests {
     const DIGITS: Subject = Subject {
         width: 64,
         photographs: false,
+        adapter: None,
     };
 
     fn options(flags: &str) -> Options {
@@ -537,7 +569,7 @@ mod tests {
     }
 
     fn settings(flags: &str) -> Settings {
-        options(flags).resolve(DIGITS).unwrap()
+        options(flags).resolve(&DIGITS).unwrap()
     }
 
     #[test]
@@ -619,6 +651,20 @@ mod tests {
         assert_eq!(rate("--method boft --learning-rate 1e-5"), rate(""));
         assert_eq!(rate("--method linear --learning-rate 1e-5"), 1e-5);
         assert_eq!(rate("--head-learning-rate 0.5"), 0.5);
+    }
+
+    #[test]
+    fn an_adapter_brings_its_method_and_its_sizes() {
+        let subject = Subject {
+            adapter: Some(Method::oft(16)),
+            ..DIGITS
+        };
+        let resolved = |flags| options(flags).resolve(&subject);
+        assert_eq!(resolved("").unwrap().method, Method::oft(16));
+        assert_eq!(resolved("--method oft").unwrap().method, Method::oft(16));
+        let refused = |flags| resolved(flags).unwrap_err().to_string();
+        assert!(refused("--method boft").contains("OFT b=16"));
+        assert!(refused("--block-size 8").contains("--block-size"));
     }
 
     #[test]

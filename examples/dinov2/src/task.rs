@@ -8,7 +8,8 @@ use std::sync::Arc;
 use crate::digits;
 use crate::error::Error;
 use crate::images::{
-    Loader, LoaderError, LoaderSettings, Processor, Sample, ScanOptions, Source, scan, split,
+    Loader, LoaderError, LoaderSettings, Note, Processor, Sample, ScanOptions, Skipped, Source,
+    scan, split,
 };
 use crate::run::TaskRecord;
 
@@ -49,12 +50,7 @@ impl Task {
         skip_corrupt: bool,
     ) -> Result<Self, Error> {
         let folder = scan(path, &ScanOptions { seed, skip_corrupt })?;
-        for note in &folder.notes {
-            eprintln!("note: {} is left out: {}", note.path.display(), note.reason);
-        }
-        for image in &folder.skipped {
-            eprintln!("skipped: {}: {}", image.path.display(), image.reason);
-        }
+        remark(&folder.notes, &folder.skipped);
         Ok(Self {
             classes: folder.classes,
             train: folder.train.into(),
@@ -109,6 +105,16 @@ impl Task {
                 skip_corrupt: self.skip_corrupt,
             },
         )
+    }
+}
+
+/// Says what was found in a folder and left out.
+pub fn remark(notes: &[Note], skipped: &[Skipped]) {
+    for note in notes {
+        eprintln!("note: {} is left out: {}", note.path.display(), note.reason);
+    }
+    for image in skipped {
+        eprintln!("skipped: {}: {}", image.path.display(), image.reason);
     }
 }
 

@@ -216,6 +216,102 @@ fn predictions_are_lines_of_json_and_a_corrupt_file_is_one_of_them() {
 }
 
 #[test]
+fn everything_that_is_wrong_with_a_folder_is_listed_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("pictures");
+    pictures(&data, 8);
+    fs::write(
+        data.join("along/002.png"),
+        b"\x89PNG\r\n\x1a\nand then nothing",
+    )
+    .unwrap();
+    fs::write(data.join("dotted/notes.txt"), b"not a picture").unwrap();
+    fs::create_dir(data.join("empty")).unwrap();
+    let model = tiny_model(folder.path());
+    let run = folder.path().join("run");
+    let mut arguments = vec![
+        "train",
+        "--image-size",
+        "16",
+        "--max-steps",
+        "1",
+        "--no-probe",
+    ];
+    arguments.extend(["--model", text(&model), "--data", text(&data)]);
+    arguments.extend(["--output", text(&run)]);
+    let output = dinov2(&arguments);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    assert!(
+        stderr.contains("002.png") && stderr.contains("empty"),
+        "{stderr}"
+    );
+    assert!(!run.exists());
+
+    fs::remove_dir(data.join("empty")).unwrap();
+    arguments.push("--skip-corrupt");
+    let output = dinov2(&arguments);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        output.status.success() && stderr.contains("002.png"),
+        "{stderr}"
+    );
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        stdout.contains("3 classes: across, along, dotted"),
+        "{stdout}"
+    );
+}
+
+#[test]
+fn an_adapter_is_trained_further_and_evaluated_on_a_folder_of_classes() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("pictures");
+    pictures(&data, 20);
+    let model = tiny_model(folder.path());
+    let (first, second) = (folder.path().join("first"), folder.path().join("second"));
+    let train = |more: &[&str], output| {
+        let mut arguments = vec![
+            "train",
+            "--plain",
+            "--image-size",
+            "16",
+            "--augment",
+            "none",
+        ];
+        arguments.extend(["--model", text(&model), "--data", text(&data)]);
+        arguments.extend(["--epochs", "3", "--no-probe", "--output", text(output)]);
+        arguments.extend(more);
+        printed(&arguments)
+    };
+    train(&["--method", "oft", "--block-size", "4"], &first);
+    let adapter = first.join("adapter");
+    let output = train(&["--adapter", text(&adapter)], &second);
+    assert!(output.contains("OFT b=4: best epoch"), "{output}");
+    let loss = |run: &std::path::Path| {
+        let results = fs::read_to_string(run.join("results.json")).unwrap();
+        let results: serde_json::Value = serde_json::from_str(&results).unwrap();
+        results["valid_loss"].as_f64().unwrap()
+    };
+    assert!(loss(&second) < loss(&first));
+
+    let adapter = second.join("adapter");
+    let mut arguments = vec!["eval", "--model", text(&model), "--adapter", text(&adapter)];
+    arguments.extend(["--data", text(&data), "--json"]);
+    let scores: serde_json::Value = serde_json::from_str(&printed(&arguments)).unwrap();
+    assert_eq!(scores["images"], 60);
+
+    // A class that the model does not know.
+    fs::rename(data.join("along"), data.join("aslant")).unwrap();
+    let line = complaint(&arguments);
+    assert!(line.contains("aslant") && line.contains("dotted"), "{line}");
+    fs::create_dir(folder.path().join("none")).unwrap();
+    let none = folder.path().join("none");
+    let line = complaint(&["predict", "--run", text(&second), "--images", text(&none)]);
+    assert!(line.contains("without an image"), "{line}");
+}
+
+#[test]
 fn a_comparison_goes_on_where_it_was_interrupted() {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("comparison");

@@ -51,6 +51,7 @@ pub fn run(request: &Predict) -> Result<ExitCode, Error> {
     let opened = Opened::open(&request.model)?;
     let model = opened.model.clone().materialize();
     let mut failed = 0;
+    let mut any = false;
     let mut images = files(&request.images).peekable();
     while images.peek().is_some() {
         let chunk = images.by_ref().take(request.model.batch_size.max(1));
@@ -67,6 +68,7 @@ pub fn run(request: &Predict) -> Result<ExitCode, Error> {
             })
             .collect();
         let mut logits = logits(&opened, &model, &prepared).into_iter();
+        any = true;
         for (found, pixels) in paths.iter().zip(prepared) {
             let image = match found {
                 Ok(path) => path.display().to_string(),
@@ -85,6 +87,11 @@ pub fn run(request: &Predict) -> Result<ExitCode, Error> {
             };
             print(&line, request.json)?;
         }
+    }
+    if !any {
+        let text =
+            "--images names folders without an image; PNG, JPEG, WebP, GIF, BMP and TIFF are read";
+        return Err(Error::Settings(text.to_string()));
     }
     if failed > 0 {
         eprintln!("error: {failed} images could not be read");

@@ -27,7 +27,7 @@ use crate::task::Task;
 use crate::training::head::Probe;
 use crate::training::progress::Progress;
 use crate::training::{Loaders, Recipe, Trained, train};
-use crate::weights::{self, Checkpoint, HeadOrigin, Saved};
+use crate::weights::{self, AdapterFolder, Checkpoint, HeadOrigin, Saved};
 
 /// Images that pass through a model at a time when it is not trained.
 const INFERENCE_BATCH: usize = 64;
@@ -80,9 +80,11 @@ fn begin(
     };
     options.check()?;
     let checkpoint = open_checkpoint(options.model.as_deref())?;
-    let settings = options.resolve(Subject {
+    let adapter = options.adapter.as_deref().map(open_adapter).transpose()?;
+    let settings = options.resolve(&Subject {
         width: checkpoint.config().hidden_size,
         photographs: !checkpoint.is_embedded(),
+        adapter: adapter.map(|adapter| adapter.method()),
     })?;
     let mut job = Job::with(checkpoint, &settings)?;
     // Sizes that do not fit are found before anything is written or trained.
@@ -172,7 +174,7 @@ impl Job {
     fn prepared(&self) -> Result<(Dinov2ForImageClassification, HeadOrigin), Error> {
         let (model, origin) = self.pretrained()?;
         let model = match &self.settings.adapter {
-            Some(folder) => open_adapter(folder)?.attach(model)?,
+            Some(folder) => AdapterFolder::open(folder)?.attach(model)?,
             None => self.settings.method.prepare(model)?,
         };
         Ok((model, origin))
@@ -296,11 +298,12 @@ impl Job {
     ) -> Result<ExitCode, Error> {
         let Settings { method, recipe, .. } = &self.settings;
         let (mut model, origin) = self.prepared()?;
-        if let HeadOrigin::Fresh { reason } = &origin
-            && self.settings.adapter.is_none()
-            && !self.checkpoint.is_embedded()
-        {
-            println!("the head starts afresh: {reason}");
+        match &origin {
+            _ if self.settings.adapter.is_some() => println!("the head is that of the adapter"),
+            HeadOrigin::Checkpoint => {
+                println!("the head is that of the model: the classes are the same")
+            }
+            HeadOrigin::Fresh { reason } => println!("the head starts afresh: {reason}"),
         }
         let sizes = summary(&model);
         println!("{method}: {sizes}");

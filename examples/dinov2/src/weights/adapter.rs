@@ -323,6 +323,30 @@ impl AdapterFolder {
         }
     }
 
+    /// How it was trained, with the sizes of its first layer.
+    pub fn method(&self) -> Method {
+        match &self.content {
+            Content::Rotations(adapter) => {
+                let first = adapter.layers().first();
+                let block_size = first.map_or(0, |layer| layer.block_size());
+                match adapter.config() {
+                    AdapterConfig::Boft(config) => Method::Boft {
+                        block_size,
+                        factors: first.map_or(1, |layer| layer.n_butterfly_factor()),
+                        dropout: config.dropout,
+                    },
+                    config => Method::Oft {
+                        block_size,
+                        cayley: config.cayley(),
+                    },
+                }
+            }
+            Content::Lora(lora) => Method::Lora { rank: lora.rank() },
+            Content::Head { .. } => Method::Linear,
+            Content::Model(_) => Method::Full,
+        }
+    }
+
     /// The names of the classes in the order of the head's outputs. An adapter that was made in Python has none.
     pub fn labels(&self) -> Option<&[String]> {
         self.labels.as_deref()

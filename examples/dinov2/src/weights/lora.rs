@@ -201,6 +201,14 @@ impl Lora {
         self.saved.get("classifier.weight")
     }
 
+    /// The rank of the first layer.
+    pub(super) fn rank(&self) -> usize {
+        self.layers
+            .values()
+            .next()
+            .map_or(0, |layer| layer.a.shape()[0])
+    }
+
     /// The adapted layers by path, with their input width.
     pub(super) fn widths(&self) -> impl Iterator<Item = (&str, usize)> {
         let layers = self.layers.iter();

@@ -6,11 +6,10 @@ use std::fmt;
 use burn::module::{Lora, Module, ModuleMapper, Param, ParamGroup};
 use burn::prelude::*;
 use burn::tensor::{DType, Distribution};
-use burn_boft::model::Summary;
+use burn_boft::model::{InjectError, MergeError, Summary};
 use burn_boft::{AdapterConfig, Bias, BoftConfig, Cayley, OftConfig, inject, merge};
 use serde::{Deserialize, Serialize};
 
-use crate::error::Error;
 use crate::model::Dinov2ForImageClassification;
 
 /// The projections of every transformer layer, by the ends of their paths. The MLP of the giant model has other names
@@ -109,7 +108,7 @@ impl Method {
     pub fn prepare(
         &self,
         model: Dinov2ForImageClassification,
-    ) -> Result<Dinov2ForImageClassification, Error> {
+    ) -> Result<Dinov2ForImageClassification, InjectError> {
         Ok(match self {
             Self::Linear => model
                 .freeze()
@@ -197,7 +196,7 @@ impl Method {
     pub fn merged(
         &self,
         model: Dinov2ForImageClassification,
-    ) -> Result<Option<Dinov2ForImageClassification>, Error> {
+    ) -> Result<Option<Dinov2ForImageClassification>, MergeError> {
         Ok(match self {
             Self::Oft { .. } | Self::Boft { .. } => Some(merge(model)?),
             Self::Lora { .. } => Some(model.materialize()),

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use dinov2::report::patches::pictures;
-use dinov2::report::{EpochPoint, LayerPoint, Mistake, PatchPicture, Report, StepPoint};
+use dinov2::report::{EpochEntry, LayerPoint, Mistake, PatchPicture, Report, StepEntry};
 use image::{Rgb, RgbImage};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -56,13 +56,14 @@ pub fn sample(classes: usize) -> Report {
     }
 }
 
-fn sample_epoch(epoch: usize, rng: &mut StdRng) -> EpochPoint {
+fn sample_epoch(epoch: usize, rng: &mut StdRng) -> EpochEntry {
     let progress = 1.0 - (-(epoch as f64) / 7.0).exp();
     let mut noise = |size: f64| size * rng.random_range(-1.0..1.0);
-    EpochPoint {
+    EpochEntry {
         epoch,
+        step: 45 * epoch,
         train_loss: 1.2 - 1.1 * progress + noise(0.01),
-        train_accuracy: Some(0.5 + 0.49 * progress + noise(0.004)),
+        train_accuracy: 0.5 + 0.49 * progress + noise(0.004),
         valid_loss: 1.2 - 0.9 * progress + noise(0.03),
         valid_accuracy: 0.5 + 0.42 * progress + noise(0.01),
         defect: Some(3e-7 * (1.0 + progress)),
@@ -70,9 +71,9 @@ fn sample_epoch(epoch: usize, rng: &mut StdRng) -> EpochPoint {
     }
 }
 
-fn sample_step(step: usize, rng: &mut StdRng) -> StepPoint {
+fn sample_step(step: usize, rng: &mut StdRng) -> StepEntry {
     let x = step as f64 / 900.0;
-    StepPoint {
+    StepEntry {
         step,
         epoch: step / 30 + 1,
         loss: 0.1 + 1.1 * (-4.0 * x).exp() * rng.random_range(0.7..1.3),

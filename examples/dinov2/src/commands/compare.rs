@@ -231,7 +231,7 @@ impl Comparison {
         let (model, _) = self.checkpoint.load(&task.classes, &self.device)?;
         model.classifier.weight.val();
         model.classifier.bias.as_ref().map(Param::val);
-        run.method.prepare(model)
+        Ok(run.method.prepare(model)?)
     }
 
     fn loaders(&self, protocol: &Protocol, task: &Task, recipe: &Recipe) -> Result<Loaders, Error> {

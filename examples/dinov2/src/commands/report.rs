@@ -17,7 +17,7 @@ use crate::error::Error;
 use crate::images::{Source, picture};
 use crate::inference::{largest, probabilities};
 use crate::model::Dinov2ForImageClassification;
-use crate::report::{EpochPoint, LayerPoint, Mistake, PatchPicture, Report, StepPoint, patches};
+use crate::report::{LayerPoint, Mistake, PatchPicture, Report, patches};
 use crate::run::RunFolder;
 use crate::scores::confusion_matrix;
 use crate::training::journal::{self, Entry};
@@ -127,22 +127,8 @@ fn add_journal(report: &mut Report, run: &RunFolder) -> Result<(), Error> {
     }
     for entry in journal::read(&path)? {
         match entry {
-            Entry::Step(step) => report.steps.push(StepPoint {
-                step: step.step,
-                epoch: step.epoch,
-                loss: step.loss,
-                learning_rate: step.learning_rate,
-                images_per_second: step.images_per_second,
-            }),
-            Entry::Epoch(epoch) => report.epochs.push(EpochPoint {
-                epoch: epoch.epoch,
-                train_loss: epoch.train_loss,
-                train_accuracy: Some(epoch.train_accuracy),
-                valid_loss: epoch.valid_loss,
-                valid_accuracy: epoch.valid_accuracy,
-                defect: epoch.defect,
-                angle: epoch.angle,
-            }),
+            Entry::Step(step) => report.steps.push(step),
+            Entry::Epoch(epoch) => report.epochs.push(epoch),
         }
     }
     Ok(())

@@ -2,13 +2,10 @@
 
 use burn::module::Module;
 use burn::nn::LayerNorm;
-use burn::nn::loss::CrossEntropyLossConfig;
 use burn::tensor::{Bool, DType, Device, Tensor};
-use burn::train::ClassificationOutput;
 
 use super::layer::layer_norm;
 use super::{BoftLinear, BoftLinearConfig, Dinov2Config, Dinov2Embeddings, Dinov2Encoder};
-use crate::images::ImageBatch;
 
 /// DINOv2 without a head.
 #[derive(Module, Debug)]
@@ -149,23 +146,6 @@ impl Dinov2ForImageClassification {
     /// As [`Dinov2Model::forward`].
     pub fn forward(&self, pixels: Tensor<4>) -> Tensor<2> {
         self.classifier.forward(self.features(pixels))
-    }
-
-    /// Loss and logits of a batch.
-    ///
-    /// Images are cast to the precision of the model, and the loss is computed in that of the head.
-    ///
-    /// # Panics
-    ///
-    /// As [`Dinov2Model::forward`].
-    pub fn classify(&self, batch: ImageBatch) -> ClassificationOutput {
-        let logits = self.forward(batch.pixels);
-        let smoothing = (batch.label_smoothing > 0.0).then_some(batch.label_smoothing);
-        let loss = CrossEntropyLossConfig::new()
-            .with_smoothing(smoothing)
-            .init(&logits.device())
-            .forward(logits.clone(), batch.labels.clone());
-        ClassificationOutput::new(loss, logits, batch.labels)
     }
 
     /// The device of the model.

@@ -20,6 +20,7 @@ use thiserror::Error;
 
 use crate::files::write_whole;
 use crate::scores::ScoresError;
+pub use crate::training::journal::{EpochEntry, StepEntry};
 
 /// The data of a run, finished or interrupted. Whatever is empty or absent has no section on the page.
 #[derive(Clone, Debug, Default)]
@@ -31,9 +32,9 @@ pub struct Report {
     /// Sentences that a reader should see first, for example that the run was interrupted.
     pub notes: Vec<String>,
     /// One entry per training step, or per n-th step.
-    pub steps: Vec<StepPoint>,
+    pub steps: Vec<StepEntry>,
     /// One entry per finished epoch.
-    pub epochs: Vec<EpochPoint>,
+    pub epochs: Vec<EpochEntry>,
     /// The epoch whose model was kept.
     pub best_epoch: Option<usize>,
     /// The names of the classes.
@@ -46,40 +47,6 @@ pub struct Report {
     pub layers: Vec<LayerPoint>,
     /// Patch features of some images.
     pub patches: Vec<PatchPicture>,
-}
-
-/// One training step.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct StepPoint {
-    /// The step, counted over the whole run.
-    pub step: usize,
-    /// The epoch that it belongs to.
-    pub epoch: usize,
-    /// The training loss of its batch.
-    pub loss: f64,
-    /// The learning rate of the adapter, or of the head where nothing else is trained.
-    pub learning_rate: f64,
-    /// Images per second.
-    pub images_per_second: f64,
-}
-
-/// One epoch. Accuracies are between 0 and 1.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct EpochPoint {
-    /// The epoch.
-    pub epoch: usize,
-    /// The mean loss of its steps.
-    pub train_loss: f64,
-    /// The accuracy on the training images, if it was measured.
-    pub train_accuracy: Option<f64>,
-    /// The loss on the validation images.
-    pub valid_loss: f64,
-    /// The accuracy on the validation images.
-    pub valid_accuracy: f64,
-    /// The largest `max|RᵀR − I|` of all layers, where layers rotate.
-    pub defect: Option<f64>,
-    /// The largest angle of all layers in radians, where layers rotate.
-    pub angle: Option<f64>,
 }
 
 /// A test image that was taken for another class.

@@ -6,7 +6,7 @@ use super::axis::Axis;
 use super::chart::{Chart, Look, Series};
 use crate::scores;
 
-use super::{EpochPoint, Report, ReportError, StepPoint, short};
+use super::{EpochEntry, Report, ReportError, StepEntry, short};
 
 /// The curves, if anything was trained.
 pub fn section(report: &Report) -> Result<Option<Markup>, ReportError> {
@@ -36,7 +36,7 @@ pub fn section(report: &Report) -> Result<Option<Markup>, ReportError> {
 }
 
 fn losses(report: &Report) -> Chart {
-    let values = |of: fn(&EpochPoint) -> f64| move |epoch: &EpochPoint| Some(of(epoch));
+    let values = |of: fn(&EpochEntry) -> f64| move |epoch: &EpochEntry| Some(of(epoch));
     let series = vec![
         line(report, 0, "training", values(|epoch| epoch.train_loss)),
         line(report, 1, "validation", values(|epoch| epoch.valid_loss)),
@@ -52,7 +52,7 @@ fn losses(report: &Report) -> Chart {
 
 fn accuracies(report: &Report) -> Chart {
     let training = line(report, 0, "training", |epoch| {
-        epoch.train_accuracy.map(percent)
+        Some(percent(epoch.train_accuracy))
     });
     let validation = line(report, 1, "validation", |epoch| {
         Some(percent(epoch.valid_accuracy))
@@ -91,8 +91,8 @@ fn rotations(report: &Report) -> Vec<Chart> {
     charts
 }
 
-fn steps(steps: &[StepPoint]) -> [Chart; 3] {
-    let chart = |title: &'static str, about, of: fn(&StepPoint) -> f64| {
+fn steps(steps: &[StepEntry]) -> [Chart; 3] {
+    let chart = |title: &'static str, about, of: fn(&StepEntry) -> f64| {
         let points: Vec<_> = steps
             .iter()
             .map(|step| (step.step as f64, of(step)))
@@ -129,7 +129,7 @@ fn line(
     report: &Report,
     look: usize,
     name: &str,
-    value: impl Fn(&EpochPoint) -> Option<f64>,
+    value: impl Fn(&EpochEntry) -> Option<f64>,
 ) -> Series {
     let epochs = report.epochs.iter();
     let points = epochs.filter_map(|epoch| Some((epoch.epoch as f64, value(epoch)?)));
@@ -169,7 +169,7 @@ fn percent(share: f64) -> f64 {
     100.0 * share
 }
 
-fn table(epochs: &[EpochPoint]) -> Markup {
+fn table(epochs: &[EpochEntry]) -> Markup {
     let heads = [
         "training loss",
         "training accuracy",
@@ -178,11 +178,11 @@ fn table(epochs: &[EpochPoint]) -> Markup {
         "largest angle/rad",
         "defect",
     ];
-    let row = |epoch: &EpochPoint| {
+    let row = |epoch: &EpochEntry| {
         let optional = |value: Option<f64>| value.map_or("–".to_string(), short);
         [
             short(epoch.train_loss),
-            scores::percent(epoch.train_accuracy),
+            scores::percent(Some(epoch.train_accuracy)),
             short(epoch.valid_loss),
             scores::percent(Some(epoch.valid_accuracy)),
             optional(epoch.angle),

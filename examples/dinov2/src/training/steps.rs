@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use burn::data::dataloader::Progress;
+use burn::nn::loss::CrossEntropyLossConfig;
 use burn::prelude::*;
 use burn::train::{
     ClassificationOutput, EventProcessorTraining, InferenceStep, Learner, LearnerEvent,
@@ -65,7 +66,7 @@ impl TrainStep for Model {
     type Output = StepOutput;
 
     fn step(&self, batch: ImageBatch) -> TrainOutput<StepOutput> {
-        let output = self.classify(batch);
+        let output = classify(self, batch);
         TrainOutput::new(self, output.loss.backward(), output.into())
     }
 }
@@ -75,8 +76,19 @@ impl InferenceStep for Model {
     type Output = StepOutput;
 
     fn step(&self, batch: ImageBatch) -> StepOutput {
-        self.classify(batch).into()
+        classify(self, batch).into()
     }
+}
+
+/// Loss and logits of a batch.
+fn classify(model: &Model, batch: ImageBatch) -> ClassificationOutput {
+    let logits = model.forward(batch.pixels);
+    let smoothing = (batch.label_smoothing > 0.0).then_some(batch.label_smoothing);
+    let loss = CrossEntropyLossConfig::new()
+        .with_smoothing(smoothing)
+        .init(&logits.device())
+        .forward(logits.clone(), batch.labels.clone());
+    ClassificationOutput::new(loss, logits, batch.labels)
 }
 
 impl SupervisedLearningStrategy<Model> for Steps {
@@ -373,7 +385,7 @@ fn validate(
     for batch in images.epoch(epoch, 0, &model.device().inner()) {
         let batch = batch?;
         let size = batch.len();
-        let classification = model.classify(batch);
+        let classification = classify(model, batch);
         let numbers = measured(&classification).into_data();
         let numbers: Vec<f64> = numbers.iter::<f64>().collect();
         sums.add(numbers[0], numbers[1], size);

@@ -99,7 +99,7 @@ pub struct Options {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accumulate: Option<usize>,
 
-    /// Ends the run after so many optimizer steps
+    /// Ends the run after so many optimizer steps, and evaluates on as many images as they see
     #[arg(long, value_name = "STEPS", help_heading = "Training")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_steps: Option<usize>,

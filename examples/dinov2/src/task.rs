@@ -108,6 +108,18 @@ impl Task {
     }
 }
 
+/// At most so many samples, with as many of every class as its share.
+pub fn limited(samples: &Arc<[Sample]>, count: Option<usize>) -> Arc<[Sample]> {
+    match count {
+        Some(count) if count < samples.len() => {
+            // The samples of a class follow each other, so evenly spaced ones keep the shares.
+            let spaced = (0..count).map(|index| samples[index * samples.len() / count].clone());
+            spaced.collect()
+        }
+        _ => samples.clone(),
+    }
+}
+
 /// Says what was found in a folder and left out.
 pub fn remark(notes: &[Note], skipped: &[Skipped]) {
     for note in notes {
@@ -136,5 +148,33 @@ impl Hasher for Fnv {
         for byte in bytes {
             self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fewer_samples_keep_the_shares_of_the_classes() {
+        let task = Task::digits(digits::NEW, 0);
+        let classes = |samples: &[Sample]| {
+            let mut counts = [0; 5];
+            samples.iter().for_each(|sample| counts[sample.label] += 1);
+            counts
+        };
+        let all = classes(&task.train);
+        let few = classes(&limited(&task.train, Some(54)));
+        for (few, all) in few.iter().zip(all) {
+            assert!((9..13).contains(few), "{few} of {all}");
+        }
+        assert_eq!(limited(&task.train, Some(9999)).len(), task.train.len());
+    }
+
+    #[test]
+    fn a_task_is_known_by_its_images_and_their_split() {
+        let print = |seed| Task::digits(digits::NEW, seed).record().fingerprint;
+        assert_eq!(print(0), print(0));
+        assert_ne!(print(0), print(1));
     }
 }

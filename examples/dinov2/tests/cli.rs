@@ -132,8 +132,8 @@ fn every_method_leaves_a_run_that_can_be_evaluated_and_exported() {
         let output = printed(&[
             "--method",
             method,
-            "--max-steps",
-            "2",
+            "--epochs",
+            "1",
             "--no-probe",
             "--output",
             text(&run),

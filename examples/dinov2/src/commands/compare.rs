@@ -30,7 +30,7 @@ use crate::method::Method;
 use crate::model::Dinov2ForImageClassification;
 use crate::run::write_whole;
 use crate::settings::processors;
-use crate::task::Task;
+use crate::task::{Task, limited};
 use crate::training::progress::Progress;
 use crate::training::{Loaders, Recipe, Rotations, Trained, train};
 use crate::weights::{self, Checkpoint, Saved};
@@ -326,18 +326,6 @@ fn remembered_digits(checkpoint: &Checkpoint, processor: Processor) -> (String, 
                 },
             )
         }
-    }
-}
-
-/// At most `count` samples, with as many of every class as its share.
-fn limited(samples: &Arc<[Sample]>, count: Option<usize>) -> Arc<[Sample]> {
-    match count {
-        Some(count) if count < samples.len() => {
-            // The samples of a class follow each other, so evenly spaced ones keep the shares.
-            let spaced = (0..count).map(|index| samples[index * samples.len() / count].clone());
-            spaced.collect()
-        }
-        _ => samples.clone(),
     }
 }
 

@@ -23,7 +23,7 @@ use crate::model::Dinov2ForImageClassification;
 use crate::precision;
 use crate::run::{ProbeScores, Results, RunFolder, write_whole};
 use crate::settings::{Augment, Options, Settings, Subject};
-use crate::task::Task;
+use crate::task::{Task, limited};
 use crate::training::head::Probe;
 use crate::training::progress::Progress;
 use crate::training::{Loaders, Recipe, Trained, train};
@@ -131,6 +131,14 @@ impl Job {
                 Task::folder(path, processor, seed, settings.skip_corrupt)?
             }
             None => Task::digits(digits::NEW, seed),
+        };
+        // A run that ends after a few steps does not evaluate longer than it trains.
+        let recipe = &settings.recipe;
+        let evaluated = recipe.max_steps.map(|steps| steps * recipe.batch_size);
+        let task = Task {
+            valid: limited(&task.valid, evaluated),
+            test: limited(&task.test, evaluated),
+            ..task
         };
         Ok(Self {
             settings: settings.clone(),
@@ -363,8 +371,11 @@ impl Job {
         }
         let (model, _) = self.pretrained()?;
         let model = model.valid();
+        let limit = self.settings.recipe.max_steps;
+        let limit = limit.map(|steps| steps * self.settings.recipe.batch_size);
+        let known = limited(&self.task.train, limit);
         let rows = |samples| features(&model, &self.plain(samples)?);
-        let (train, valid) = (rows(&self.task.train)?, rows(&self.task.valid)?);
+        let (train, valid) = (rows(&known)?, rows(&self.task.valid)?);
         let test = rows(&self.task.test)?;
         let classes = self.task.classes.len();
         let probe = Probe::train(&train, &valid, classes, self.settings.recipe.seed);

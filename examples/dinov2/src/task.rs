@@ -1,9 +1,10 @@
 //! A classification problem: classes, labelled images in three parts, and how to prepare them.
 
-use std::hash::Hasher;
 use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::Arc;
+
+use xxhash_rust::xxh3::Xxh3Default;
 
 use crate::digits;
 use crate::error::Error;
@@ -64,18 +65,22 @@ impl Task {
     /// What identifies the problem in the folder of a run.
     pub fn record(&self) -> TaskRecord {
         let parts = [&self.train, &self.valid, &self.test];
-        let mut hash = Fnv::default();
+        let mut hash = Xxh3Default::new();
         for sample in parts.iter().flat_map(|part| part.iter()) {
             match &sample.source {
-                Source::File(path) => hash.write(path.to_string_lossy().as_bytes()),
-                Source::Grey(pixels) => hash.write(pixels),
+                // The folder of the class and the file: a data set may move.
+                Source::File(path) => {
+                    let names = path.components().rev().take(2);
+                    names.for_each(|name| hash.update(name.as_os_str().as_encoded_bytes()));
+                }
+                Source::Grey(pixels) => hash.update(pixels),
             }
-            hash.write(&sample.label.to_le_bytes());
+            hash.update(&sample.label.to_le_bytes());
         }
         TaskRecord {
             classes: self.classes.clone(),
             images: parts.map(|part| part.len()),
-            fingerprint: format!("{:016x}", hash.finish()),
+            fingerprint: format!("{:016x}", hash.digest()),
         }
     }
 
@@ -127,27 +132,6 @@ pub fn remark(notes: &[Note], skipped: &[Skipped]) {
     }
     for image in skipped {
         eprintln!("skipped: {}: {}", image.path.display(), image.reason);
-    }
-}
-
-/// FNV-1a, a hash that is the same on every machine and in every version of Rust.
-struct Fnv(u64);
-
-impl Default for Fnv {
-    fn default() -> Self {
-        Self(0xcbf2_9ce4_8422_2325)
-    }
-}
-
-impl Hasher for Fnv {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
-        }
     }
 }
 

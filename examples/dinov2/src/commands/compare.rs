@@ -34,6 +34,7 @@ use crate::task::{Task, limited};
 use crate::training::progress::Progress;
 use crate::training::{Loaders, Recipe, Rotations, Trained, train};
 use crate::weights::{self, Checkpoint, Saved};
+use xxhash_rust::xxh3::xxh3_64;
 
 /// The file of all results, and the table made of them.
 const LEDGER: &str = "results.jsonl";
@@ -141,7 +142,7 @@ impl Comparison {
             (name.clone(), record.fingerprint)
         });
         let mut protocol = request.preset.protocol(Setting {
-            model: self.checkpoint.name().to_string(),
+            model: self.model()?,
             device: request.device.name(),
             dtype: "f32".to_string(),
             image_size,
@@ -170,6 +171,18 @@ impl Comparison {
         conditions.max_steps = request.max_steps.or(conditions.max_steps);
         protocol.check()?;
         Ok(protocol)
+    }
+
+    /// The name of the model without its folder, and a fingerprint of some of its weights.
+    fn model(&self) -> Result<String, Error> {
+        let (model, _) = self.checkpoint.load(&["any".to_string()], &self.device)?;
+        let norm = model.dinov2.layernorm.gamma.val().into_data();
+        let token = model.dinov2.embeddings.cls_token.val().into_data();
+        let bytes = [norm.as_bytes(), token.as_bytes()].concat();
+        let name = Path::new(self.checkpoint.name());
+        let name = name.file_name().unwrap_or(name.as_os_str());
+        let fingerprint = xxh3_64(&bytes) >> 32;
+        Ok(format!("{} {fingerprint:08x}", name.to_string_lossy()))
     }
 
     /// Leaves as many images as the protocol allows.

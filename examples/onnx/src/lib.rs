@@ -35,10 +35,11 @@ pub fn loss<M: Classifier>(model: &M, digits: Digits) -> Tensor<1> {
         .forward(logits, digits.labels)
 }
 
-/// Trains what is trainable in a model.
+/// Trains what is trainable in a model, with a learning rate that falls to zero.
 pub fn train<M: Classifier>(mut model: M, digits: &Digits, epochs: usize, lr: f64) -> M {
     let mut optimizer = AdamConfig::new().init();
-    for _ in 0..epochs {
+    for epoch in 0..epochs {
+        let lr = lr * (1.0 - epoch as f64 / epochs as f64);
         for batch in digits.batches(64) {
             let gradients = loss(&model, batch).backward();
             let gradients = GradientsParams::from_grads(gradients, &model);

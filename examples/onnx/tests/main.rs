@@ -6,4 +6,5 @@ mod common;
 
 mod convolution;
 mod lifecycle;
+mod program;
 mod transformer;

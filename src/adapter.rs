@@ -83,17 +83,18 @@ impl BoftAdapter {
     ///
     /// `n` is 1 where one block is shared.
     pub fn skew(&self) -> Tensor<3> {
-        self.skew.val()
+        ops::dequantized(self.skew.val())
     }
 
     /// The scale per output channel, a `[d_output]` tensor; none if no scale is trained, as in OFT.
     pub fn scale(&self) -> Option<Tensor<1>> {
-        self.scale.as_ref().map(Param::val)
+        let scale = self.scale.as_ref().map(Param::val);
+        scale.map(ops::dequantized)
     }
 
     /// The blocks of the rotation, within the COFT radius if there is one, and without multiplicative dropout.
     pub fn blocks(&self) -> Blocks {
-        self.rotation.blocks(self.skew.val())
+        self.rotation.blocks(self.skew())
     }
 
     /// The blocks as a forward pass uses them: in training, multiplicative dropout replaces some by the identity.
@@ -162,7 +163,7 @@ impl BoftAdapter {
         let plan = self.butterfly();
         let (m, n) = (plan.n_butterfly_factor(), plan.block_num());
         let count = (self.rotation.dropout() * n as f64).floor() as usize;
-        let skew = self.skew.val();
+        let skew = self.skew();
         let device = skew.device();
         if count == 0 || !self.training.is_enabled() || !device.is_autodiff() {
             return None;
@@ -197,10 +198,7 @@ impl Reparameterization for BoftAdapter {
     const NAME: &'static str = "boft";
 
     fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
-        let base = match base.dtype() {
-            DType::QFloat(_) => base.dequantize(),
-            _ => base,
-        };
+        let base = ops::dequantized(base);
         let shape = base.shape();
         let sizes = self.butterfly();
         let (d_input, d_output) = (sizes.d_input(), sizes.d_output());

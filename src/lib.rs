@@ -88,7 +88,9 @@ pub use config::{
 pub use linear::{Linear as BoftLinear, LinearConfig as BoftLinearConfig};
 #[cfg(feature = "train")]
 pub use model::AdapterCheckpointer;
-pub use model::{candidates, diagnose, inject, merge, plan, project, summary, unload};
+pub use model::{
+    candidates, diagnose, inject, merge, merge_quantized, plan, project, summary, unload,
+};
 pub use rotation::{ButterflyPlan, RotationError};
 pub use select::PatternError;
 pub use value::{Adapter, KeyMap, Transformers};

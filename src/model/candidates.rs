@@ -3,7 +3,6 @@
 use std::fmt::{self, Display, Formatter};
 
 use burn::module::Module;
-use burn::tensor::DType;
 
 use super::walk::{ModuleInfo, Parameter, Walk, walk};
 use crate::config::LayerKind;
@@ -142,8 +141,6 @@ pub enum Unsupported {
     },
     /// The configuration says, with [`with_layer_kind`](crate::BoftConfig::with_layer_kind), that it is not to be adapted.
     TakenOut,
-    /// The weight is quantized, and a rotated one could not be stored in its place.
-    Quantized,
     /// It already carries an adapter, or another of what Burn calls reparameterizations.
     Adapted {
         /// The name of what it carries.
@@ -197,7 +194,6 @@ impl Display for Unsupported {
                  weight is laid out in another way than Burn's"
             ),
             Self::TakenOut => write!(f, "which layer_kinds says is not to be adapted"),
-            Self::Quantized => write!(f, "whose weight is quantized"),
             Self::Adapted { name } => {
                 write!(f, "which already carries the reparameterization `{name}`")
             }
@@ -300,8 +296,5 @@ fn verdict(
             bias,
         });
     }
-    match parameter.stored.dtype() {
-        DType::QFloat(_) => Err(Unsupported::Quantized),
-        _ => Ok(kind),
-    }
+    Ok(kind)
 }

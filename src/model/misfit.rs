@@ -116,14 +116,13 @@ pub enum Misfit {
         /// The name of what it carries.
         name: String,
     },
-    /// A target has a quantized weight, and the rotated weight could not be stored in its place.
+    /// A bias or a part of a module to save is quantized. The weight of an adapted layer may be, since it is frozen.
     #[error(
-        "the weight of {} is quantized, and rotating it would rewrite it; inject into the float model and \
-         quantize the base afterwards, or exclude the layer",
-        named(path)
+        "`{path}` is to be trained and is quantized, so no optimizer can change it; leave it out of the quantization, or \
+         do not train it"
     )]
     Quantized {
-        /// The layer.
+        /// The parameter.
         path: String,
     },
 }

@@ -7,6 +7,7 @@ use std::collections::{HashMap, HashSet};
 use std::fmt::{self, Display, Formatter};
 
 use burn::module::Module;
+use burn::tensor::DType;
 
 use super::candidates::{Unsupported, verdicts};
 use super::misfit::{InjectError, Misfit, nearest};
@@ -229,12 +230,13 @@ impl Preparation {
                 Err(error) => misfits.push(error.into()),
             }
         }
+        let adapted = layers.iter().map(|(parameter, _)| parameter.owner());
+        let adapted = adapted.collect();
+        let trained: Vec<_> = trained(&selector, walk, &adapted).collect();
+        misfits.extend(quantized(trained.iter().copied()));
         if !misfits.is_empty() {
             return Err(InjectError::new(misfits));
         }
-        let adapted = layers.iter().map(|(parameter, _)| parameter.owner());
-        let adapted = adapted.collect();
-        let trained = trained(&selector, walk, &adapted);
         let planned = layers
             .iter()
             .zip(&rotations)
@@ -244,6 +246,7 @@ impl Preparation {
         let plan = InjectPlan {
             layers: planned.collect(),
             trained: trained
+                .into_iter()
                 .map(|parameter| parameter.path().to_string())
                 .collect(),
             is_autodiff: walk.parameters.iter().any(|p| p.stored.is_autodiff()),
@@ -304,6 +307,17 @@ pub(crate) fn trained<'a>(
     })
 }
 
+/// Those of the parameters to be trained that are quantized, so that an optimizer could not change them.
+pub(crate) fn quantized<'a>(
+    trained: impl Iterator<Item = &'a Parameter>,
+) -> impl Iterator<Item = Misfit> {
+    let quantized =
+        trained.filter(|parameter| matches!(parameter.stored.dtype(), DType::QFloat(_)));
+    quantized.map(|parameter| Misfit::Quantized {
+        path: parameter.path().to_string(),
+    })
+}
+
 /// The search for the layers that a configuration means.
 ///
 /// Beside the layers, it collects what every name selects, so that a name which selects nothing is refused even if
@@ -355,7 +369,7 @@ impl<'a> Targets<'a> {
     /// The layers to adapt, in the model's order.
     ///
     /// A target that cannot be adapted is a misfit only if its type is one that could be: a layer called `Linear` that
-    /// is laid out in another way, or one with a quantized weight. An embedding among the targets of a regular
+    /// is laid out in another way. An embedding among the targets of a regular
     /// expression is passed over, and is a misfit only for a name that selects nothing else.
     ///
     /// # Errors
@@ -391,10 +405,8 @@ impl<'a> Targets<'a> {
                     self.count(path, decision);
                     if decision == Decision::Target {
                         let path = path.to_string();
-                        self.misfits.push(match reason {
-                            Unsupported::Quantized => Misfit::Quantized { path },
-                            reason => Misfit::UnsupportedTarget { path, reason },
-                        });
+                        self.misfits
+                            .push(Misfit::UnsupportedTarget { path, reason });
                     }
                 }
             }

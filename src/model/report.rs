@@ -3,11 +3,11 @@
 use std::fmt::{self, Display, Formatter};
 
 use burn::module::Module;
-use burn::tensor::{DType, FloatDType, Tensor};
+use burn::tensor::{FloatDType, Tensor};
 
 use super::walk::walk;
 use crate::config::LayerKind;
-use crate::ops::{Blocks, Direction, Side, upper_triangle, widen};
+use crate::ops::{Blocks, Direction, Side, dequantized, upper_triangle, widen};
 use crate::rotation::{ButterflyPlan, Rotation};
 
 /// How many parameters a model has, as [`summary`] counted them. `Display` prints the line that PEFT prints.
@@ -209,7 +209,7 @@ pub fn diagnose<M: Module>(model: &M) -> Diagnosis {
     let model = model.valid();
     let walk = walk(&model);
     let layers = walk.adapted().filter_map(|(weight, attached, rotation)| {
-        let skew = attached.skew()?.tensor();
+        let skew = dequantized(attached.skew()?.tensor());
         let base = match rotation.kind() {
             LayerKind::Linear => matrix::<2>(weight.stored.tensor(), rotation.kind()),
             LayerKind::Conv2d => matrix::<4>(weight.stored.tensor(), rotation.kind()),
@@ -222,12 +222,8 @@ pub fn diagnose<M: Module>(model: &M) -> Diagnosis {
 }
 
 /// The weight as a `[d_input, d_output]` matrix in f32 or wider.
-fn matrix<const D: usize>(base: Tensor<D>, kind: LayerKind) -> Tensor<2> {
-    let base = match base.dtype() {
-        DType::QFloat(_) => base.dequantize(),
-        _ => base,
-    };
-    let base = widen(base);
+pub(super) fn matrix<const D: usize>(base: Tensor<D>, kind: LayerKind) -> Tensor<2> {
+    let base = widen(dequantized(base));
     let (d_input, d_output) = kind.axes(&base.dims());
     match kind {
         LayerKind::Linear => base.reshape([d_input, d_output]),

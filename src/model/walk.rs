@@ -190,11 +190,6 @@ impl Attached {
         self.part("skew").map(|(_, stored)| stored)
     }
 
-    /// The scale, as it is stored; none if no scale is trained.
-    pub(crate) fn scale(&self) -> Option<&Stored> {
-        self.part("scale").map(|(_, stored)| stored)
-    }
-
     /// One of its own parameters by name, with its path.
     pub(crate) fn part(&self, name: &str) -> Option<(&str, &Stored)> {
         let mut parts = self.parts.iter();

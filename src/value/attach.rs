@@ -16,7 +16,8 @@ use super::report::LoadReport;
 use crate::adapter::BoftAdapter;
 use crate::config::{Bias, LayerKind, Selection};
 use crate::model::{
-    InjectError, Misfit, Placement, Unsupported, Walk, nearest, trained, unload, verdicts, walk,
+    InjectError, Misfit, Placement, Unsupported, Walk, nearest, quantized, trained, unload,
+    verdicts, walk,
 };
 use crate::rotation::{Method, Rotation, Values};
 use crate::select::{Decision, Selector};
@@ -59,7 +60,7 @@ impl Adapter {
     ///
     /// - [`AttachError::Mismatch`]: every layer, bias and saved tensor that the file promises and has not, that the
     ///   model has no place for, or whose shape does not fit.
-    /// - [`AttachError::Inject`]: the settings work in no model, a weight is quantized, or a parameter carries a
+    /// - [`AttachError::Inject`]: the settings work in no model, a parameter to be trained is quantized, or one carries a
     ///   reparameterization of another kind.
     /// - [`AttachError::KeyMap`]: a pattern of the key map that the file was read with has no answer for a name.
     ///
@@ -151,7 +152,8 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// - [`AttachError::Inject`]: settings, quantized weights and other reparameterizations, all at once.
+    /// - [`AttachError::Inject`]: settings and other reparameterizations, all at once, or else quantized parameters that
+    ///   are to be trained.
     /// - [`AttachError::KeyMap`]: a pattern has no answer.
     fn fit(&self, walk: &Walk) -> Result<Fit, AttachError> {
         // The file says which layers there are, so it need not say how they are targeted.
@@ -163,7 +165,7 @@ impl Adapter {
                 name: attached.name.clone(),
             })
         });
-        let mut misfits: Vec<_> = others.collect();
+        let misfits: Vec<_> = others.collect();
         let selection = self.config.selection();
         let layers = verdicts(walk, &selection.layer_kinds).filter(|(p, _)| p.name() == "weight");
         let layers: HashMap<_, _> = layers
@@ -172,9 +174,6 @@ impl Adapter {
         let mut fit = Fit::default();
         for layer in self.layers.iter().filter(|layer| !layer.is_identity()) {
             match layers.get(layer.path.as_str()) {
-                Some((_, Err(Unsupported::Quantized))) => misfits.push(Misfit::Quantized {
-                    path: layer.path.clone(),
-                }),
                 Some((parameter, Ok(kind))) => {
                     fit.layer(layer, &method, *kind, &parameter.stored.shape());
                 }
@@ -198,9 +197,15 @@ impl Adapter {
         self.find_missing(walk, &mut fit)?;
         let selector = Selector::new(selection).map_err(refused)?;
         let adapted = fit.layers.keys().map(String::as_str).collect();
-        fit.trained = trained(&selector, walk, &adapted)
-            .map(|parameter| parameter.path().to_string())
-            .collect();
+        let trained: Vec<_> = trained(&selector, walk, &adapted).collect();
+        // What the file has numbers for was reported with them.
+        let silent = trained.iter().filter(|p| !fit.unusable.contains(p.path()));
+        let misfits: Vec<_> = quantized(silent.copied()).collect();
+        if !misfits.is_empty() {
+            return Err(InjectError::new(misfits).into());
+        }
+        let trained = trained.iter().map(|parameter| parameter.path().to_string());
+        fit.trained = trained.collect();
         fit.trained.extend(fit.tensors.keys().cloned());
         Ok(fit)
     }

@@ -16,6 +16,7 @@ mod oracle;
 mod peft_numbers;
 mod precision;
 mod pytorch_files;
+mod quantized;
 mod recognition;
 mod targets;
 mod tree;

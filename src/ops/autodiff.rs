@@ -9,6 +9,7 @@
 //! | [`Cayley`] | the blocks | a second inverse |
 //! | [`Butterfly`] | the blocks, and either its input or its output | results of single factors |
 //! | [`Weight`] | the blocks, the scale, its output | the base itself |
+//! | [`PackedProduct`] | the packed weight | the floats of every quantized weight at once |
 //! | [`Linear`] | its input, base, blocks, scale and bias; the output for a trained scale; the rotated weight if small | a gradient of the shape of the weight |
 //!
 //! Tensors are shared, so what is kept costs memory only if nobody else keeps it: an output is usually the input that
@@ -35,11 +36,14 @@ use burn::backend::autodiff::{
     grads::Gradients,
     ops::{Backward, NodeGuard, Ops, OpsKind},
 };
-use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
+use burn::backend::{
+    Backend, TensorMetadata,
+    tensor::{FloatTensor, QuantizedTensor},
+};
 
 use super::backend::{BoftBackend, OptionalTensor};
 use super::butterfly::{Direction, Side};
-use super::linear::{Channels, along, away_from_zero, channel_sum};
+use super::linear::{Channels, along, away_from_zero, channel_sum, packed_product_backward};
 use super::precision::cast;
 use super::route::keeps_weight;
 
@@ -125,6 +129,22 @@ impl<B: BoftBackend, C: CheckpointStrategy> BoftBackend for Autodiff<B, C> {
                 let bias = Some(bias.into_primitive());
                 rotated_linear::<B, C, 5>(nodes, input, weight, blocks, scale, bias)
             }
+        }
+    }
+
+    fn boft_packed_product(
+        input: FloatTensor<Self>,
+        weight: QuantizedTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let node = input.node();
+        let output = B::boft_packed_product(input.into_primitive(), weight.clone());
+        match PackedProduct
+            .prepare::<C>([node])
+            .compute_bound()
+            .stateful()
+        {
+            OpsKind::Tracked(prep) => prep.finish(weight, output),
+            OpsKind::UnTracked(prep) => prep.finish(output),
         }
     }
 }
@@ -444,6 +464,24 @@ impl<B: BoftBackend> LinearState<B> {
         });
         let effective = B::float_swap_dims(effective, 0, 1);
         B::boft_product(gradient, effective, OptionalTensor::Absent)
+    }
+}
+
+/// [`BoftBackend::boft_packed_product`] in the graph. It keeps the packed weight, which has no gradient, and makes floats
+/// of it once more for `dx = dy·Wᵀ`.
+#[derive(Debug)]
+struct PackedProduct;
+
+impl<B: BoftBackend> Backward<B, 1> for PackedProduct {
+    type State = QuantizedTensor<B>;
+
+    fn backward(self, ops: Ops<Self::State, 1>, gradients: &mut Gradients, _: &mut Checkpointer) {
+        let [input] = ops.parents;
+        let gradient = gradients.consume::<B>(&ops.node);
+        if let Some(input) = input {
+            let gradient = packed_product_backward::<B>(gradient, ops.state);
+            gradients.register::<B>(input.id, gradient);
+        }
     }
 }
 

@@ -11,7 +11,8 @@
 #[cfg(feature = "cubecl")]
 use burn::backend::fusion::custom::TensorSpec;
 use burn::backend::{
-    Backend, DispatchDevice, ExtensionType, backend_extension, tensor::FloatTensor,
+    Backend, DispatchDevice, ExtensionType, backend_extension,
+    tensor::{FloatTensor, QuantizedTensor},
 };
 #[cfg(feature = "cubecl")]
 use burn::tensor::Shape;
@@ -215,6 +216,24 @@ pub trait BoftBackend: Backend {
         #[extension_type] bias: OptionalTensor<Self>,
     ) -> FloatTensor<Self> {
         linear::product::<Self>(input, weight, bias.into_option())
+    }
+
+    /// Multiplies rows by a frozen quantized weight, `x·W`.
+    ///
+    /// For its backward pass it keeps the packed weight. Burn's own product keeps the floats that it makes of it, for
+    /// every layer of the model at once.
+    ///
+    /// # Shapes
+    ///
+    /// - input: `[tokens, d]`
+    /// - weight: `[d, o]`
+    /// - result: `[tokens, o]`
+    #[fusion(default)]
+    fn boft_packed_product(
+        input: FloatTensor<Self>,
+        weight: QuantizedTensor<Self>,
+    ) -> FloatTensor<Self> {
+        linear::packed_product::<Self>(input, weight)
     }
 }
 

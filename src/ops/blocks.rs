@@ -1,7 +1,7 @@
 //! The blocks of a rotation, and what is computed with them.
 
 use burn::backend::Dispatch;
-use burn::tensor::{FloatDType, Tensor};
+use burn::tensor::{DType, FloatDType, Tensor};
 
 use super::backend::{BoftBackend, is_listed};
 use super::butterfly::{Direction, Side};
@@ -282,9 +282,9 @@ impl Blocks {
             Route::Activation => {
                 let rotated = self.rotate(input, Side::Right, Direction::Forward);
                 let Some(scale) = scale else {
-                    return burn::tensor::module::linear(rotated, weight, bias).reshape(shape);
+                    return product(rotated, weight, bias).reshape(shape);
                 };
-                let output = burn::tensor::module::linear(rotated, weight, None);
+                let output = product(rotated, weight, None);
                 let scale = scale.cast(FloatDType::from(output.dtype()));
                 with_bias(output * scale.unsqueeze::<2>(), bias)
             }
@@ -363,6 +363,26 @@ impl Blocks {
             m == 1 || b % 2 == 0 && pairs,
             "{operation}: {n} blocks of {b} do not form {m} butterfly factors"
         );
+    }
+}
+
+/// `x·W + bias` with a weight that is not rotated, and may be quantized.
+///
+/// # Shapes
+///
+/// - input: `[rows, d]`
+/// - weight: `[d, o]`
+/// - bias: `[o]`
+/// - result: `[rows, o]`
+fn product(input: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
+    let is_packed = matches!(weight.dtype(), DType::QFloat(_));
+    match is_packed && is_listed(input.device().as_dispatch()) {
+        true => {
+            let (input, weight) = (input.into_dispatch(), weight.into_dispatch());
+            let output = <Dispatch as BoftBackend>::boft_packed_product(input, weight);
+            with_bias(Tensor::from_dispatch(output), bias)
+        }
+        false => burn::tensor::module::linear(input, weight, bias),
     }
 }
 

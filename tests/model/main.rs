@@ -18,5 +18,6 @@ mod precision;
 mod pytorch_files;
 mod quantized;
 mod recognition;
+mod strategies;
 mod targets;
 mod tree;

@@ -178,7 +178,7 @@ impl Display for Unsupported {
             Self::OnlyOft { type_name } => {
                 write!(
                     f,
-                    "which is {}, and BOFT adapts none; use OftConfig for it",
+                    "which is {}, and BOFT adapts none; use OftConfig for it, or leave it out",
                     article(type_name)
                 )
             }

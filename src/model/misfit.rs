@@ -76,7 +76,11 @@ pub enum Misfit {
         nearest: Vec<String>,
     },
     /// `target_modules` selects a module that cannot be adapted.
-    #[error("target_modules selects {}, {reason}; leave it out", named(path))]
+    #[error(
+        "target_modules selects {}, {reason}{}",
+        named(path),
+        or_leave_out(reason)
+    )]
     UnsupportedTarget {
         /// The module.
         path: String,
@@ -162,6 +166,16 @@ impl Misfit {
             | Self::NotInLayers { .. }
             | Self::UnknownModuleToSave { .. } => None,
         }
+    }
+}
+
+/// The end of a message about a module that cannot be adapted, unless its reason has said what to do instead.
+fn or_leave_out(reason: &Unsupported) -> &'static str {
+    match reason {
+        Unsupported::Holder { .. } | Unsupported::OnlyOft { .. } | Unsupported::NoLayer { .. } => {
+            ""
+        }
+        _ => "; leave it out",
     }
 }
 

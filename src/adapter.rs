@@ -9,7 +9,8 @@ use crate::config::LayerKind;
 use crate::ops::{self, Base, Blocks, Direction, Pass, Side};
 use crate::rotation::{ButterflyPlan, Rotation, Values};
 
-/// The adapter of one weight: `W' = R·W·diag(s)`, where `R = F_{m−1} ··· F_1·F_0` is computed from the skew.
+/// The adapter of one weight: `W' = R·W·diag(s)`, where `R = F_{m−1} ··· F_1·F_0` is computed from the skew. Of an
+/// embedding it is `W' = W·R`.
 ///
 /// [`inject`](crate::inject()) attaches it to a parameter, as what Burn calls a reparameterization: the parameter keeps
 /// its base value, and whoever reads it gets the rotated one. Its own parameters have the paths
@@ -92,7 +93,8 @@ impl BoftAdapter {
         scale.map(ops::dequantized)
     }
 
-    /// The blocks of the rotation, within the COFT radius if there is one, and without multiplicative dropout.
+    /// The blocks of the rotation, within the COFT radius if there is one, and without multiplicative dropout. Those of an
+    /// embedding are transposed, so that a weight with outputs in rows is always `W·Rᵀ`.
     pub fn blocks(&self) -> Blocks {
         self.rotation.blocks(self.skew())
     }
@@ -110,6 +112,8 @@ impl BoftAdapter {
 
     /// Rotates the input of the layer, `x·R`, with multiplicative dropout in training. The scale is not applied.
     ///
+    /// Of an embedding it rotates the rows that were looked up in the base.
+    ///
     /// # Shapes
     ///
     /// - input, result: `[…, d_input]`
@@ -126,11 +130,13 @@ impl BoftAdapter {
             "rotate: the last axis of {shape:?} is not {d_input}"
         );
         let rows = shape.num_elements() / d_input;
-        let rotated = self.training_blocks().rotate(
-            input.reshape([rows, d_input]),
-            Side::Right,
-            Direction::Forward,
-        );
+        // The blocks of an embedding are those of `Rᵀ`; see `Rotation::blocks`.
+        let direction = match self.rotation.kind() {
+            LayerKind::Embedding => Direction::Back,
+            LayerKind::Linear | LayerKind::Conv2d => Direction::Forward,
+        };
+        let input = input.reshape([rows, d_input]);
+        let rotated = self.training_blocks().rotate(input, Side::Right, direction);
         rotated.reshape(shape)
     }
 
@@ -204,7 +210,7 @@ impl Reparameterization for BoftAdapter {
         let (d_input, d_output) = (sizes.d_input(), sizes.d_output());
         let (matrix, side) = match self.rotation.kind() {
             LayerKind::Linear => ([d_input, d_output], Side::Left),
-            LayerKind::Conv2d => ([d_output, d_input], Side::Right),
+            LayerKind::Conv2d | LayerKind::Embedding => ([d_output, d_input], Side::Right),
         };
         self.training_blocks()
             .weight(base.reshape(matrix), self.scale(), side)

@@ -54,6 +54,8 @@
 //! A layer stores the *skew*, the numbers above the diagonals of all `Q`, a `[m, n, b(b−1)/2]` tensor, and the *scale*
 //! `s`, a `[o]` tensor. OFT is BOFT with one factor and no scale. [`ops`] explains the backward pass.
 //!
+//! OFT also adapts embeddings, of which it rotates what they look up: `W' = W · R` for a `[n_embedding, d]` weight.
+//!
 //! # Files
 //!
 //! An [`Adapter`] is a trained adapter as a value. [`Adapter::extract`] takes it out of a model, [`Adapter::attach`] puts

@@ -123,7 +123,9 @@ pub fn merge_quantized<M: Module>(model: M) -> Result<(M, Requantization), Merge
         };
         let merged = merged_weights[base.path()];
         let layer = match rotation.kind() {
-            LayerKind::Linear => measured::<2>(base, merged, rotation, scheme),
+            LayerKind::Linear | LayerKind::Embedding => {
+                measured::<2>(base, merged, rotation, scheme)
+            }
             LayerKind::Conv2d => measured::<4>(base, merged, rotation, scheme),
         };
         layers.push(layer);
@@ -156,7 +158,7 @@ fn measured<const D: usize>(
         // Blocks of numbers that share a scale lie along the axes of the stored weight.
         let stored = match rotation.kind() {
             LayerKind::Linear => weight.reshape(shape),
-            LayerKind::Conv2d => weight.transpose().reshape(shape),
+            LayerKind::Conv2d | LayerKind::Embedding => weight.transpose().reshape(shape),
         };
         relative_error(stored, &scheme)
     };

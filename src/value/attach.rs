@@ -167,7 +167,8 @@ impl Adapter {
         });
         let misfits: Vec<_> = others.collect();
         let selection = self.config.selection();
-        let layers = verdicts(walk, &selection.layer_kinds).filter(|(p, _)| p.name() == "weight");
+        let verdicts = verdicts(walk, &selection.layer_kinds, Some(&method));
+        let layers = verdicts.filter(|(parameter, _)| parameter.name() == "weight");
         let layers: HashMap<_, _> = layers
             .map(|(parameter, verdict)| (parameter.owner(), (parameter, verdict)))
             .collect();
@@ -194,7 +195,7 @@ impl Adapter {
             return Err(InjectError::new(misfits).into());
         }
         self.fit_tensors(walk, &mut fit);
-        self.find_missing(walk, &mut fit)?;
+        self.find_missing(walk, &method, &mut fit)?;
         let selector = Selector::new(selection).map_err(refused)?;
         let adapted = fit.layers.keys().map(String::as_str).collect();
         let trained: Vec<_> = trained(&selector, walk, &adapted).collect();
@@ -271,7 +272,7 @@ impl Adapter {
     ///
     /// An adapter from a file promises what the file said, in the names of the file. One that was extracted or built
     /// promises what its configuration says, in the model's names.
-    fn find_missing(&self, walk: &Walk, fit: &mut Fit) -> Result<(), AttachError> {
+    fn find_missing(&self, walk: &Walk, method: &Method, fit: &mut Fit) -> Result<(), AttachError> {
         let own = KeyMap::new();
         let (selection, names) = match &self.promised {
             Some(promise) => (&promise.selection, &promise.names),
@@ -280,7 +281,8 @@ impl Adapter {
         let selector = Selector::new(selection).map_err(refused)?;
         let layers = self.layers.iter().map(|layer| layer.path.as_str());
         let present: HashSet<_> = layers.collect();
-        for path in missing_layers(&selector, names, walk, selection, &present)? {
+        let rules = (&selector, method, selection);
+        for path in missing_layers(rules, names, walk, &present)? {
             fit.mismatch.missing.push(Missing::Layer { path });
         }
         for parameter in &walk.parameters {
@@ -318,14 +320,13 @@ fn refused<E: Into<Misfit>>(errors: Vec<E>) -> InjectError {
 /// A layer has every name that it may have in a file of either generation, and one name that is a target is enough. A
 /// fused layer is missing where a target names one of its parts.
 fn missing_layers(
-    selector: &Selector,
+    (selector, method, selection): (&Selector, &Method, &Selection),
     names: &KeyMap,
     walk: &Walk,
-    selection: &Selection,
     present: &HashSet<&str>,
 ) -> Result<Vec<String>, AttachError> {
     let mut missing = Vec::new();
-    for (parameter, verdict) in verdicts(walk, &selection.layer_kinds) {
+    for (parameter, verdict) in verdicts(walk, &selection.layer_kinds, Some(method)) {
         let path = parameter.owner();
         let Ok(kind) = verdict else { continue };
         if present.contains(path) {

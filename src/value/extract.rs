@@ -364,7 +364,8 @@ impl Found {
         }
         let selector = compiled(selection)?;
         let (mut not_selected, mut not_adapted) = (Vec::new(), Vec::new());
-        for (parameter, verdict) in verdicts(&self.walk, &selection.layer_kinds) {
+        let verdicts = verdicts(&self.walk, &selection.layer_kinds, Some(&self.method));
+        for (parameter, verdict) in verdicts {
             let path = parameter.owner();
             let is_adapted = parameter.name() == "weight" && self.is_adapted(parameter);
             let Ok(kind) = verdict else {
@@ -459,7 +460,7 @@ impl Found {
     /// The adapted layers whose type does not say what they are: those that were adapted by way of
     /// [`with_layer_kind`](crate::BoftConfig::with_layer_kind).
     fn layer_kinds(&self) -> Vec<(String, Option<LayerKind>)> {
-        let verdicts = verdicts(&self.walk, &[]);
+        let verdicts = verdicts(&self.walk, &[], None);
         let adapted = verdicts.filter(|(parameter, verdict)| {
             parameter.attached.is_some() && verdict.is_err() && parameter.name() == "weight"
         });

@@ -193,7 +193,7 @@ fn names_that_select_no_layer_are_refused() {
     let misfit = assert_refused(
         &model(),
         boft().with_exclude_modules("h.*"),
-        "target_modules `hidden` match none of the 3 linear and convolution layers (2 of them \
+        "target_modules `hidden` match none of the 3 layers that can be adapted (2 of them \
          are excluded by exclude_modules or modules_to_save); it has `hidden`",
     );
     assert!(matches!(misfit, Misfit::NoTarget { excluded: 2, .. }));

@@ -235,6 +235,27 @@ pub trait BoftBackend: Backend {
     ) -> FloatTensor<Self> {
         linear::packed_product::<Self>(input, weight)
     }
+
+    /// Scales the output channels of a product and adds a bias, `y = z ⊙ s + bias`.
+    ///
+    /// For its backward pass it keeps the result, which the next operation usually keeps anyway, and not `z`.
+    ///
+    /// # Shapes
+    ///
+    /// - output: `[tokens, o]`; so is the result
+    /// - scale, bias: `[o]`
+    ///
+    /// # Numerics
+    ///
+    /// In the precision of the output. 1e-20 is added to a scale of less than 1e-30 in magnitude.
+    #[fusion(default)]
+    fn boft_scaled(
+        output: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
+        #[extension_type] bias: OptionalTensor<Self>,
+    ) -> FloatTensor<Self> {
+        linear::scaled::<Self>(output, scale, bias.into_option())
+    }
 }
 
 #[cfg(feature = "ndarray")]

@@ -281,12 +281,10 @@ impl Blocks {
         let output = match route {
             Route::Activation => {
                 let rotated = self.rotate(input, Side::Right, Direction::Forward);
-                let Some(scale) = scale else {
-                    return product(rotated, weight, bias).reshape(shape);
-                };
-                let output = product(rotated, weight, None);
-                let scale = scale.cast(FloatDType::from(output.dtype()));
-                with_bias(output * scale.unsqueeze::<2>(), bias)
+                match scale {
+                    Some(scale) => scaled(product(rotated, weight, None), scale, bias),
+                    None => product(rotated, weight, bias),
+                }
             }
             Route::Weight => self.linear_by_weight(input, weight, scale, bias),
         };
@@ -393,6 +391,26 @@ fn assert_outputs(operation: &str, name: &str, vector: &Tensor<1>, outputs: usiz
         count, outputs,
         "{operation}: the {name} is a [{count}] tensor, for {outputs} outputs"
     );
+}
+
+/// `z ⊙ s + bias` per output channel.
+///
+/// # Shapes
+///
+/// - output: `[rows, o]`; so is the result
+/// - scale, bias: `[o]`
+fn scaled(output: Tensor<2>, scale: Tensor<1>, bias: Option<Tensor<1>>) -> Tensor<2> {
+    match is_listed(output.device().as_dispatch()) {
+        true => Tensor::from_dispatch(<Dispatch as BoftBackend>::boft_scaled(
+            output.into_dispatch(),
+            scale.into_dispatch(),
+            bias.map(Tensor::into_dispatch).into(),
+        )),
+        false => {
+            let scale = scale.cast(FloatDType::from(output.dtype()));
+            with_bias(output * scale.unsqueeze::<2>(), bias)
+        }
+    }
 }
 
 /// Adds a bias of `[o]` to each row of a `[rows, o]` tensor, after the scale, which does not multiply it.

@@ -111,7 +111,34 @@ pub(super) fn product<B: Backend>(
     weight: FloatTensor<B>,
     bias: Option<FloatTensor<B>>,
 ) -> FloatTensor<B> {
-    let output = B::float_matmul(input, weight);
+    with_bias::<B>(B::float_matmul(input, weight), bias)
+}
+
+/// `z ⊙ s + bias` per output channel.
+///
+/// # Shapes
+///
+/// - output: `[tokens, o]`; so is the result
+/// - scale, bias: `[o]`
+///
+/// # Numerics
+///
+/// In the precision of the output, to which scale and bias are cast. The scale is moved [`away_from_zero`] first.
+pub(super) fn scaled<B: Backend>(
+    output: FloatTensor<B>,
+    scale: FloatTensor<B>,
+    bias: Option<FloatTensor<B>>,
+) -> FloatTensor<B> {
+    let dtype = output.dtype();
+    let scale = cast::<B>(away_from_zero::<B>(scale), dtype);
+    with_bias::<B>(
+        B::float_mul(output, along::<B>(scale, Channels::Columns)),
+        bias,
+    )
+}
+
+/// A bias added to the rows of a matrix, to whose precision it is cast.
+fn with_bias<B: Backend>(output: FloatTensor<B>, bias: Option<FloatTensor<B>>) -> FloatTensor<B> {
     match bias {
         Some(bias) => {
             let bias = cast::<B>(bias, output.dtype());

@@ -4,7 +4,7 @@ use burn::module::{Module, Param, ParamGroup, Quantizer};
 use burn::nn;
 use burn::optim::{AdamWConfig, GradientsParams};
 use burn::tensor::quantization::{Calibration, QuantScheme, QuantValue, ScaleDtype};
-use burn::tensor::{DType, Device};
+use burn::tensor::{DType, Device, Int, Tensor};
 use burn_boft::value::ExtractError;
 use burn_boft::{
     Adapter, BoftConfig, BoftLinear, Init, OftConfig, diagnose, inject, merge, merge_quantized,
@@ -176,6 +176,37 @@ fn a_convolution_may_be_quantized() {
 #[derive(Module, Debug)]
 struct Conv {
     conv: nn::conv::Conv2d,
+}
+
+#[test]
+fn an_embedding_may_be_quantized() {
+    let device = Device::flex();
+    let numbers = noise(10 * 12, 3, 0.5);
+    let mut embedding = nn::EmbeddingConfig::new(10, 12).init(&device);
+    embedding.weight = Param::from_tensor(tensor(&numbers, [10, 12], DType::F32, &device));
+    let config = OftConfig::new()
+        .with_block_size(4)
+        .with_init(Init::Random { seed: 7 })
+        .with_target_modules(["embedding"]);
+    let packed = quantized(Embedded { embedding }, &["embedding.weight"], schemes()[0]);
+    let mut floats = packed.clone();
+    floats.embedding.weight = Param::from_tensor(packed.embedding.weight.val().dequantize());
+    let tokens = Tensor::<2, Int>::from_data([[3, 0, 9], [7, 3, 1]], &device);
+    let expected = inject(floats.clone(), &config).unwrap();
+    let adapted = inject(packed, &config).unwrap();
+    let output = adapted.embedding.forward(tokens.clone());
+    assert!(distance(output.clone(), expected.embedding.forward(tokens.clone())) <= 1e-6);
+    assert!(distance(output, floats.embedding.forward(tokens)) > 0.1);
+    let (merged, report) = merge_quantized(adapted).unwrap();
+    let merged = merged.embedding.weight.val().dequantize();
+    let exact = merge(expected).unwrap().embedding.weight.val();
+    let error = norm(&host(merged - exact.clone())) / norm(&host(exact));
+    assert!((report.layers[0].error - error).abs() < 1e-6, "{report}");
+}
+
+#[derive(Module, Debug)]
+struct Embedded {
+    embedding: nn::Embedding,
 }
 
 fn norm(values: &[f64]) -> f64 {

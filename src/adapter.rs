@@ -9,7 +9,8 @@ use crate::config::LayerKind;
 use crate::ops::{self, Base, Blocks, Direction, Pass, Side};
 use crate::rotation::{ButterflyPlan, Rotation, Values};
 
-/// The adapter of one weight: `W' = R·W·diag(s)`, where `R = F_{m−1} ··· F_1·F_0` is computed from the skew.
+/// The adapter of one weight: `W' = R·W·diag(s)`, where `R = F_{m−1} ··· F_1·F_0` is computed from the skew. Of an
+/// embedding it is `W' = W·R`.
 ///
 /// [`inject`](crate::inject()) attaches it to a parameter, as what Burn calls a reparameterization: the parameter keeps
 /// its base value, and whoever reads it gets the rotated one. Its own parameters have the paths
@@ -83,17 +84,19 @@ impl BoftAdapter {
     ///
     /// `n` is 1 where one block is shared.
     pub fn skew(&self) -> Tensor<3> {
-        self.skew.val()
+        ops::dequantized(self.skew.val())
     }
 
     /// The scale per output channel, a `[d_output]` tensor; none if no scale is trained, as in OFT.
     pub fn scale(&self) -> Option<Tensor<1>> {
-        self.scale.as_ref().map(Param::val)
+        let scale = self.scale.as_ref().map(Param::val);
+        scale.map(ops::dequantized)
     }
 
-    /// The blocks of the rotation, within the COFT radius if there is one, and without multiplicative dropout.
+    /// The blocks of the rotation, within the COFT radius if there is one, and without multiplicative dropout. Those of an
+    /// embedding are transposed, so that a weight with outputs in rows is always `W·Rᵀ`.
     pub fn blocks(&self) -> Blocks {
-        self.rotation.blocks(self.skew.val())
+        self.rotation.blocks(self.skew())
     }
 
     /// The blocks as a forward pass uses them: in training, multiplicative dropout replaces some by the identity.
@@ -108,6 +111,8 @@ impl BoftAdapter {
     }
 
     /// Rotates the input of the layer, `x·R`, with multiplicative dropout in training. The scale is not applied.
+    ///
+    /// Of an embedding it rotates the rows that were looked up in the base.
     ///
     /// # Shapes
     ///
@@ -125,11 +130,13 @@ impl BoftAdapter {
             "rotate: the last axis of {shape:?} is not {d_input}"
         );
         let rows = shape.num_elements() / d_input;
-        let rotated = self.training_blocks().rotate(
-            input.reshape([rows, d_input]),
-            Side::Right,
-            Direction::Forward,
-        );
+        // The blocks of an embedding are those of `Rᵀ`; see `Rotation::blocks`.
+        let direction = match self.rotation.kind() {
+            LayerKind::Embedding => Direction::Back,
+            LayerKind::Linear | LayerKind::Conv2d => Direction::Forward,
+        };
+        let input = input.reshape([rows, d_input]);
+        let rotated = self.training_blocks().rotate(input, Side::Right, direction);
         rotated.reshape(shape)
     }
 
@@ -162,7 +169,7 @@ impl BoftAdapter {
         let plan = self.butterfly();
         let (m, n) = (plan.n_butterfly_factor(), plan.block_num());
         let count = (self.rotation.dropout() * n as f64).floor() as usize;
-        let skew = self.skew.val();
+        let skew = self.skew();
         let device = skew.device();
         if count == 0 || !self.training.is_enabled() || !device.is_autodiff() {
             return None;
@@ -197,16 +204,13 @@ impl Reparameterization for BoftAdapter {
     const NAME: &'static str = "boft";
 
     fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
-        let base = match base.dtype() {
-            DType::QFloat(_) => base.dequantize(),
-            _ => base,
-        };
+        let base = ops::dequantized(base);
         let shape = base.shape();
         let sizes = self.butterfly();
         let (d_input, d_output) = (sizes.d_input(), sizes.d_output());
         let (matrix, side) = match self.rotation.kind() {
             LayerKind::Linear => ([d_input, d_output], Side::Left),
-            LayerKind::Conv2d => ([d_output, d_input], Side::Right),
+            LayerKind::Conv2d | LayerKind::Embedding => ([d_output, d_input], Side::Right),
         };
         self.training_blocks()
             .weight(base.reshape(matrix), self.scale(), side)

@@ -27,37 +27,44 @@ pub enum LayerKind {
     /// A 2-D convolution: its weight is a `[c_out, c_in/groups, kh, kw]` tensor, and the three last axes are rotated as
     /// one of `c_in/groups·kh·kw` channels.
     Conv2d,
+    /// An embedding: its weight is a `[n_embedding, d_model]` tensor, and the `d_model` numbers that it looks up are rotated.
+    /// OFT adapts it and BOFT does not, as in PEFT.
+    Embedding,
 }
 
 impl LayerKind {
-    /// The kind whose weights have this number of axes.
+    /// The kind of layer whose input is rotated and whose weights have this number of axes.
     pub fn of_rank(rank: usize) -> Option<Self> {
         [Self::Linear, Self::Conv2d]
             .into_iter()
             .find(|kind| kind.rank() == rank)
     }
 
-    /// The kind in one word, for tables: `linear` or `conv2d`.
+    /// The kind in one word, for tables: `linear`, `conv2d` or `embedding`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Linear => "linear",
             Self::Conv2d => "conv2d",
+            Self::Embedding => "embedding",
         }
     }
 
     /// How many axes a weight of this kind has.
     pub(crate) fn rank(self) -> usize {
         match self {
-            Self::Linear => 2,
+            Self::Linear | Self::Embedding => 2,
             Self::Conv2d => 4,
         }
     }
 
-    /// `d_input` and `d_output` of a weight of this kind.
+    /// `d_input` and `d_output` of a weight of this kind: the length of the rotated axis, and what the others hold.
+    ///
+    /// An embedding is a linear layer whose input is the number of a token as a one among zeros, and its rows are what the
+    /// rotation acts on. So its `d_input` is the length of a row.
     pub(crate) fn axes(self, shape: &[usize]) -> (usize, usize) {
         match self {
             Self::Linear => (shape[0], shape[1]),
-            Self::Conv2d => (shape[1..].iter().product(), shape[0]),
+            Self::Conv2d | Self::Embedding => (shape[1..].iter().product(), shape[0]),
         }
     }
 
@@ -66,6 +73,7 @@ impl LayerKind {
         match self {
             Self::Linear => "a linear layer",
             Self::Conv2d => "a convolution",
+            Self::Embedding => "an embedding",
         }
     }
 }

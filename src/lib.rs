@@ -54,6 +54,8 @@
 //! A layer stores the *skew*, the numbers above the diagonals of all `Q`, a `[m, n, b(b−1)/2]` tensor, and the *scale*
 //! `s`, a `[o]` tensor. OFT is BOFT with one factor and no scale. [`ops`] explains the backward pass.
 //!
+//! OFT also adapts embeddings, of which it rotates what they look up: `W' = W · R` for a `[n_embedding, d]` weight.
+//!
 //! # Files
 //!
 //! An [`Adapter`] is a trained adapter as a value. [`Adapter::extract`] takes it out of a model, [`Adapter::attach`] puts
@@ -88,7 +90,9 @@ pub use config::{
 pub use linear::{Linear as BoftLinear, LinearConfig as BoftLinearConfig};
 #[cfg(feature = "train")]
 pub use model::AdapterCheckpointer;
-pub use model::{candidates, diagnose, inject, merge, plan, project, summary, unload};
+pub use model::{
+    candidates, diagnose, inject, merge, merge_quantized, plan, project, summary, unload,
+};
 pub use rotation::{ButterflyPlan, RotationError};
 pub use select::PatternError;
 pub use value::{Adapter, KeyMap, Transformers};

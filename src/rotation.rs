@@ -519,6 +519,14 @@ impl Method {
         }
     }
 
+    /// Whether layers of this kind are adapted: BOFT leaves embeddings out, as in PEFT.
+    pub(crate) fn adapts(&self, kind: LayerKind) -> bool {
+        match kind {
+            LayerKind::Linear | LayerKind::Conv2d => true,
+            LayerKind::Embedding => self.family == Family::Oft,
+        }
+    }
+
     /// Whether blocks are orthogonal whatever their numbers are.
     pub(crate) fn is_orthogonal(&self) -> bool {
         match self.block_map() {
@@ -713,7 +721,7 @@ pub(crate) struct Rotation {
 }
 
 impl Rotation {
-    /// Whether the layer is linear or a convolution.
+    /// Whether the layer is linear, a convolution or an embedding.
     pub(crate) fn kind(&self) -> LayerKind {
         self.kind
     }
@@ -785,6 +793,10 @@ impl Rotation {
 
     /// The orthogonal blocks of a skew, within the COFT radius if there is one.
     ///
+    /// PEFT rotates what an embedding looks up, `W' = W·R`, and of other layers the input, which in the same orientation is
+    /// `W' = W·Rᵀ`. A skew of the opposite sign gives the transposed blocks, whether the map is the exact one or a polynomial.
+    /// So the sign is the whole difference, and whoever uses the blocks needs to know nothing of it.
+    ///
     /// # Shapes
     ///
     /// - skew: `[m, n, b(b−1)/2]`, or `[m, 1, b(b−1)/2]` where one block is shared
@@ -795,6 +807,10 @@ impl Rotation {
             // of a tensor with itself is exactly zero, so the value is the projected one to the last bit.
             Some(_) => self.project(skew.clone()).detach() + (skew.clone() - skew.detach()),
             None => skew,
+        };
+        let skew = match self.kind {
+            LayerKind::Linear | LayerKind::Conv2d => skew,
+            LayerKind::Embedding => skew.neg(),
         };
         let block_size = self.sizes.block_size();
         let blocks = match self.method.block_map() {

@@ -3,10 +3,12 @@
 use std::fmt::{self, Display, Formatter};
 
 use burn::module::{
-    Lora, Module, ModuleVisitor, Param, ParamGroup, Reparameterization, Reparameterizer,
+    Lora, Module, ModuleVisitor, Param, ParamGroup, QLora, Quantizer, Reparameterization,
+    Reparameterizer,
 };
 use burn::nn;
 use burn::optim::{AdamWConfig, GradientsParams};
+use burn::tensor::quantization::{Calibration, QuantValue};
 use burn::tensor::{Device, Tensor};
 use burn_boft::ops::Blocks;
 use burn_boft::{AdapterConfig, BoftAdapter, BoftConfig, Init, OftConfig, inject, merge};
@@ -24,6 +26,12 @@ pub enum Method {
     Oft,
     /// Burn's own LoRA of rank 8.
     Lora,
+    /// [`Frozen`](Self::Frozen) with the weights of the targets in eight bits, a scale each.
+    FrozenQuantized,
+    /// BOFT with blocks of 4 and 2 factors on weights in eight bits.
+    BoftQuantized,
+    /// Burn's own QLoRA of rank 8 on weights in eight bits.
+    LoraQuantized,
     /// Full fine-tuning: every number is trained.
     Full,
     /// Inference without adapters.
@@ -48,7 +56,7 @@ pub enum Layer {
 const RANK: usize = 8;
 
 impl Method {
-    /// The methods of a case with a backward pass. Burn's LoRA and the `nn::Linear` rows need linear layers.
+    /// The methods of a case with a backward pass. Burn's LoRA, quantized weights and the `nn::Linear` rows need linear layers.
     pub fn training(linear: bool) -> Vec<Self> {
         let boft = |m, b, layer| Self::Boft { b, m, layer };
         let mut methods = vec![
@@ -65,6 +73,9 @@ impl Method {
                 boft(4, 4, Layer::Burn),
                 boft(2, 8, Layer::Burn),
                 Self::Lora,
+                Self::FrozenQuantized,
+                Self::BoftQuantized,
+                Self::LoraQuantized,
             ]);
         }
         methods.extend([
@@ -106,7 +117,7 @@ impl Method {
     }
 
     /// The model as the method trains or runs it, or the reason why it cannot.
-    fn prepare<N: Network>(self, model: N) -> Result<N, String> {
+    fn prepare<N: Network>(self, model: N, device: &Device) -> Result<N, String> {
         let adapted =
             |model| inject(model, self.config(N::TARGETS)).map_err(|error| error.to_string());
         let model = match self {
@@ -125,10 +136,18 @@ impl Method {
             Self::Boft { .. } | Self::Oft | Self::Cayley => adapted(model)?,
             Self::Attached => adapted(model)?.valid(),
             Self::Merged => merge(adapted(model)?.valid()).map_err(|error| error.to_string())?,
-            Self::Lora => {
-                let paths = N::TARGETS.iter().map(|target| format!("{target}.weight"));
-                let group = ParamGroup::from_any_predicates(paths.collect::<Vec<_>>());
-                model.apply_lora(Lora::new(RANK, RANK as f64).set_param_group(group))
+            Self::Lora => model.apply_lora(lora::<N>()),
+            Self::FrozenQuantized => model
+                .no_grad()
+                .quantize_weights_group(&mut quantizer(device), weights::<N>()),
+            Self::BoftQuantized => {
+                let packed = model.quantize_weights_group(&mut quantizer(device), weights::<N>());
+                adapted(packed)?
+            }
+            Self::LoraQuantized => {
+                let mut quantizer = quantizer(device);
+                quantizer.set_param_group(weights::<N>());
+                model.apply_qlora(QLora::new(lora::<N>(), quantizer))
             }
         };
         Ok(model)
@@ -141,7 +160,7 @@ impl Method {
         input: Tensor<4>,
         device: &Device,
     ) -> Result<Step, String> {
-        let model = self.prepare(model)?;
+        let model = self.prepare(model, device)?;
         let trainable = count_trainable(&model);
         let device = device.clone();
         let run: Box<dyn FnMut()> = match self {
@@ -152,7 +171,7 @@ impl Method {
                     device.sync().expect("the device finishes its work");
                 })
             }
-            Self::Frozen => Box::new(move || {
+            Self::Frozen | Self::FrozenQuantized => Box::new(move || {
                 std::hint::black_box(loss(&model, &input, true).backward());
                 device.sync().expect("the device finishes its work");
             }),
@@ -180,6 +199,22 @@ impl Method {
         };
         Ok(Step { run, trainable })
     }
+}
+
+/// The weights of the layers that a method adapts.
+fn weights<N: Network>() -> ParamGroup {
+    let paths = N::TARGETS.iter().map(|target| format!("{target}.weight"));
+    ParamGroup::from_any_predicates(paths.collect::<Vec<_>>())
+}
+
+fn lora<N: Network>() -> Lora {
+    Lora::new(RANK, RANK as f64).set_param_group(weights::<N>())
+}
+
+/// Eight bits, with a scale per tensor.
+fn quantizer(device: &Device) -> Quantizer {
+    let scheme = device.settings().quantization.scheme;
+    Quantizer::new(Calibration::MinMax, scheme.with_value(QuantValue::Q8S))
 }
 
 /// One step that can be run again and again.
@@ -309,6 +344,9 @@ impl Display for Method {
             Self::Frozen => f.write_str("frozen"),
             Self::Oft => f.write_str("oft-b32"),
             Self::Lora => f.write_str("lora-r8"),
+            Self::FrozenQuantized => f.write_str("frozen-q8"),
+            Self::BoftQuantized => f.write_str("qboft-m2-b4"),
+            Self::LoraQuantized => f.write_str("qlora-r8"),
             Self::Full => f.write_str("full"),
             Self::Plain => f.write_str("plain"),
             Self::Merged => f.write_str("merged"),

@@ -199,6 +199,12 @@ fn to_boft(adapter: &Adapter, base: Option<&Base>) -> Result<Adapter, Error> {
     let mut boft = BoftConfig::new();
     (boft.block, boft.init, boft.selection) = (config.block, config.init, config.selection.clone());
     assemble(adapter, boft.into(), |layer| {
+        if layer.kind() == Some(LayerKind::Embedding) {
+            let path = layer.path();
+            return Err(Error::Settings(format!(
+                "`{path}` is an embedding, and BOFT adapts none; merge the adapter instead"
+            )));
+        }
         Place::find(layer, base)?.layer(layer)
     })
 }

@@ -8,7 +8,7 @@ use burn::tensor::{DType, TensorData};
 use burn_boft::peft::{Folder, key, saved_key};
 use burn_boft::tensors::{decode, file_name, from_values, values};
 use burn_boft::value::AdapterLayer;
-use burn_boft::{Adapter, Bias};
+use burn_boft::{Adapter, Bias, LayerKind};
 use faer::Mat;
 use faer::linalg::solvers::SvdError;
 use serde_json::{Map, Value, json};
@@ -41,6 +41,12 @@ pub fn write(
             continue;
         };
         for (rows, layer) in parts {
+            if layer.kind() == Some(LayerKind::Embedding) {
+                let path = layer.path();
+                return Err(Error::Settings(format!(
+                    "`{path}` is an embedding, whose LoRA PEFT stores and computes in another way; merge the adapter instead"
+                )));
+            }
             let weight = Weight::read(base, name, rows.clone(), layer, adapter)?;
             let low =
                 LowRank::new(&weight, rank).map_err(|why| Error::tensor(&base.path, name, why))?;

@@ -271,13 +271,14 @@ impl RecordReader<'_> {
 
     fn layer(&self, layer: &str, skew: &TensorData) -> Result<AdapterLayer, Error> {
         let scale = self.tensors.get(&join(layer, AdapterLayer::SCALE));
+        let told = self
+            .kinds
+            .get(layer)
+            .and_then(|kind| serde_json::from_value(kind.clone()).ok());
         let kind = match (self.config.scale(), scale) {
-            (false, _) => None,
+            // Without a scale, only an embedding is stored in another way than other layers.
+            (false, _) => told.filter(|kind| *kind == LayerKind::Embedding),
             (_, Some(_)) => {
-                let told = self
-                    .kinds
-                    .get(layer)
-                    .and_then(|kind| serde_json::from_value(kind.clone()).ok());
                 let kind = told.or_else(|| kind_in(self.base?, layer));
                 Some(kind.ok_or_else(|| unknown_kind(layer))?)
             }

@@ -205,6 +205,11 @@ fn a_conversion_that_would_change_the_model_is_refused() {
             "boft",
             "the adapter is bound to a COFT radius, and BOFT has none; convert it with --to-lora, or merge it",
         ),
+        (
+            "oft-text-exact-b4",
+            "boft",
+            "`embedding` is an embedding, and BOFT adapts none; merge the adapter instead",
+        ),
     ] {
         let case = Case::open(&format!("cases/{name}"));
         let folder = case.folder();

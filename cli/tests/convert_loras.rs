@@ -107,6 +107,31 @@ fn a_lora_of_full_rank_equals_the_adapter_and_a_lower_rank_reports_what_it_omits
     }
 }
 
+/// PEFT's LoRA of an embedding has tensors of its own, `lora_embedding_A` and `lora_embedding_B`.
+#[test]
+fn an_embedding_does_not_become_a_lora() {
+    let case = Case::open("cases/oft-text-neumann-head");
+    let folder = case.folder();
+    let line = refused(
+        folder.path(),
+        &[
+            "convert",
+            case.adapter(),
+            "--to-lora",
+            "4",
+            "--base",
+            "base.safetensors",
+            "--output",
+            "lora",
+        ],
+    );
+    assert_eq!(
+        line,
+        "`embedding` is an embedding, whose LoRA PEFT stores and computes in another way; merge the adapter instead"
+    );
+    assert_eq!(names(folder.path()), ["base.safetensors"]);
+}
+
 /// The LoRA keeps the names of the adapter, and its changes are those of the layers that the rules find.
 #[test]
 fn map_rules_find_the_layers_of_a_lora_in_the_model() {

@@ -17,6 +17,7 @@ fn a_record_comes_back_as_the_adapter_it_was() {
         "boft-conv-m2-b6",
         "oft-linear-neumann-5",
         "oft-linear-share-coft",
+        "oft-text-neumann-head",
         "boft-mlp-saved-batch-norm",
     ] {
         let case = Case::open(&format!("cases/{name}"));

@@ -3,13 +3,14 @@
 use std::fmt::{self, Display, Formatter};
 
 use burn::module::Module;
-use burn::tensor::DType;
 
 use super::walk::{ModuleInfo, Parameter, Walk, walk};
 use crate::config::LayerKind;
-use crate::rotation::named;
+use crate::rotation::{Method, named};
 
 /// Lists every layer that can be adapted, and every other parameter with the reason why it cannot.
+///
+/// Embeddings are listed with the layers, although only OFT adapts them.
 ///
 /// Use it to find the names for `target_modules` in a model that somebody else wrote, or that a program generated from
 /// an ONNX file.
@@ -37,7 +38,7 @@ use crate::rotation::named;
 pub fn candidates<M: Module>(model: &M) -> Candidates {
     let walk = walk(model);
     let mut candidates = Candidates::default();
-    for (parameter, verdict) in verdicts(&walk, &[]) {
+    for (parameter, verdict) in verdicts(&walk, &[], None) {
         let shape = parameter.stored.shape();
         let verdict = verdict.and_then(|kind| match &parameter.attached {
             Some(attached) => Err(Unsupported::Adapted {
@@ -77,7 +78,7 @@ pub struct Candidates {
 pub struct Candidate {
     /// The dotted path of the layer, which is empty if the model itself is the layer.
     pub path: String,
-    /// Whether it is linear or a convolution.
+    /// Whether it is linear, a convolution or an embedding.
     pub kind: LayerKind,
     /// The shape of its weight in Burn.
     pub shape: Vec<usize>,
@@ -99,9 +100,20 @@ pub struct OtherParameter {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Unsupported {
-    /// Its layer is of a type that has no adapter, such as an embedding.
+    /// Its layer is of a type that has no adapter, such as a norm.
     Type {
         /// The type's name.
+        type_name: String,
+    },
+    /// Its layer is of a kind that OFT adapts and the configured method does not: an embedding.
+    OnlyOft {
+        /// The type's name.
+        type_name: String,
+    },
+    /// It is a parameter and no module. Layers are adapted by their own names, and a parameter that no layer owns, such as
+    /// a matrix in a model's struct, has none.
+    NoLayer {
+        /// The name of the type that owns it.
         type_name: String,
     },
     /// It is a module that contains layers and is none itself.
@@ -142,8 +154,6 @@ pub enum Unsupported {
     },
     /// The configuration says, with [`with_layer_kind`](crate::BoftConfig::with_layer_kind), that it is not to be adapted.
     TakenOut,
-    /// The weight is quantized, and a rotated one could not be stored in its place.
-    Quantized,
     /// It already carries an adapter, or another of what Burn calls reparameterizations.
     Adapted {
         /// The name of what it carries.
@@ -158,19 +168,37 @@ impl Display for Unsupported {
             Self::Type { type_name } => {
                 write!(
                     f,
-                    "which is a {type_name}; only Linear and Conv2d layers can be adapted"
+                    "which is {}; only Linear and Conv2d layers can be adapted, and by OFT Embedding layers",
+                    article(type_name)
+                )
+            }
+            Self::OnlyOft { type_name } => {
+                write!(
+                    f,
+                    "which is {}, and BOFT adapts none; use OftConfig for it, or leave it out",
+                    article(type_name)
+                )
+            }
+            Self::NoLayer { type_name } => {
+                write!(
+                    f,
+                    "which is a parameter of {} and no layer; name the layer that owns it, and if it is your own, \
+                     call the parameter `weight` and declare the layer by with_layer_kind",
+                    article(type_name)
                 )
             }
             Self::Holder { type_name } => {
                 write!(
                     f,
-                    "which is a {type_name} that holds layers; name the layers in it"
+                    "which is {} that holds layers; name the layers in it",
+                    article(type_name)
                 )
             }
             Self::NotTheWeight { type_name } => {
                 write!(
                     f,
-                    "which a {type_name} has beside its weight; only weights are rotated"
+                    "which {} has beside its weight; only weights are rotated",
+                    article(type_name)
                 )
             }
             Self::Rank {
@@ -179,13 +207,14 @@ impl Display for Unsupported {
                 found,
             } => write!(
                 f,
-                "a {type_name} whose weight has {found} axes where Burn's has {expected}, so it is a layer of \
-                 another kind"
+                "{} whose weight has {found} axes where Burn's has {expected}, so it is a layer of another kind",
+                article(type_name)
             ),
             Self::Field { type_name, field } => write!(
                 f,
-                "a {type_name} with a field `{field}`, which Burn's does not have, so how it computes is not \
-                 known; with_layer_kind can say that its weight is laid out as Burn's"
+                "{} with a field `{field}`, which Burn's does not have, so how it computes is not known; \
+                 with_layer_kind can say that its weight is laid out as Burn's",
+                article(type_name)
             ),
             Self::Layout {
                 type_name,
@@ -193,15 +222,23 @@ impl Display for Unsupported {
                 bias,
             } => write!(
                 f,
-                "a {type_name} whose bias {bias:?} does not fit the output axis of its weight {weight:?}, so the \
-                 weight is laid out in another way than Burn's"
+                "{} whose bias {bias:?} does not fit the output axis of its weight {weight:?}, so the weight is \
+                 laid out in another way than Burn's",
+                article(type_name)
             ),
             Self::TakenOut => write!(f, "which layer_kinds says is not to be adapted"),
-            Self::Quantized => write!(f, "whose weight is quantized"),
             Self::Adapted { name } => {
                 write!(f, "which already carries the reparameterization `{name}`")
             }
         }
+    }
+}
+
+/// The name of a type with its article.
+fn article(type_name: &str) -> String {
+    match type_name.starts_with(['A', 'E', 'I', 'O', 'U']) {
+        true => format!("an {type_name}"),
+        false => format!("a {type_name}"),
     }
 }
 
@@ -229,9 +266,12 @@ impl Display for Candidates {
 /// The name of a type proves nothing, since anybody can write a struct called `Linear`. Therefore the fields of the layer,
 /// the axes of its weight and the length of its bias are checked as well. `layer_kinds` of the configuration overrules
 /// the name. Whether the layer already carries an adapter makes no difference here.
+///
+/// A kind that `method` does not adapt is none; without a method, every kind is one.
 pub(crate) fn verdicts<'a>(
     walk: &'a Walk,
     layer_kinds: &[(String, Option<LayerKind>)],
+    method: Option<&Method>,
 ) -> impl Iterator<Item = (&'a Parameter, Result<LayerKind, Unsupported>)> {
     let (modules, parameters) = (walk.modules_by_path(), walk.by_path());
     walk.parameters.iter().map(move |parameter| {
@@ -241,6 +281,12 @@ pub(crate) fn verdicts<'a>(
             owner => parameters.get(format!("{owner}.bias").as_str()),
         };
         let verdict = verdict(parameter, module, bias.copied(), layer_kinds);
+        let verdict = verdict.and_then(|kind| match method {
+            Some(method) if !method.adapts(kind) => Err(Unsupported::OnlyOft {
+                type_name: parameter.owner_type().to_string(),
+            }),
+            _ => Ok(kind),
+        });
         (parameter, verdict)
     })
 }
@@ -264,6 +310,7 @@ fn verdict(
         (Some((_, None)), _) => return Err(Unsupported::TakenOut),
         (None, "Linear") => LayerKind::Linear,
         (None, "Conv2d") => LayerKind::Conv2d,
+        (None, "Embedding") => LayerKind::Embedding,
         (None, _) => {
             let type_name = type_name();
             return Err(Unsupported::Type { type_name });
@@ -300,8 +347,5 @@ fn verdict(
             bias,
         });
     }
-    match parameter.stored.dtype() {
-        DType::QFloat(_) => Err(Unsupported::Quantized),
-        _ => Ok(kind),
-    }
+    Ok(kind)
 }

@@ -15,7 +15,7 @@ use crate::rotation::{Rotation, Values};
 ///
 /// The model keeps its type, and with [`Init::Identity`](crate::Init::Identity) it computes exactly what it did before.
 /// Afterwards only the adapters, the chosen biases and the modules to save are trainable. Adapters are attached to
-/// `Linear` and `Conv2d` layers, wherever the model holds them, and never to embeddings or norms.
+/// `Linear` and `Conv2d` layers, wherever the model holds them, by OFT also to `Embedding` layers, and never to norms.
 ///
 /// The running statistics of batch norms are frozen as well: even in training, a frozen batch norm normalises with them
 /// and does not change them. Name a batch norm in `modules_to_save` to train it. Dropout layers are not changed.

@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use burn::backend::DispatchTensor;
 use burn::module::Module;
+use burn::tensor::DType;
 
 use super::walk::{Edit, Numbers, Path, rewrite, walk};
 use crate::rotation::named;
@@ -123,7 +124,7 @@ pub fn unload<M: Module>(model: M) -> M {
 /// Scales every `Q` of a COFT adapter back to the radius, as PEFT does before each forward pass.
 ///
 /// Call it after an optimizer step. The forward pass stays within the radius even without it; this keeps the stored
-/// numbers within it as well. Adapters without a radius are not changed.
+/// numbers within it as well. Adapters without a radius are not changed, and neither are quantized ones.
 ///
 /// # Examples
 ///
@@ -160,6 +161,9 @@ pub fn project<M: Module>(model: M) -> M {
         .filter(|(_, _, rotation)| rotation.is_bounded());
     let projected = bounded.filter_map(|(_, attached, rotation)| {
         let (path, skew) = attached.part("skew")?;
+        if matches!(skew.dtype(), DType::QFloat(_)) {
+            return None;
+        }
         let projected = rotation.project(skew.tensor());
         Some((path.to_string(), projected.into_dispatch()))
     });

@@ -48,7 +48,8 @@ pub enum Misfit {
     NoTargetSetting,
     /// `target_modules` selects no layer, or only layers that are excluded.
     #[error(
-        "target_modules {targets} match none of the {layers} linear and convolution layers{}{}",
+        "target_modules {targets} match {}{}{}",
+        none_of(layers),
         excluded_count(excluded),
         it_has(nearest)
     )]
@@ -75,7 +76,11 @@ pub enum Misfit {
         nearest: Vec<String>,
     },
     /// `target_modules` selects a module that cannot be adapted.
-    #[error("target_modules selects {}, {reason}; leave it out", named(path))]
+    #[error(
+        "target_modules selects {}, {reason}{}",
+        named(path),
+        or_leave_out(reason)
+    )]
     UnsupportedTarget {
         /// The module.
         path: String,
@@ -116,14 +121,30 @@ pub enum Misfit {
         /// The name of what it carries.
         name: String,
     },
-    /// A target has a quantized weight, and the rotated weight could not be stored in its place.
+    /// A target has the same weight as another one: one parameter, cloned into two places.
+    ///
+    /// Two adapters would give the places two weights, and training one adapter for both is not possible, because Burn's
+    /// optimizers step a parameter at the first place where they meet it. A weight that is tied to one that is no target can
+    /// be adapted: the other place keeps the base, as in PEFT.
     #[error(
-        "the weight of {} is quantized, and rotating it would rewrite it; inject into the float model and \
-         quantize the base afterwards, or exclude the layer",
-        named(path)
+        "{} shares its weight with {}, and two adapters would make two weights of it; exclude one of them, or \
+         give one a parameter of its own by Param::from_tensor(weight.val())",
+        named(path),
+        named(first)
+    )]
+    Tied {
+        /// The layer.
+        path: String,
+        /// The target before it that has the same weight.
+        first: String,
+    },
+    /// A bias or a part of a module to save is quantized. The weight of an adapted layer may be, since it is frozen.
+    #[error(
+        "`{path}` is to be trained and is quantized, so no optimizer can change it; leave it out of the quantization, or \
+         do not train it"
     )]
     Quantized {
-        /// The layer.
+        /// The parameter.
         path: String,
     },
 }
@@ -135,6 +156,7 @@ impl Misfit {
             Self::Rotation(error) => error.path_mut(),
             Self::UnsupportedTarget { path, .. }
             | Self::AlreadyAdapted { path, .. }
+            | Self::Tied { path, .. }
             | Self::Quantized { path } => Some(path),
             Self::Pattern(_)
             | Self::NoTargetSetting
@@ -143,6 +165,25 @@ impl Misfit {
             | Self::NotInLayers { .. }
             | Self::UnknownModuleToSave { .. } => None,
         }
+    }
+}
+
+/// The end of a message about a module that cannot be adapted, unless its reason has said what to do instead.
+fn or_leave_out(reason: &Unsupported) -> &'static str {
+    match reason {
+        Unsupported::Holder { .. } | Unsupported::OnlyOft { .. } | Unsupported::NoLayer { .. } => {
+            ""
+        }
+        _ => "; leave it out",
+    }
+}
+
+/// The part of a message about the layers of which none is meant.
+fn none_of(layers: &usize) -> String {
+    match layers {
+        0 => "nothing: the model has no layer that can be adapted".to_string(),
+        1 => "not the one layer that can be adapted".to_string(),
+        n => format!("none of the {n} layers that can be adapted"),
     }
 }
 

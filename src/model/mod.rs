@@ -1,7 +1,7 @@
 //! The verbs on a model, with their results and their errors.
 //!
 //! [`candidates`](candidates()) and [`plan`](plan()) look at a model before anything happens to it. [`inject`](inject()) attaches
-//! adapters. [`merge`](merge()) and [`unload`] end with a plain model again, [`project`] keeps COFT within its radius, and
+//! adapters. [`merge`](merge()), [`merge_quantized`] and [`unload`] end with a plain model again, [`project`] keeps COFT within its radius, and
 //! [`summary`] and [`diagnose`] report about an adapted model. All of them work on any Burn module and need to know
 //! nothing of its type.
 
@@ -13,6 +13,7 @@ mod merge;
 mod misfit;
 mod plan;
 mod report;
+mod requantize;
 mod walk;
 
 #[cfg(feature = "train")]
@@ -24,10 +25,11 @@ pub use merge::{MergeError, merge, project, unload};
 pub use misfit::{InjectError, Misfit};
 pub use plan::{InjectPlan, LayerPlan, plan};
 pub use report::{Diagnosis, LayerDiagnosis, LayerSummary, Summary, diagnose, summary};
+pub use requantize::{LayerRequantization, Requantization, merge_quantized};
 
 pub(crate) use candidates::verdicts;
 pub(crate) use inject::Placement;
 pub(crate) use misfit::{it_has, nearest};
-pub(crate) use plan::trained;
+pub(crate) use plan::{quantized, trained};
 pub(crate) use report::{defect, norm};
-pub(crate) use walk::{Parameter, Walk, walk};
+pub(crate) use walk::{Parameter, Stored, Walk, walk};

@@ -7,6 +7,7 @@ use std::collections::{HashMap, HashSet};
 use std::fmt::{self, Display, Formatter};
 
 use burn::module::Module;
+use burn::tensor::DType;
 
 use super::candidates::{Unsupported, verdicts};
 use super::misfit::{InjectError, Misfit, nearest};
@@ -56,7 +57,7 @@ pub fn plan<M: Module>(
 pub struct LayerPlan {
     /// The dotted path of the layer, which is empty if the model itself is the layer.
     pub path: String,
-    /// Whether it is linear or a convolution.
+    /// Whether it is linear, a convolution or an embedding.
     pub kind: LayerKind,
     /// The shape of its weight in Burn.
     pub shape: Vec<usize>,
@@ -212,7 +213,7 @@ impl Preparation {
             }
         };
         let mut targets = Targets::new(selection, &selector);
-        let found = targets.find(walk);
+        let found = targets.find(walk, &method);
         let layers = match found {
             Ok(layers) => layers,
             Err(error) => {
@@ -221,6 +222,7 @@ impl Preparation {
             }
         };
         misfits.extend(targets.misfits(walk));
+        misfits.extend(tied(&layers));
         let mut rotations = Vec::new();
         for (parameter, kind) in layers.iter().filter(|_| method.has_sizes()) {
             let axes = kind.axes(&parameter.stored.shape());
@@ -229,12 +231,13 @@ impl Preparation {
                 Err(error) => misfits.push(error.into()),
             }
         }
+        let adapted = layers.iter().map(|(parameter, _)| parameter.owner());
+        let adapted = adapted.collect();
+        let trained: Vec<_> = trained(&selector, walk, &adapted).collect();
+        misfits.extend(quantized(trained.iter().copied()));
         if !misfits.is_empty() {
             return Err(InjectError::new(misfits));
         }
-        let adapted = layers.iter().map(|(parameter, _)| parameter.owner());
-        let adapted = adapted.collect();
-        let trained = trained(&selector, walk, &adapted);
         let planned = layers
             .iter()
             .zip(&rotations)
@@ -244,6 +247,7 @@ impl Preparation {
         let plan = InjectPlan {
             layers: planned.collect(),
             trained: trained
+                .into_iter()
                 .map(|parameter| parameter.path().to_string())
                 .collect(),
             is_autodiff: walk.parameters.iter().any(|p| p.stored.is_autodiff()),
@@ -268,6 +272,30 @@ fn already_adapted(walk: &Walk) -> impl Iterator<Item = Misfit> {
             name: attached.name.clone(),
         })
     })
+}
+
+/// The targets that share their weight with an earlier one.
+///
+/// Burn ties weights by cloning a parameter, and a clone keeps the id. Loading a record restores ids, so that two models
+/// from one record have the same ones, and only weights with the same numbers are tied.
+fn tied(layers: &[(&Parameter, LayerKind)]) -> Vec<Misfit> {
+    let mut firsts: HashMap<_, Vec<&Parameter>> = HashMap::new();
+    let mut misfits = Vec::new();
+    for (parameter, _) in layers {
+        let alike = firsts.entry(parameter.stored.id()).or_default();
+        let is_shared = |first: &&&Parameter| {
+            first.stored.shape() == parameter.stored.shape()
+                && first.stored.data() == parameter.stored.data()
+        };
+        match alike.iter().find(is_shared) {
+            Some(first) => misfits.push(Misfit::Tied {
+                path: parameter.owner().to_string(),
+                first: first.owner().to_string(),
+            }),
+            None => alike.push(parameter),
+        }
+    }
+    misfits
 }
 
 /// The entries of `modules_to_save` that no module with parameters ends with.
@@ -301,6 +329,17 @@ pub(crate) fn trained<'a>(
     walk.parameters.iter().filter(|parameter| {
         let owner = parameter.owner();
         selector.trains(owner, parameter.is_bias(), adapted.contains(owner))
+    })
+}
+
+/// Those of the parameters to be trained that are quantized, so that an optimizer could not change them.
+pub(crate) fn quantized<'a>(
+    trained: impl Iterator<Item = &'a Parameter>,
+) -> impl Iterator<Item = Misfit> {
+    let quantized =
+        trained.filter(|parameter| matches!(parameter.stored.dtype(), DType::QFloat(_)));
+    quantized.map(|parameter| Misfit::Quantized {
+        path: parameter.path().to_string(),
     })
 }
 
@@ -355,8 +394,8 @@ impl<'a> Targets<'a> {
     /// The layers to adapt, in the model's order.
     ///
     /// A target that cannot be adapted is a misfit only if its type is one that could be: a layer called `Linear` that
-    /// is laid out in another way, or one with a quantized weight. An embedding among the targets of a regular
-    /// expression is passed over, and is a misfit only for a name that selects nothing else.
+    /// is laid out in another way. A norm among the targets of a regular expression is passed over, and is a misfit only
+    /// for a name that selects nothing else. So is an embedding where the method adapts none.
     ///
     /// # Errors
     ///
@@ -364,10 +403,14 @@ impl<'a> Targets<'a> {
     fn find<'w>(
         &mut self,
         walk: &'w Walk,
+        method: &Method,
     ) -> Result<Vec<(&'w Parameter, LayerKind)>, crate::select::PatternError> {
         let mut found = Vec::new();
-        for (parameter, verdict) in verdicts(walk, &self.selection.layer_kinds) {
+        for (parameter, verdict) in verdicts(walk, &self.selection.layer_kinds, Some(method)) {
             let path = parameter.owner();
+            self.note(parameter.path(), || Unsupported::NoLayer {
+                type_name: parameter.owner_type().to_string(),
+            });
             let reason = match verdict {
                 Ok(kind) => {
                     self.layers.push(path.to_string());
@@ -384,17 +427,17 @@ impl<'a> Targets<'a> {
                 // What is to be said about the layer is said for its weight.
                 Unsupported::NotTheWeight { .. } => {}
                 Unsupported::TakenOut => self.count(path, Decision::Excluded),
-                Unsupported::Type { .. } => self.note(path, reason),
+                Unsupported::Type { .. } | Unsupported::OnlyOft { .. } => {
+                    self.note(path, || reason.clone());
+                }
                 reason => {
                     let is_linear = parameter.owner_type() == "Linear";
                     let decision = self.selector.decide(path, is_linear)?;
                     self.count(path, decision);
                     if decision == Decision::Target {
                         let path = path.to_string();
-                        self.misfits.push(match reason {
-                            Unsupported::Quantized => Misfit::Quantized { path },
-                            reason => Misfit::UnsupportedTarget { path, reason },
-                        });
+                        self.misfits
+                            .push(Misfit::UnsupportedTarget { path, reason });
                     }
                 }
             }
@@ -419,11 +462,11 @@ impl<'a> Targets<'a> {
         }
     }
 
-    /// Notes that the module at `path` cannot be adapted, for every name that selects it.
-    fn note(&mut self, path: &str, reason: Unsupported) {
+    /// Notes that what is at `path` cannot be adapted, for every name that selects it.
+    fn note(&mut self, path: &str, reason: impl Fn() -> Unsupported) {
         for name in self.selector.names_of(path) {
             if let Some(uses) = self.uses.get_mut(name) {
-                let first = || (path.to_string(), reason.clone());
+                let first = || (path.to_string(), reason());
                 uses.unsupported.get_or_insert_with(first);
             }
         }
@@ -440,8 +483,9 @@ impl<'a> Targets<'a> {
     /// If there is no target at all and no name has a reason, that is one misfit.
     fn misfits(mut self, walk: &Walk) -> Vec<Misfit> {
         for module in walk.modules.iter().filter(|module| module.holds_parameters) {
-            let type_name = module.type_name.clone();
-            self.note(&module.path, Unsupported::Holder { type_name });
+            self.note(&module.path, || Unsupported::Holder {
+                type_name: module.type_name.clone(),
+            });
         }
         let nearest = |name: &str| nearest(name, self.layers.iter().map(String::as_str));
         let names = match &self.selection.target_modules {

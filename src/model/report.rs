@@ -3,11 +3,11 @@
 use std::fmt::{self, Display, Formatter};
 
 use burn::module::Module;
-use burn::tensor::{DType, FloatDType, Tensor};
+use burn::tensor::{FloatDType, Int, Tensor};
 
 use super::walk::walk;
 use crate::config::LayerKind;
-use crate::ops::{Blocks, Direction, Side, upper_triangle, widen};
+use crate::ops::{Blocks, Direction, Side, dequantized, upper_triangle, widen};
 use crate::rotation::{ButterflyPlan, Rotation};
 
 /// How many parameters a model has, as [`summary`] counted them. `Display` prints the line that PEFT prints.
@@ -139,7 +139,7 @@ pub struct LayerDiagnosis {
     /// The largest angle by which a block turns a plane, in radians: `2·atan ‖Q‖₂` for the exact map.
     pub largest_angle: f64,
     /// The hyperspherical energy `Σ_{i≠j} ‖ŵ_i − ŵ_j‖⁻¹` of the base, where `ŵ_i` are the normalised weights of output
-    /// neuron `i`. It is large where neurons point in similar directions.
+    /// neuron `i`, or of an embedding its rows. It is large where neurons point in similar directions.
     pub energy_before: f64,
     /// The hyperspherical energy of the rotated weight. An orthogonal rotation does not change it.
     pub energy_after: f64,
@@ -209,9 +209,11 @@ pub fn diagnose<M: Module>(model: &M) -> Diagnosis {
     let model = model.valid();
     let walk = walk(&model);
     let layers = walk.adapted().filter_map(|(weight, attached, rotation)| {
-        let skew = attached.skew()?.tensor();
+        let skew = dequantized(attached.skew()?.tensor());
         let base = match rotation.kind() {
-            LayerKind::Linear => matrix::<2>(weight.stored.tensor(), rotation.kind()),
+            LayerKind::Linear | LayerKind::Embedding => {
+                matrix::<2>(weight.stored.tensor(), rotation.kind())
+            }
             LayerKind::Conv2d => matrix::<4>(weight.stored.tensor(), rotation.kind()),
         };
         Some(diagnose_layer(weight.owner(), rotation, skew, base))
@@ -222,16 +224,12 @@ pub fn diagnose<M: Module>(model: &M) -> Diagnosis {
 }
 
 /// The weight as a `[d_input, d_output]` matrix in f32 or wider.
-fn matrix<const D: usize>(base: Tensor<D>, kind: LayerKind) -> Tensor<2> {
-    let base = match base.dtype() {
-        DType::QFloat(_) => base.dequantize(),
-        _ => base,
-    };
-    let base = widen(base);
+pub(super) fn matrix<const D: usize>(base: Tensor<D>, kind: LayerKind) -> Tensor<2> {
+    let base = widen(dequantized(base));
     let (d_input, d_output) = kind.axes(&base.dims());
     match kind {
         LayerKind::Linear => base.reshape([d_input, d_output]),
-        LayerKind::Conv2d => base.reshape([d_output, d_input]).transpose(),
+        LayerKind::Conv2d | LayerKind::Embedding => base.reshape([d_output, d_input]).transpose(),
     }
 }
 
@@ -326,6 +324,8 @@ fn skew_norm(skew: &Tensor<3>, b: usize) -> f64 {
 
 /// The hyperspherical energy, `Σ_{i≠j} ‖ŵ_i − ŵ_j‖⁻¹` over the normalised columns.
 ///
+/// The rows of an embedding are tens of thousands of columns here, so not all distances are in memory at once.
+///
 /// # Shapes
 ///
 /// - `weight`: `[d_input, d_output]`
@@ -335,14 +335,25 @@ fn skew_norm(skew: &Tensor<3>, b: usize) -> f64 {
 /// Distances come from cosines, `‖ŵ_i − ŵ_j‖² = 2 − 2·cos`, which takes one product. Squared distances below `10⁻¹²`
 /// count as `10⁻¹²`, so that equal columns have a finite energy.
 fn energy(weight: Tensor<2>) -> f64 {
+    /// How many columns are compared with all others at a time.
+    const AT_ONCE: usize = 1024;
     let [_, columns] = weight.dims();
+    let device = weight.device();
     let norm = weight.clone().square().sum_dim(0).sqrt().clamp_min(1e-12);
     let unit = weight / norm;
-    let cosines = unit.clone().transpose().matmul(unit);
-    // The distance of a column to itself is set to one, and these ones are subtracted from the sum.
-    let identity = Tensor::<2>::eye(columns, &cosines.device());
-    let identity = identity.cast(FloatDType::from(cosines.dtype()));
-    let squares = (cosines * -2.0 + 2.0).clamp_min(1e-12);
-    let squares = squares * (identity.clone() * -1.0 + 1.0) + identity;
-    squares.sqrt().recip().sum().into_scalar::<f64>() - columns as f64
+    let numbers =
+        |from: usize, to: usize| Tensor::<1, Int>::arange(from as i64..to as i64, &device);
+    let starts = (0..columns).step_by(AT_ONCE);
+    let energies = starts.map(|start| {
+        let end = columns.min(start + AT_ONCE);
+        let shape = [end - start, columns];
+        let some = unit.clone().slice_dim(1, start..end).transpose();
+        let squares = (some.matmul(unit.clone()) * -2.0 + 2.0).clamp_min(1e-12);
+        // The distance of a column to itself is set to one, and these ones are subtracted from the sum.
+        let own = numbers(start, end).unsqueeze_dim::<2>(1).expand(shape);
+        let itself = own.equal(numbers(0, columns).unsqueeze::<2>().expand(shape));
+        let squares = squares.mask_fill(itself, 1.0);
+        squares.sqrt().recip().sum().into_scalar::<f64>() - shape[0] as f64
+    });
+    energies.sum()
 }

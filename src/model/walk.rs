@@ -10,7 +10,7 @@
 use std::collections::HashMap;
 
 use burn::backend::DispatchTensor;
-use burn::module::{Flag, Module, ModuleMapper, ModuleVisitor, Param, Reparameterization};
+use burn::module::{Flag, Module, ModuleMapper, ModuleVisitor, Param, ParamId, Reparameterization};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use crate::adapter::{Attach, BoftAdapter, rotation_of_level};
@@ -190,11 +190,6 @@ impl Attached {
         self.part("skew").map(|(_, stored)| stored)
     }
 
-    /// The scale, as it is stored; none if no scale is trained.
-    pub(crate) fn scale(&self) -> Option<&Stored> {
-        self.part("scale").map(|(_, stored)| stored)
-    }
-
     /// One of its own parameters by name, with its path.
     pub(crate) fn part(&self, name: &str) -> Option<(&str, &Stored)> {
         let mut parts = self.parts.iter();
@@ -210,6 +205,11 @@ impl Attached {
 pub(crate) struct Stored(Box<dyn AnyParam>);
 
 impl Stored {
+    /// Burn's name for the parameter, by which optimizers find its gradient. A clone has the same one.
+    pub(crate) fn id(&self) -> ParamId {
+        self.0.id()
+    }
+
     /// The shape in Burn, without initializing the parameter.
     pub(crate) fn shape(&self) -> Vec<usize> {
         self.0.shape()
@@ -258,6 +258,7 @@ impl Stored {
 
 /// What the [`Param`] of a tensor can do whatever the rank of the tensor.
 trait AnyParam {
+    fn id(&self) -> ParamId;
     fn shape(&self) -> Vec<usize>;
     fn dtype(&self) -> DType;
     fn is_autodiff(&self) -> bool;
@@ -268,6 +269,10 @@ trait AnyParam {
 }
 
 impl<const D: usize> AnyParam for Param<Tensor<D>> {
+    fn id(&self) -> ParamId {
+        self.id
+    }
+
     fn shape(&self) -> Vec<usize> {
         self.lazy_shape().to_vec()
     }

@@ -9,6 +9,8 @@
 //! | [`Cayley`] | the blocks | a second inverse |
 //! | [`Butterfly`] | the blocks, and either its input or its output | results of single factors |
 //! | [`Weight`] | the blocks, the scale, its output | the base itself |
+//! | [`PackedProduct`] | the packed weight | the floats of every quantized weight at once |
+//! | [`Scaled`] | its output, for a trained scale | the output before it was scaled |
 //! | [`Linear`] | its input, base, blocks, scale and bias; the output for a trained scale; the rotated weight if small | a gradient of the shape of the weight |
 //!
 //! Tensors are shared, so what is kept costs memory only if nobody else keeps it: an output is usually the input that
@@ -35,11 +37,15 @@ use burn::backend::autodiff::{
     grads::Gradients,
     ops::{Backward, NodeGuard, Ops, OpsKind},
 };
-use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
+use burn::backend::{
+    Backend, TensorMetadata,
+    tensor::{FloatTensor, QuantizedTensor},
+};
+use burn::tensor::DType;
 
 use super::backend::{BoftBackend, OptionalTensor};
 use super::butterfly::{Direction, Side};
-use super::linear::{Channels, along, away_from_zero, channel_sum};
+use super::linear::{Channels, along, away_from_zero, channel_sum, packed_product_backward};
 use super::precision::cast;
 use super::route::keeps_weight;
 
@@ -124,6 +130,37 @@ impl<B: BoftBackend, C: CheckpointStrategy> BoftBackend for Autodiff<B, C> {
                 let nodes = [i, w, b, s, bias.node()];
                 let bias = Some(bias.into_primitive());
                 rotated_linear::<B, C, 5>(nodes, input, weight, blocks, scale, bias)
+            }
+        }
+    }
+
+    fn boft_packed_product(
+        input: FloatTensor<Self>,
+        weight: QuantizedTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let node = input.node();
+        let output = B::boft_packed_product(input.into_primitive(), weight.clone());
+        match PackedProduct
+            .prepare::<C>([node])
+            .compute_bound()
+            .stateful()
+        {
+            OpsKind::Tracked(prep) => prep.finish(weight, output),
+            OpsKind::UnTracked(prep) => prep.finish(output),
+        }
+    }
+
+    fn boft_scaled(
+        output: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
+        bias: OptionalTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let [o, s] = [output.node(), scale.node()];
+        match bias {
+            OptionalTensor::Absent => scaled::<B, C, 2>([o, s], output, scale, None),
+            OptionalTensor::Present(bias) => {
+                let nodes = [o, s, bias.node()];
+                scaled::<B, C, 3>(nodes, output, scale, Some(bias.into_primitive()))
             }
         }
     }
@@ -297,6 +334,12 @@ struct LinearState<B: Backend> {
     /// `R·W·diag(s)`, where it is kept: up to the size of the layer's input and output together.
     effective: Option<FloatTensor<B>>,
     blocks: FloatTensor<B>,
+    channels: ChannelState<B>,
+}
+
+/// What the gradients of the scale and the bias are computed from.
+#[derive(Clone, Debug)]
+struct ChannelState<B: Backend> {
     scale: FloatTensor<B>,
     /// Subtracted from the output for the gradient of the scale, since the scale does not multiply it.
     bias: Option<FloatTensor<B>>,
@@ -345,9 +388,11 @@ fn rotated_linear<B: BoftBackend, C: CheckpointStrategy, const N: usize>(
                 weight,
                 effective: keeps_effective.then_some(effective),
                 blocks,
-                scale,
-                bias,
-                output: keeps_output.then(|| output.clone()),
+                channels: ChannelState {
+                    scale,
+                    bias,
+                    output: keeps_output.then(|| output.clone()),
+                },
             };
             prep.finish(state, output)
         }
@@ -370,7 +415,8 @@ impl<B: BoftBackend, const N: usize> Backward<B, N> for Linear {
         let mut state = ops.state;
         let gradient = gradients.consume::<B>(&ops.node);
 
-        state.channel_gradients(&gradient, [scale_node, bias_node], gradients);
+        let channels = &mut state.channels;
+        channels.gradients(&gradient, [scale_node, bias_node], gradients);
         let input: Option<FloatTensor<B>> = (blocks_node.is_some() || weight_node.is_some())
             .then(|| checkpointer.retrieve_node_output(state.input));
         if input_node.is_some() || blocks_node.is_some() {
@@ -387,13 +433,14 @@ impl<B: BoftBackend, const N: usize> Backward<B, N> for Linear {
         }
         if let (Some(node), Some(input)) = (weight_node, input) {
             let gradient = B::float_matmul(B::float_swap_dims(input, 0, 1), gradient);
-            let gradient = weight_gradient::<B>(gradient, state.blocks, state.scale, Side::Left);
+            let gradient =
+                weight_gradient::<B>(gradient, state.blocks, state.channels.scale, Side::Left);
             gradients.register::<B>(node, gradient);
         }
     }
 }
 
-impl<B: BoftBackend> LinearState<B> {
+impl<B: BoftBackend> ChannelState<B> {
     /// Registers the gradients of the scale and the bias, which share their sums.
     ///
     /// With a trained scale one pass over `dy` and `y` gives both. Without one only `Σ dy` is needed, in the
@@ -402,7 +449,7 @@ impl<B: BoftBackend> LinearState<B> {
     /// # Shapes
     ///
     /// - gradient: `[tokens, o]`
-    fn channel_gradients(
+    fn gradients(
         &mut self,
         gradient: &FloatTensor<B>,
         [scale, bias]: [Option<NodeId>; 2],
@@ -427,7 +474,9 @@ impl<B: BoftBackend> LinearState<B> {
             }
         }
     }
+}
 
+impl<B: BoftBackend> LinearState<B> {
     /// `dx = dy·(R·W·diag(s))ᵀ`.
     ///
     /// It takes the rotated weight out of the state, so that its memory is free as soon as the product is done, or
@@ -439,11 +488,91 @@ impl<B: BoftBackend> LinearState<B> {
     /// - result: `[tokens, d]`
     fn input_gradient(&mut self, gradient: FloatTensor<B>) -> FloatTensor<B> {
         let effective = self.effective.take().unwrap_or_else(|| {
-            let (blocks, scale) = (self.blocks.clone(), self.scale.clone());
+            let (blocks, scale) = (self.blocks.clone(), self.channels.scale.clone());
             B::boft_weight(self.weight.clone(), blocks, scale, Side::Left)
         });
         let effective = B::float_swap_dims(effective, 0, 1);
         B::boft_product(gradient, effective, OptionalTensor::Absent)
+    }
+}
+
+/// [`BoftBackend::boft_packed_product`] in the graph. It keeps the packed weight, which has no gradient, and makes floats
+/// of it once more for `dx = dy·Wᵀ`.
+#[derive(Debug)]
+struct PackedProduct;
+
+impl<B: BoftBackend> Backward<B, 1> for PackedProduct {
+    type State = QuantizedTensor<B>;
+
+    fn backward(self, ops: Ops<Self::State, 1>, gradients: &mut Gradients, _: &mut Checkpointer) {
+        let [input] = ops.parents;
+        let gradient = gradients.consume::<B>(&ops.node);
+        if let Some(input) = input {
+            let gradient = packed_product_backward::<B>(gradient, ops.state);
+            gradients.register::<B>(input.id, gradient);
+        }
+    }
+}
+
+/// [`BoftBackend::boft_scaled`] in the graph. Its parents are the output of a product, the scale and, if there is one, the
+/// bias.
+///
+/// ```text
+/// dz = dy ⊙ s      ∂L/∂s = Σ_tokens dy ⊙ (y − bias) / s      ∂L/∂bias = Σ_tokens dy
+/// ```
+#[derive(Debug)]
+struct Scaled;
+
+/// What the backward pass reads.
+#[derive(Clone, Debug)]
+struct ScaledState<B: Backend> {
+    channels: ChannelState<B>,
+    /// The precision of the product.
+    dtype: DType,
+}
+
+/// Scales and adds, and enters the operation into the graph with the nodes that [`Scaled`] lists.
+fn scaled<B: BoftBackend, C: CheckpointStrategy, const N: usize>(
+    nodes: [NodeGuard; N],
+    output: FloatTensor<Autodiff<B, C>>,
+    scale: FloatTensor<Autodiff<B, C>>,
+    bias: Option<FloatTensor<B>>,
+) -> FloatTensor<Autodiff<B, C>> {
+    let keeps_output = scale.is_tracked();
+    let (output, scale) = (output.into_primitive(), scale.into_primitive());
+    let dtype = output.dtype();
+    let output = B::boft_scaled(output, scale.clone(), bias.clone().into());
+    match Scaled.prepare::<C>(nodes).compute_bound().stateful() {
+        OpsKind::Tracked(prep) => {
+            let channels = ChannelState {
+                scale,
+                bias,
+                output: keeps_output.then(|| output.clone()),
+            };
+            prep.finish(ScaledState { channels, dtype }, output)
+        }
+        OpsKind::UnTracked(prep) => prep.finish(output),
+    }
+}
+
+impl<B: BoftBackend, const N: usize> Backward<B, N> for Scaled {
+    type State = ScaledState<B>;
+
+    fn backward(self, ops: Ops<Self::State, N>, gradients: &mut Gradients, _: &mut Checkpointer) {
+        let mut parents = ops.parents.into_iter();
+        let [output_node, scale_node, bias_node] =
+            [(); 3].map(|()| parents.next().flatten().map(|node| node.id));
+        let ScaledState {
+            mut channels,
+            dtype,
+        } = ops.state;
+        let gradient = gradients.consume::<B>(&ops.node);
+        channels.gradients(&gradient, [scale_node, bias_node], gradients);
+        if let Some(node) = output_node {
+            let scale = away_from_zero::<B>(channels.scale);
+            let scale = along::<B>(cast::<B>(scale, dtype), Channels::Columns);
+            gradients.register::<B>(node, B::float_mul(gradient, scale));
+        }
     }
 }
 

@@ -11,7 +11,8 @@
 #[cfg(feature = "cubecl")]
 use burn::backend::fusion::custom::TensorSpec;
 use burn::backend::{
-    Backend, DispatchDevice, ExtensionType, backend_extension, tensor::FloatTensor,
+    Backend, DispatchDevice, ExtensionType, backend_extension,
+    tensor::{FloatTensor, QuantizedTensor},
 };
 #[cfg(feature = "cubecl")]
 use burn::tensor::Shape;
@@ -215,6 +216,45 @@ pub trait BoftBackend: Backend {
         #[extension_type] bias: OptionalTensor<Self>,
     ) -> FloatTensor<Self> {
         linear::product::<Self>(input, weight, bias.into_option())
+    }
+
+    /// Multiplies rows by a frozen quantized weight, `x·W`.
+    ///
+    /// For its backward pass it keeps the packed weight. Burn's own product keeps the floats that it makes of it, for
+    /// every layer of the model at once.
+    ///
+    /// # Shapes
+    ///
+    /// - input: `[tokens, d]`
+    /// - weight: `[d, o]`
+    /// - result: `[tokens, o]`
+    #[fusion(default)]
+    fn boft_packed_product(
+        input: FloatTensor<Self>,
+        weight: QuantizedTensor<Self>,
+    ) -> FloatTensor<Self> {
+        linear::packed_product::<Self>(input, weight)
+    }
+
+    /// Scales the output channels of a product and adds a bias, `y = z ⊙ s + bias`.
+    ///
+    /// For its backward pass it keeps the result, which the next operation usually keeps anyway, and not `z`.
+    ///
+    /// # Shapes
+    ///
+    /// - output: `[tokens, o]`; so is the result
+    /// - scale, bias: `[o]`
+    ///
+    /// # Numerics
+    ///
+    /// In the precision of the output. 1e-20 is added to a scale of less than 1e-30 in magnitude.
+    #[fusion(default)]
+    fn boft_scaled(
+        output: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
+        #[extension_type] bias: OptionalTensor<Self>,
+    ) -> FloatTensor<Self> {
+        linear::scaled::<Self>(output, scale, bias.into_option())
     }
 }
 

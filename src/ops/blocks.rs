@@ -1,7 +1,7 @@
 //! The blocks of a rotation, and what is computed with them.
 
 use burn::backend::Dispatch;
-use burn::tensor::{FloatDType, Tensor};
+use burn::tensor::{DType, FloatDType, Tensor};
 
 use super::backend::{BoftBackend, is_listed};
 use super::butterfly::{Direction, Side};
@@ -281,12 +281,10 @@ impl Blocks {
         let output = match route {
             Route::Activation => {
                 let rotated = self.rotate(input, Side::Right, Direction::Forward);
-                let Some(scale) = scale else {
-                    return burn::tensor::module::linear(rotated, weight, bias).reshape(shape);
-                };
-                let output = burn::tensor::module::linear(rotated, weight, None);
-                let scale = scale.cast(FloatDType::from(output.dtype()));
-                with_bias(output * scale.unsqueeze::<2>(), bias)
+                match scale {
+                    Some(scale) => scaled(product(rotated, weight, None), scale, bias),
+                    None => product(rotated, weight, bias),
+                }
             }
             Route::Weight => self.linear_by_weight(input, weight, scale, bias),
         };
@@ -366,6 +364,26 @@ impl Blocks {
     }
 }
 
+/// `x·W + bias` with a weight that is not rotated, and may be quantized.
+///
+/// # Shapes
+///
+/// - input: `[rows, d]`
+/// - weight: `[d, o]`
+/// - bias: `[o]`
+/// - result: `[rows, o]`
+fn product(input: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
+    let is_packed = matches!(weight.dtype(), DType::QFloat(_));
+    match is_packed && is_listed(input.device().as_dispatch()) {
+        true => {
+            let (input, weight) = (input.into_dispatch(), weight.into_dispatch());
+            let output = <Dispatch as BoftBackend>::boft_packed_product(input, weight);
+            with_bias(Tensor::from_dispatch(output), bias)
+        }
+        false => burn::tensor::module::linear(input, weight, bias),
+    }
+}
+
 /// Panics unless a vector has a number for every output.
 fn assert_outputs(operation: &str, name: &str, vector: &Tensor<1>, outputs: usize) {
     let [count] = vector.dims();
@@ -373,6 +391,26 @@ fn assert_outputs(operation: &str, name: &str, vector: &Tensor<1>, outputs: usiz
         count, outputs,
         "{operation}: the {name} is a [{count}] tensor, for {outputs} outputs"
     );
+}
+
+/// `z ⊙ s + bias` per output channel.
+///
+/// # Shapes
+///
+/// - output: `[rows, o]`; so is the result
+/// - scale, bias: `[o]`
+fn scaled(output: Tensor<2>, scale: Tensor<1>, bias: Option<Tensor<1>>) -> Tensor<2> {
+    match is_listed(output.device().as_dispatch()) {
+        true => Tensor::from_dispatch(<Dispatch as BoftBackend>::boft_scaled(
+            output.into_dispatch(),
+            scale.into_dispatch(),
+            bias.map(Tensor::into_dispatch).into(),
+        )),
+        false => {
+            let scale = scale.cast(FloatDType::from(output.dtype()));
+            with_bias(output * scale.unsqueeze::<2>(), bias)
+        }
+    }
 }
 
 /// Adds a bias of `[o]` to each row of a `[rows, o]` tensor, after the scale, which does not multiply it.

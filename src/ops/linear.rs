@@ -1,6 +1,9 @@
 //! Rotated and scaled weights, products with them, and sums per output channel: the portable versions.
 
-use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
+use burn::backend::{
+    Backend, TensorMetadata, TensorPrimitive,
+    tensor::{FloatTensor, QuantizedTensor},
+};
 
 use super::butterfly::{self, Side};
 use super::precision::{cast, reshape, widen_primitive};
@@ -108,7 +111,34 @@ pub(super) fn product<B: Backend>(
     weight: FloatTensor<B>,
     bias: Option<FloatTensor<B>>,
 ) -> FloatTensor<B> {
-    let output = B::float_matmul(input, weight);
+    with_bias::<B>(B::float_matmul(input, weight), bias)
+}
+
+/// `z ⊙ s + bias` per output channel.
+///
+/// # Shapes
+///
+/// - output: `[tokens, o]`; so is the result
+/// - scale, bias: `[o]`
+///
+/// # Numerics
+///
+/// In the precision of the output, to which scale and bias are cast. The scale is moved [`away_from_zero`] first.
+pub(super) fn scaled<B: Backend>(
+    output: FloatTensor<B>,
+    scale: FloatTensor<B>,
+    bias: Option<FloatTensor<B>>,
+) -> FloatTensor<B> {
+    let dtype = output.dtype();
+    let scale = cast::<B>(away_from_zero::<B>(scale), dtype);
+    with_bias::<B>(
+        B::float_mul(output, along::<B>(scale, Channels::Columns)),
+        bias,
+    )
+}
+
+/// A bias added to the rows of a matrix, to whose precision it is cast.
+fn with_bias<B: Backend>(output: FloatTensor<B>, bias: Option<FloatTensor<B>>) -> FloatTensor<B> {
     match bias {
         Some(bias) => {
             let bias = cast::<B>(bias, output.dtype());
@@ -116,6 +146,43 @@ pub(super) fn product<B: Backend>(
         }
         None => output,
     }
+}
+
+/// `x·W` with a quantized weight, by the backend's product for such weights.
+///
+/// # Shapes
+///
+/// - input: `[tokens, d]`
+/// - weight: `[d, o]`
+/// - result: `[tokens, o]`, in the precision of the input
+pub(super) fn packed_product<B: Backend>(
+    input: FloatTensor<B>,
+    weight: QuantizedTensor<B>,
+) -> FloatTensor<B> {
+    let dtype = input.dtype();
+    match B::q_matmul(
+        TensorPrimitive::Float(input),
+        TensorPrimitive::QFloat(weight),
+    ) {
+        TensorPrimitive::Float(output) => output,
+        // A device may be set to quantize every result.
+        TensorPrimitive::QFloat(output) => B::dequantize(output, dtype.into()),
+    }
+}
+
+/// The gradient of the input of [`packed_product`], `dx = dy·Wᵀ`.
+///
+/// # Shapes
+///
+/// - gradient: `[tokens, o]`
+/// - weight: `[d, o]`
+/// - result: `[tokens, d]`
+pub(super) fn packed_product_backward<B: Backend>(
+    gradient: FloatTensor<B>,
+    weight: QuantizedTensor<B>,
+) -> FloatTensor<B> {
+    let weight = B::dequantize(weight, gradient.dtype().into());
+    B::float_matmul(gradient, B::float_swap_dims(weight, 0, 1))
 }
 
 /// `Σ gradient ⊙ output` and `Σ gradient` per output channel, in f32 or wider.

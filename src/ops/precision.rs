@@ -16,6 +16,14 @@ pub(crate) fn widen<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
     }
 }
 
+/// The numbers themselves of a quantized tensor. Any other tensor stays as it is.
+pub(crate) fn dequantized<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
+    match tensor.dtype() {
+        DType::QFloat(_) => tensor.dequantize(),
+        _ => tensor,
+    }
+}
+
 /// The precision that numbers of this one are computed in: f64 for f64, f32 for all others.
 pub(crate) fn widened(dtype: DType) -> DType {
     match dtype {

@@ -146,6 +146,9 @@ pub enum Unrepresentable {
          adapter to its model and extract it there"
     )]
     UnknownKind,
+    /// An embedding in BOFT.
+    #[error("BOFT adapts no embedding, and OFT does")]
+    Embedding,
     /// OFT with more than OFT has.
     #[error("OFT has one factor and no scale")]
     NotOft,

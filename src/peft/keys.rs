@@ -5,6 +5,7 @@
 //! | BOFT's squares | `<layer>.boft_R` | `[m, n, b, b]` |
 //! | BOFT's scale | `<layer>.boft_s` | `[d_output, 1]`, of a convolution `[1, d_output]` |
 //! | OFT's packed blocks | `<layer>.oft_R.weight` | `[n, b(b−1)/2]` |
+//! | the same of an embedding | `<layer>.oft_embedding_R.weight` | `[n, b(b−1)/2]` |
 //! | a trained bias of an adapted layer | `<layer>.base_layer.bias` | `[d_output]` |
 //! | a part of a module to save, a bias of another layer | `<module>.<tensor>` | as in the model |
 //!
@@ -71,6 +72,8 @@ pub(super) const OFT: [&str; 10] = [
 
 /// Where PEFT keeps the parameters of an adapted layer itself.
 const BASE_LAYER: &str = "base_layer";
+/// The tensor that every embedding with an adapter has, since PEFT 0.19.
+pub(super) const EMBEDDING_ROTATION: &str = "oft_embedding_R.weight";
 
 /// The method of an adapter, as `peft_type` says it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -143,7 +146,7 @@ impl Layout {
         }
     }
 
-    /// The name of the tensor that every layer has.
+    /// The name of the tensor that every layer has, apart from embeddings.
     pub(super) fn rotation(self) -> &'static str {
         match self {
             Self::Boft => "boft_R",

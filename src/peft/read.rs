@@ -21,10 +21,10 @@ use serde_json::{Map, Value};
 use super::config_json::{self, ConfigError, Settings};
 use super::folder::Folder;
 use super::fused::to_model_names;
-use super::keys::{Format, Layout, Leaf, PREFIX, is_stray, key, leaf};
+use super::keys::{EMBEDDING_ROTATION, Format, Layout, Leaf, PREFIX, is_stray, key, leaf};
 use super::legacy::{self, Squares};
 use super::scale;
-use crate::config::{AdapterConfig, Bias, Selection, TargetModules, is_saved};
+use crate::config::{AdapterConfig, Bias, LayerKind, Selection, TargetModules, is_saved};
 use crate::tensors::{from_values, is_finite, values, widened};
 use crate::value::LoadReport;
 use crate::value::keymap::{KeyMap, KeyMapError, ends_with};
@@ -187,7 +187,10 @@ impl Reader {
                 missing(layout.rotation());
                 return None;
             }
-            (Layout::Oft, Some(r), _) => read_oft(path.clone(), &r, self.block_share),
+            (Layout::Oft, Some(r), _) => {
+                let kind = slots.is_embedding.then_some(LayerKind::Embedding);
+                read_oft(path.clone(), kind, &r, self.block_share)
+            }
             (Layout::Boft, Some(r), s) => {
                 if s.is_none() {
                     missing("boft_s");
@@ -240,6 +243,8 @@ fn surprises(layer: &AdapterLayer) -> impl Iterator<Item = String> {
 struct Slots {
     /// The tensor that [`Layout::rotation`] names, in the shape of its layout.
     rotation: Option<TensorData>,
+    /// Whether the rotation is that of an embedding, which has a name of its own.
+    is_embedding: bool,
     /// The tensor that [`Layout::scale`] names, `[d_output, 1]` or `[1, d_output]`.
     scale: Option<TensorData>,
 }
@@ -263,7 +268,7 @@ impl Sorted {
     /// | a rotation or scale of the layout of the file | it belongs to its layer |
     /// | a rotation or scale of another layout | it is refused, see [`refuse_layout`] |
     /// | `boft_P` | it is left out: the permutation follows from the sizes |
-    /// | `oft_embedding_R.weight` | it is unexpected: embeddings are not adapted |
+    /// | a rotation of an embedding | it is the one of its layer in a file of OFT's today, and refused in any other |
     /// | `base_layer.bias` | it is a trained bias, unless the settings train none |
     /// | any other `base_layer.…` | it is unexpected: an adapter changes no base weight |
     /// | a bias in PEFT's wrapper of a saved module | it is left out where the settings train all biases |
@@ -300,8 +305,15 @@ impl Sorted {
             Leaf::Rotation(_) => self.slots(module).rotation = Some(data),
             Leaf::Scale(_) => self.slots(module).scale = Some(data),
             Leaf::Permutation => return report.converted.push(legacy::permutation_note(&key)),
+            Leaf::Embedding if layout != Layout::Oft => {
+                return refuse_layout(key, Layout::Oft, layout, mismatch);
+            }
             Leaf::Embedding => {
-                return mismatch.unexpected.push(Unexpected::Embedding { key });
+                let slots = self.slots(module);
+                if slots.rotation.is_some() {
+                    return mismatch.unexpected.push(Unexpected::SecondRotation { key });
+                }
+                (slots.rotation, slots.is_embedding) = (Some(data), true);
             }
             Leaf::Base("bias") if selection.bias != Bias::None => self.save(module, "bias", data),
             Leaf::Base("bias") => return mismatch.unexpected.push(Unexpected::Bias { key }),
@@ -438,7 +450,8 @@ fn saved_by(modules_to_save: &[String], module: &str) -> Option<String> {
 /// OFT's packed blocks: the strict upper triangle of each, row by row, as in an [`AdapterLayer`].
 ///
 /// The block size follows from the packed numbers, `b = (1 + √(1 + 8·numbers))/2`, and not from the settings, whose
-/// size PEFT adjusts to each layer and does not write back. The kind of the layer and its outputs are not in the file.
+/// size PEFT adjusts to each layer and does not write back. Whether the layer is linear or a convolution is not in the file,
+/// and neither are its outputs; only an embedding shows by the name of its tensor.
 ///
 /// # Shapes
 ///
@@ -455,7 +468,12 @@ fn saved_by(modules_to_save: &[String], module: &str) -> Option<String> {
 /// # References
 ///
 /// `OFTRotationModule` in `src/peft/tuners/oft/layer.py` of PEFT 0.21.2.
-fn read_oft(path: String, r: &TensorData, block_share: bool) -> Result<AdapterLayer, Wrong> {
+fn read_oft(
+    path: String,
+    kind: Option<LayerKind>,
+    r: &TensorData,
+    block_share: bool,
+) -> Result<AdapterLayer, Wrong> {
     let sizes = |shape: &[usize]| {
         let [rows, packed] = shape[..] else {
             let expected = "blocks and packed numbers are two axes";
@@ -473,14 +491,17 @@ fn read_oft(path: String, r: &TensorData, block_share: bool) -> Result<AdapterLa
         Ok([rows, packed, b])
     };
     let [rows, packed, b] = sizes(r.shape()).map_err(|reason| Wrong::Tensor {
-        key: key(&path, Layout::Oft.rotation()),
+        key: match kind {
+            Some(LayerKind::Embedding) => key(&path, EMBEDDING_ROTATION),
+            _ => key(&path, Layout::Oft.rotation()),
+        },
         shape: r.shape().to_vec(),
         reason,
     })?;
     let skew = from_values(values(r), [1, rows, packed], widened(r.dtype()));
     Ok(AdapterLayer {
         path,
-        kind: None,
+        kind,
         block_size: b,
         block_share,
         d_output: None,

@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use burn::tensor::{FloatDType, TensorData};
 
 use super::error::{SaveError, Unrepresentable};
-use super::keys::{Format, Layout, key, saved_key};
+use super::keys::{EMBEDDING_ROTATION, Format, Layout, key, saved_key};
 use crate::config::{AdapterConfig, LayerKind};
 use crate::rotation::Method;
 use crate::tensors::{from_values, split, values};
@@ -53,10 +53,10 @@ pub(super) fn tensors(
             Some(dtype) => data.clone().convert_dtype(dtype.into()),
             None => data.clone(),
         };
-        let layout = stored.layout;
+        let (layout, name) = (stored.layout, stored.name);
         for (index, path) in paths.iter().enumerate() {
             let rotation = rounded(&stored.rotation);
-            file.insert(key(path, layout.rotation()), rotation, &layer.path)?;
+            file.insert(key(path, name), rotation, &layer.path)?;
             if let (Some(name), Some(scale)) = (layout.scale(), stored.scales.get(index)) {
                 file.insert(key(path, name), rounded(scale), &layer.path)?;
             }
@@ -115,8 +115,10 @@ impl File {
 
 /// A layer as PEFT stores it.
 struct Stored {
-    /// Which names the tensors get.
+    /// Which layout the tensors have.
     layout: Layout,
+    /// The name of the rotation: the one of the layout, unless the layer is an embedding.
+    name: &'static str,
     /// `[m, n, b, b]` of BOFT, `[n, b(b−1)/2]` of OFT, and the same in every layer of the file.
     rotation: TensorData,
     /// One for each layer of the file.
@@ -149,7 +151,11 @@ impl Stored {
     /// - [`Unrepresentable::NoScale`]: nothing says how many ones to write.
     /// - [`Unrepresentable::UnknownKind`]: nothing says how the scale is turned.
     /// - [`Unrepresentable::Outputs`]: the scale does not split evenly.
+    /// - [`Unrepresentable::Embedding`]: PEFT's BOFT adapts no embedding.
     fn boft(layer: &AdapterLayer, parts: usize) -> Result<Self, Unrepresentable> {
+        if layer.kind == Some(LayerKind::Embedding) {
+            return Err(Unrepresentable::Embedding);
+        }
         if layer.block_share {
             return Err(Unrepresentable::SharedBlocks);
         }
@@ -176,12 +182,13 @@ impl Stored {
         let scales = scale.chunks(each.max(1)).map(|scale| {
             let shape = match layer.kind {
                 Some(LayerKind::Conv2d) => [1, each],
-                Some(LayerKind::Linear) | None => [each, 1],
+                Some(LayerKind::Linear | LayerKind::Embedding) | None => [each, 1],
             };
             from_values(scale.to_vec(), shape, dtype)
         });
         Ok(Self {
             layout: Layout::Boft,
+            name: Layout::Boft.rotation(),
             rotation: from_values(squares, [m, n, b, b], dtype),
             scales: scales.collect(),
         })
@@ -204,6 +211,10 @@ impl Stored {
         let rotation = from_values(values(&layer.skew), [rows, packed], layer.skew.dtype());
         Ok(Self {
             layout: Layout::Oft,
+            name: match layer.kind {
+                Some(LayerKind::Embedding) => EMBEDDING_ROTATION,
+                Some(LayerKind::Linear | LayerKind::Conv2d) | None => Layout::Oft.rotation(),
+            },
             rotation,
             scales: Vec::new(),
         })

@@ -16,7 +16,8 @@ use super::report::LoadReport;
 use crate::adapter::BoftAdapter;
 use crate::config::{Bias, LayerKind, Selection};
 use crate::model::{
-    InjectError, Misfit, Placement, Unsupported, Walk, nearest, trained, unload, verdicts, walk,
+    InjectError, Misfit, Placement, Unsupported, Walk, nearest, quantized, trained, unload,
+    verdicts, walk,
 };
 use crate::rotation::{Method, Rotation, Values};
 use crate::select::{Decision, Selector};
@@ -59,7 +60,7 @@ impl Adapter {
     ///
     /// - [`AttachError::Mismatch`]: every layer, bias and saved tensor that the file promises and has not, that the
     ///   model has no place for, or whose shape does not fit.
-    /// - [`AttachError::Inject`]: the settings work in no model, a weight is quantized, or a parameter carries a
+    /// - [`AttachError::Inject`]: the settings work in no model, a parameter to be trained is quantized, or one carries a
     ///   reparameterization of another kind.
     /// - [`AttachError::KeyMap`]: a pattern of the key map that the file was read with has no answer for a name.
     ///
@@ -151,7 +152,8 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// - [`AttachError::Inject`]: settings, quantized weights and other reparameterizations, all at once.
+    /// - [`AttachError::Inject`]: settings and other reparameterizations, all at once, or else quantized parameters that
+    ///   are to be trained.
     /// - [`AttachError::KeyMap`]: a pattern has no answer.
     fn fit(&self, walk: &Walk) -> Result<Fit, AttachError> {
         // The file says which layers there are, so it need not say how they are targeted.
@@ -163,18 +165,16 @@ impl Adapter {
                 name: attached.name.clone(),
             })
         });
-        let mut misfits: Vec<_> = others.collect();
+        let misfits: Vec<_> = others.collect();
         let selection = self.config.selection();
-        let layers = verdicts(walk, &selection.layer_kinds).filter(|(p, _)| p.name() == "weight");
+        let verdicts = verdicts(walk, &selection.layer_kinds, Some(&method));
+        let layers = verdicts.filter(|(parameter, _)| parameter.name() == "weight");
         let layers: HashMap<_, _> = layers
             .map(|(parameter, verdict)| (parameter.owner(), (parameter, verdict)))
             .collect();
         let mut fit = Fit::default();
         for layer in self.layers.iter().filter(|layer| !layer.is_identity()) {
             match layers.get(layer.path.as_str()) {
-                Some((_, Err(Unsupported::Quantized))) => misfits.push(Misfit::Quantized {
-                    path: layer.path.clone(),
-                }),
                 Some((parameter, Ok(kind))) => {
                     fit.layer(layer, &method, *kind, &parameter.stored.shape());
                 }
@@ -195,12 +195,18 @@ impl Adapter {
             return Err(InjectError::new(misfits).into());
         }
         self.fit_tensors(walk, &mut fit);
-        self.find_missing(walk, &mut fit)?;
+        self.find_missing(walk, &method, &mut fit)?;
         let selector = Selector::new(selection).map_err(refused)?;
         let adapted = fit.layers.keys().map(String::as_str).collect();
-        fit.trained = trained(&selector, walk, &adapted)
-            .map(|parameter| parameter.path().to_string())
-            .collect();
+        let trained: Vec<_> = trained(&selector, walk, &adapted).collect();
+        // What the file has numbers for was reported with them.
+        let silent = trained.iter().filter(|p| !fit.unusable.contains(p.path()));
+        let misfits: Vec<_> = quantized(silent.copied()).collect();
+        if !misfits.is_empty() {
+            return Err(InjectError::new(misfits).into());
+        }
+        let trained = trained.iter().map(|parameter| parameter.path().to_string());
+        fit.trained = trained.collect();
         fit.trained.extend(fit.tensors.keys().cloned());
         Ok(fit)
     }
@@ -266,7 +272,7 @@ impl Adapter {
     ///
     /// An adapter from a file promises what the file said, in the names of the file. One that was extracted or built
     /// promises what its configuration says, in the model's names.
-    fn find_missing(&self, walk: &Walk, fit: &mut Fit) -> Result<(), AttachError> {
+    fn find_missing(&self, walk: &Walk, method: &Method, fit: &mut Fit) -> Result<(), AttachError> {
         let own = KeyMap::new();
         let (selection, names) = match &self.promised {
             Some(promise) => (&promise.selection, &promise.names),
@@ -275,7 +281,8 @@ impl Adapter {
         let selector = Selector::new(selection).map_err(refused)?;
         let layers = self.layers.iter().map(|layer| layer.path.as_str());
         let present: HashSet<_> = layers.collect();
-        for path in missing_layers(&selector, names, walk, selection, &present)? {
+        let rules = (&selector, method, selection);
+        for path in missing_layers(rules, names, walk, &present)? {
             fit.mismatch.missing.push(Missing::Layer { path });
         }
         for parameter in &walk.parameters {
@@ -313,14 +320,13 @@ fn refused<E: Into<Misfit>>(errors: Vec<E>) -> InjectError {
 /// A layer has every name that it may have in a file of either generation, and one name that is a target is enough. A
 /// fused layer is missing where a target names one of its parts.
 fn missing_layers(
-    selector: &Selector,
+    (selector, method, selection): (&Selector, &Method, &Selection),
     names: &KeyMap,
     walk: &Walk,
-    selection: &Selection,
     present: &HashSet<&str>,
 ) -> Result<Vec<String>, AttachError> {
     let mut missing = Vec::new();
-    for (parameter, verdict) in verdicts(walk, &selection.layer_kinds) {
+    for (parameter, verdict) in verdicts(walk, &selection.layer_kinds, Some(method)) {
         let path = parameter.owner();
         let Ok(kind) = verdict else { continue };
         if present.contains(path) {

@@ -13,7 +13,7 @@ use serde_json::Map;
 use super::Adapter;
 use super::layer::{AdapterLayer, SavedTensor};
 use crate::config::{AdapterConfig, Bias, LayerKind, Selection, TargetModules};
-use crate::model::{InjectError, Misfit, Parameter, Walk, trained, verdicts, walk};
+use crate::model::{InjectError, Misfit, Parameter, Stored, Walk, trained, verdicts, walk};
 use crate::rotation::{Method, Rotation, named};
 use crate::select::{Decision, PatternError, Selector, endings};
 use crate::tensors::{from_values, is_float, transposed, values, widened};
@@ -86,9 +86,9 @@ pub enum ExtractError {
     /// The configuration works in no model, or one of its patterns has no answer.
     #[error(transparent)]
     Config(#[from] InjectError),
-    /// A tensor that cannot be kept: it is trained, or part of a module to save, and quantized.
+    /// A tensor that cannot be kept, since it is quantized: a part of an adapter, a bias, or a part of a module to save.
     #[error(
-        "`{path}` is quantized, and an adapter keeps float numbers only; exclude it from training"
+        "`{path}` is quantized, and an adapter keeps float numbers only; leave it out of the quantization"
     )]
     Quantized {
         /// The parameter.
@@ -133,7 +133,7 @@ impl Adapter {
     /// - [`ExtractError::Mixed`]: its layers were adapted with different settings.
     /// - [`ExtractError::LeftBehind`]: it trains parameters that no configuration can name.
     /// - [`ExtractError::Frozen`]: it trains `head` and not `aux.head`, which `modules_to_save` cannot tell apart.
-    /// - [`ExtractError::Quantized`]: it trains a quantized parameter.
+    /// - [`ExtractError::Quantized`]: the adapter itself was quantized, or a bias or saved module.
     ///
     /// # Examples
     ///
@@ -278,19 +278,27 @@ impl Found {
     }
 
     /// The adapter, with everything that the configuration trains.
+    ///
+    /// # Errors
+    ///
+    /// - As [`tensors`](Self::tensors).
+    /// - [`ExtractError::Quantized`]: the numbers of an adapter are quantized.
     fn adapter(self, config: AdapterConfig) -> Result<Adapter, ExtractError> {
         let tensors = self.tensors(config.selection())?;
         let layers = self
             .walk
             .adapted()
             .filter_map(|(weight, attached, rotation)| {
-                let skew = attached.skew()?.data();
-                let scale = attached.scale().map(|scale| scale.data());
-                Some(layer(weight.owner(), rotation, skew, scale))
+                let numbers = |name| {
+                    let (path, stored) = attached.part(name)?;
+                    Some(numbers(path, stored))
+                };
+                let (skew, scale) = (numbers("skew")?, numbers("scale").transpose());
+                Some(skew.and_then(|skew| Ok(layer(weight.owner(), rotation, skew, scale?))))
             });
         let mut adapter = Adapter {
             config,
-            layers: layers.collect(),
+            layers: layers.collect::<Result<_, ExtractError>>()?,
             tensors,
             about: Map::new(),
             promised: None,
@@ -356,7 +364,8 @@ impl Found {
         }
         let selector = compiled(selection)?;
         let (mut not_selected, mut not_adapted) = (Vec::new(), Vec::new());
-        for (parameter, verdict) in verdicts(&self.walk, &selection.layer_kinds) {
+        let verdicts = verdicts(&self.walk, &selection.layer_kinds, Some(&self.method));
+        for (parameter, verdict) in verdicts {
             let path = parameter.owner();
             let is_adapted = parameter.name() == "weight" && self.is_adapted(parameter);
             let Ok(kind) = verdict else {
@@ -451,7 +460,7 @@ impl Found {
     /// The adapted layers whose type does not say what they are: those that were adapted by way of
     /// [`with_layer_kind`](crate::BoftConfig::with_layer_kind).
     fn layer_kinds(&self) -> Vec<(String, Option<LayerKind>)> {
-        let verdicts = verdicts(&self.walk, &[]);
+        let verdicts = verdicts(&self.walk, &[], None);
         let adapted = verdicts.filter(|(parameter, verdict)| {
             parameter.attached.is_some() && verdict.is_err() && parameter.name() == "weight"
         });
@@ -512,18 +521,27 @@ fn compiled(selection: &Selection) -> Result<Selector, ExtractError> {
     })
 }
 
+/// The numbers of a parameter, copied to the host.
+///
+/// # Errors
+///
+/// [`ExtractError::Quantized`]: they are not floats.
+fn numbers(path: &str, stored: &Stored) -> Result<TensorData, ExtractError> {
+    match is_float(stored.dtype()) {
+        true => Ok(stored.data()),
+        false => Err(ExtractError::Quantized {
+            path: path.to_string(),
+        }),
+    }
+}
+
 /// The numbers of a parameter, with PyTorch's name and orientation.
 ///
 /// # Errors
 ///
 /// [`ExtractError::Quantized`]: they are not floats.
 fn saved(parameter: &Parameter) -> Result<SavedTensor, ExtractError> {
-    if !is_float(parameter.stored.dtype()) {
-        return Err(ExtractError::Quantized {
-            path: parameter.path().to_string(),
-        });
-    }
-    let data = parameter.stored.data();
+    let data = numbers(parameter.path(), &parameter.stored)?;
     let turned = parameter
         .is_transposed()
         .then(|| transposed(&data))

@@ -112,7 +112,7 @@ impl AdapterLayer {
         &self.path
     }
 
-    /// Linear or convolution, where the file tells: OFT's does not.
+    /// The kind of the layer, where the file tells: OFT's does not tell a linear layer from a convolution.
     pub fn kind(&self) -> Option<LayerKind> {
         self.kind
     }
@@ -185,11 +185,12 @@ impl AdapterLayer {
     /// # Errors
     ///
     /// - [`FitError::Axes`]: the weight has neither two axes nor four.
-    /// - [`FitError::Kind`]: the adapter is for a layer of the other kind.
+    /// - [`FitError::Kind`]: the adapter is for a layer of another kind.
     /// - [`FitError::Inputs`], [`FitError::Blocks`]: the inputs are not those that the blocks rotate.
     /// - [`FitError::Outputs`]: the outputs are not those that the scale has.
     pub fn check_fit(&self, weight: &[usize]) -> Result<LayerKind, FitError> {
         let kind = match weight.len() {
+            2 if self.kind == Some(LayerKind::Embedding) => LayerKind::Embedding,
             2 => LayerKind::Linear,
             4 => LayerKind::Conv2d,
             axes => return Err(FitError::Axes { axes }),
@@ -199,11 +200,12 @@ impl AdapterLayer {
         Ok(kind)
     }
 
-    /// Refuses a layer of the other kind. An adapter of OFT's from a file fits both: PEFT writes the same tensors for
-    /// both.
+    /// Refuses a layer of another kind. An adapter of OFT's from a file fits a linear layer and a convolution, for which PEFT
+    /// writes the same tensors.
     pub(crate) fn check_kind(&self, layer: LayerKind) -> Result<(), FitError> {
         match self.kind {
             Some(adapter) if adapter != layer => Err(FitError::Kind { adapter, layer }),
+            None if layer == LayerKind::Embedding => Err(FitError::Embedding),
             _ => Ok(()),
         }
     }

@@ -136,9 +136,9 @@ pub enum Unexpected {
         /// The method of the settings, with its article.
         expected: &'static str,
     },
-    /// An adapter of an embedding.
-    #[error("`{key}`: an adapter of an embedding; only linear layers and convolutions are adapted")]
-    Embedding {
+    /// A rotation of an embedding, beside one of a linear layer or convolution for the same module.
+    #[error("`{key}`: a second rotation of a module, as of an embedding")]
+    SecondRotation {
         /// The key in the file.
         key: String,
     },
@@ -162,7 +162,7 @@ pub enum Unexpected {
     },
     /// The adapter of a layer that the model does not have.
     #[error(
-        "an adapter of `{path}`, where the model has no linear layer or convolution{}{}",
+        "an adapter of `{path}`, where the model has no layer that can carry it{}{}",
         reason.as_ref().map_or(String::new(), |reason| format!(", {reason}")),
         it_has(nearest)
     )]
@@ -410,6 +410,9 @@ pub enum FitError {
         /// The kind of the layer.
         layer: LayerKind,
     },
+    /// An embedding, where the adapter does not say that it is for one.
+    #[error(" is for a linear layer or a convolution, the model has an embedding")]
+    Embedding,
     /// A weight that is neither a matrix nor that of a convolution.
     #[error(" is for a linear layer or a convolution, and a weight of {axes} axes is neither")]
     Axes {

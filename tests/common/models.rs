@@ -2,11 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use burn::module::{
-    Module, ModuleDisplay, ModuleMapper, ModuleVisitor, Param, ParamGroup, Quantizer,
-};
+use burn::module::{Module, ModuleDisplay, ModuleMapper, ModuleVisitor, Param};
 use burn::nn;
-use burn::tensor::quantization::{Calibration, QuantValue};
 use burn::tensor::{DType, Device, Gradients, Tensor};
 use burn_boft::{BoftAdapter, BoftLinear};
 
@@ -228,12 +225,4 @@ pub fn distance<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> f64 {
     a.iter()
         .zip(&b)
         .fold(0.0, |max, (a, b)| f64::max(max, (a - b).abs()))
-}
-
-/// The model with the parameter at one path in eight bits.
-pub fn quantized<M: Module>(model: M, path: &str, device: &Device) -> M {
-    let scheme = device.settings().quantization.scheme;
-    let scheme = scheme.with_value(QuantValue::Q8S);
-    let mut quantizer = Quantizer::new(Calibration::MinMax, scheme);
-    model.quantize_weights_group(&mut quantizer, ParamGroup::from_path(path))
 }

@@ -7,7 +7,8 @@ use std::path::Path;
 use burn::module::{Flag, Module, ModuleMapper, Param};
 use burn::nn::conv::{Conv2d, Conv2dConfig};
 use burn::nn::{
-    BatchNorm, BatchNormConfig, LayerNorm, LayerNormConfig, LinearConfig, PaddingConfig2d,
+    BatchNorm, BatchNormConfig, Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig,
+    LinearConfig, PaddingConfig2d,
 };
 use burn::tensor::activation::{gelu, relu};
 use burn::tensor::{Device, Tensor, TensorData};
@@ -62,6 +63,12 @@ pub struct Mlp<L: Layer, N: Norm> {
 pub struct Conv<L: Layer> {
     conv1: Conv2d,
     conv2: Conv2d,
+    head: L,
+}
+
+#[derive(Module, Debug)]
+pub struct Text<L: Layer> {
+    embedding: Embedding,
     head: L,
 }
 
@@ -161,6 +168,21 @@ impl<L: Layer, N: Norm> Model for Mlp<L, N> {
         let hidden = gelu(self.fc1.apply(tokens(input, shape)));
         let hidden = self.norm.apply(self.fc2.apply(hidden));
         flat(self.classifier.apply(hidden))
+    }
+}
+
+impl<L: Layer> Model for Text<L> {
+    fn new(base: &Tensors, device: &Device) -> Self {
+        Self {
+            embedding: EmbeddingConfig::new(11, 16).init(device),
+            head: linear(base, "head", device),
+        }
+    }
+
+    fn forward(&self, input: Tensor<1>, shape: &[usize]) -> Tensor<1> {
+        let tokens = Tensor::from_data([[3, 9, 0], [7, 7, 10]], &input.device());
+        let found = self.embedding.forward(tokens).reshape([6, 16]);
+        flat(self.head.apply(found + self::tokens(input, shape)))
     }
 }
 
@@ -279,6 +301,7 @@ pub fn with_model<L: Layer, U: UseModel>(folder: &Path, using: U) -> U::Output {
         ("mlp", Some("batch")) => using.with::<Mlp<L, BatchNorm>>(),
         ("mlp", Some("layer")) => using.with::<Mlp<L, LayerNorm>>(),
         ("conv", _) => using.with::<Conv<L>>(),
+        ("text", _) => using.with::<Text<L>>(),
         ("stack", _) => using.with::<Stack<L>>(),
         other => panic!("{other:?}"),
     }

@@ -5,10 +5,11 @@ use std::path::Path;
 
 use burn::data::dataloader::DataLoaderBuilder;
 use burn::data::dataset::InMemDataset;
-use burn::module::Module;
+use burn::module::{Module, ParamGroup, Quantizer};
 use burn::nn::{BatchNorm, BatchNormConfig};
 use burn::optim::AdamWConfig;
 use burn::store::ModuleRecord;
+use burn::tensor::quantization::{Calibration, QuantValue};
 use burn::tensor::{DType, Tensor};
 use burn::train::checkpoint::{Checkpointer, FileCheckpointer, KeepLastNCheckpoints};
 use burn::train::metric::LossMetric;
@@ -176,4 +177,29 @@ fn a_checkpoint_of_another_base_model_is_refused() {
     Checkpointer::<ModuleRecord>::delete(&again, 1).unwrap();
     Checkpointer::<ModuleRecord>::delete(&again, 1).unwrap();
     assert!(restored(&again, 1).is_err());
+}
+
+#[test]
+fn a_checkpoint_leaves_a_quantized_base_out() {
+    let scheme = device().settings().quantization.scheme;
+    let packed = |seed| {
+        let mut quantizer = Quantizer::new(Calibration::MinMax, scheme.with_value(QuantValue::Q8S));
+        let weight = ParamGroup::from_path("hidden.weight");
+        let model = Tower::new(seed).quantize_weights_group(&mut quantizer, weight);
+        inject(model, config()).unwrap()
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let checkpointer = AdapterCheckpointer::new(folder.path(), &packed(3)).unwrap();
+    let saved = set(packed(3), "hidden.weight.boft.skew", |values| {
+        noise(values.len(), 81, 0.2)
+    });
+    let expected = numbers(&saved);
+    checkpointer.save(1, saved.into_record()).unwrap();
+    let file = burn_pack::Reader::from_file(folder.path().join("adapter-1.bpk")).unwrap();
+    assert!(!file.tensor_names().contains(&"hidden.weight"));
+    let record = Checkpointer::<ModuleRecord>::restore(&checkpointer, 1).unwrap();
+    let model = packed(3).try_load_record(record).unwrap();
+    assert_eq!(numbers(&model), expected);
+    let other = AdapterCheckpointer::new(folder.path(), &packed(4)).unwrap();
+    assert!(Checkpointer::<ModuleRecord>::restore(&other, 1).is_err());
 }

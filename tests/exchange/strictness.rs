@@ -30,8 +30,7 @@ fn loading_lists_every_missing_and_unexpected_tensor() {
         amiss(folder.path()),
         "missing: `base_model.model.hidden.boft_s`\n\
          missing: `base_model.model.output.boft_R`\n\
-         unexpected: `base_model.model.emb.oft_embedding_R.weight`: an adapter of an embedding; only linear layers and \
-         convolutions are adapted\n\
+         unexpected: `base_model.model.emb.oft_embedding_R.weight`: an OFT tensor in a BOFT adapter\n\
          unexpected: `base_model.model.hidden.base_layer.weight`: a base weight; only adapters and biases are read\n\
          unexpected: `base_model.model.output.base_layer.bias`: the bias of an adapted layer, where the configuration \
          trains none\n\
@@ -78,7 +77,7 @@ fn attaching_lists_everything_that_does_not_fit_the_model() {
         error.to_string(),
         "missing: `out.bias`, a bias that the configuration trains; PEFT 0.20 and older trained some and did not save \
          them\n\
-         unexpected: an adapter of `output`, where the model has no linear layer or convolution; it has `out`\n\
+         unexpected: an adapter of `output`, where the model has no layer that can carry it; it has `out`\n\
          unexpected: `norm.bias`, which the model has no parameter for\n\
          unexpected: `output.bias`, which the model has no parameter for\n\
          wrong: `head.bias` is [7] in the model, [5] in the file\n\

@@ -1,5 +1,7 @@
 //! What `diagnose` measures.
 
+use burn::module::Param;
+use burn::nn;
 use burn::tensor::{DType, Device};
 use burn_boft::model::LayerDiagnosis;
 use burn_boft::{AdapterConfig, BoftConfig, BoftLinear, Cayley, OftConfig, diagnose, inject};
@@ -78,6 +80,38 @@ fn diagnose_shows_how_far_a_neumann_block_is_from_orthogonal() {
         let measured = [layer.energy_before, layer.energy_after];
         assert_close(backend, &measured, &expected, 1e-5);
         assert!((expected[0] - expected[1]).abs() > 1e-3 * expected[0]);
+    }
+}
+
+/// There are more rows than are compared at once, and the polynomial turns them in one direction only.
+#[test]
+fn diagnose_measures_the_energy_of_the_rows_of_an_embedding() {
+    let (d, rows, terms) = (8, 1100, 5);
+    let skew = noise(2 * 6, 22, 0.8);
+    let config = OftConfig::new()
+        .with_block_size(4)
+        .with_cayley(Cayley::Neumann { terms })
+        .with_target_modules(".*");
+    let mut rotation = Matrix::zeros(d, d);
+    for (k, packed) in skew.chunks(6).enumerate() {
+        let block = polynomial(packed, 4, neumann(terms));
+        for (row, column) in (0..4).flat_map(|i| (0..4).map(move |j| (i, j))) {
+            *rotation.at(4 * k + row, 4 * k + column) = block.get(row, column);
+        }
+    }
+    let table = Matrix::new(rows, d, noise(rows * d, 23, 1.0));
+    let turned = table.matmul(&rotation);
+    let expected = [energy(&table.transpose()), energy(&turned.transpose())];
+    assert!((expected[0] - expected[1]).abs() > 1e-3 * expected[0]);
+    for (backend, device) in devices() {
+        let layer = nn::Embedding {
+            weight: Param::from_tensor(table.to_tensor(DType::F32, &device)),
+        };
+        let model = inject(layer, &config).unwrap();
+        let model = set(model, "weight.boft.skew", |_| skew.clone());
+        let layer = &diagnose(&model).layers[0];
+        let measured = [layer.energy_before, layer.energy_after];
+        assert_close(backend, &measured, &expected, 1e-4);
     }
 }
 

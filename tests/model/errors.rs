@@ -9,7 +9,7 @@ use burn_boft::{
     plan, unload,
 };
 
-use crate::common::models::{Net, linear, numbers, quantized, set, trainable};
+use crate::common::models::{Net, linear, numbers, set, trainable};
 
 type Model = Net<nn::Linear>;
 
@@ -193,7 +193,7 @@ fn names_that_select_no_layer_are_refused() {
     let misfit = assert_refused(
         &model(),
         boft().with_exclude_modules("h.*"),
-        "target_modules `hidden` match none of the 3 linear and convolution layers (2 of them \
+        "target_modules `hidden` match none of the 3 layers that can be adapted (2 of them \
          are excluded by exclude_modules or modules_to_save); it has `hidden`",
     );
     assert!(matches!(misfit, Misfit::NoTarget { excluded: 2, .. }));
@@ -294,26 +294,6 @@ fn a_weight_that_already_carries_an_adapter_is_refused() {
     }
     assert!(inject(unload(ours.clone()), boft()).is_ok());
     assert!(inject(merge(ours).unwrap(), boft()).is_ok());
-}
-
-#[test]
-fn a_quantized_weight_is_refused() {
-    let device = Device::flex();
-    let model = quantized(Model::new(1, &device), "hidden.weight", &device);
-    let error = refusal(&model, boft());
-    assert!(
-        matches!(error.misfits(), [Misfit::Quantized { .. }]),
-        "{error:?}"
-    );
-    let message = error.to_string();
-    assert!(
-        message.starts_with("the weight of `hidden` is quantized, and"),
-        "{message}"
-    );
-    let remedy =
-        "inject into the float model and quantize the base afterwards, or exclude the layer";
-    assert!(message.ends_with(remedy), "{message}");
-    assert!(inject(model, boft().with_target_modules(["output"])).is_ok());
 }
 
 #[test]

@@ -16,6 +16,8 @@ mod oracle;
 mod peft_numbers;
 mod precision;
 mod pytorch_files;
+mod quantized;
 mod recognition;
+mod strategies;
 mod targets;
 mod tree;

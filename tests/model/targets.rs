@@ -63,7 +63,8 @@ fn a_name_that_selects_an_unsupported_layer_is_refused_beside_good_names() {
     let error = refused(names(&["c1", "c2", "head"]));
     assert_eq!(
         error.to_string(),
-        "target_modules selects `c1`, which is a Conv1d; only Linear and Conv2d layers can be adapted; leave it out"
+        "target_modules selects `c1`, which is a Conv1d; only Linear and Conv2d layers can be adapted, and by OFT \
+         Embedding layers; leave it out"
     );
     assert_eq!(
         error.misfits(),
@@ -186,7 +187,7 @@ fn candidates_lists_the_layers_and_why_the_others_are_none() {
     };
     assert_eq!(
         other("c1.weight"),
-        "which is a Conv1d; only Linear and Conv2d layers can be adapted"
+        "which is a Conv1d; only Linear and Conv2d layers can be adapted, and by OFT Embedding layers"
     );
     assert_eq!(
         other("encoder.layer.1.query.bias"),

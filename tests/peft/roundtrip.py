@@ -72,7 +72,7 @@ def comparable(key, tensor, config):
     tensor = tensor.float() if tensor.is_floating_point() else tensor
     if key.endswith(".boft_R"):
         return 0.5 * (tensor - tensor.mT)
-    if key.endswith(".oft_R.weight") and config["coft"]:
+    if key.endswith((".oft_R.weight", ".oft_embedding_R.weight")) and config["coft"]:
         radius = config["eps"] / len(tensor) ** 0.5
         return tensor * (radius / (2**0.5 * tensor.norm(dim=1, keepdim=True))).clamp_max(1)
     return tensor
@@ -87,7 +87,7 @@ def check_tensors(folder, rewritten):
     assert after.keys() == before.keys(), f"keys: {sorted(after.keys() ^ before.keys())}"
     for key in before:
         found, expected = (comparable(key, tensors[key], config) for tensors in (after, before))
-        if config.get("coft") and key.endswith(".oft_R.weight"):
+        if config.get("coft") and key.endswith((".oft_R.weight", ".oft_embedding_R.weight")):
             near(key, found, expected, 1e-6)  # a projection of a projection rounds
         else:
             same_bits(key, found, expected)
@@ -102,7 +102,7 @@ def toy(case, program):
     if metadata["model"] == "linear":
         model = make.Linear(*reversed(base["layer.weight"].shape), bias="layer.bias" in base)
     else:
-        model = {"mlp": make.Mlp, "conv": make.Conv, "stack": make.Stack}[metadata["model"]]
+        model = {"mlp": make.Mlp, "conv": make.Conv, "text": make.Text, "stack": make.Stack}[metadata["model"]]
         model = model(metadata["norm"]) if "norm" in metadata else model()
     model.load_state_dict(base)
     model.eval()

@@ -9,6 +9,9 @@ use crate::knn::Features;
 use crate::model::Dinov2ForImageClassification;
 use crate::training::head::Rows;
 
+/// Images that pass through a model at a time when it is not trained.
+pub const INFERENCE_BATCH: usize = 64;
+
 /// The logits of images, and their classes.
 #[derive(Clone, Debug)]
 pub struct Predictions {

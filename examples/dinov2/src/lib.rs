@@ -18,6 +18,7 @@ mod precision;
 pub mod report;
 mod run;
 pub mod scores;
+mod seeds;
 mod settings;
 mod task;
 mod training;

@@ -61,14 +61,13 @@ pub struct Results {
 }
 
 impl RunFolder {
-    /// Makes the folder of a new run.
+    /// Checks that a folder can be that of a new run.
     ///
     /// # Errors
     ///
-    /// The folder holds something already, or cannot be written.
-    pub fn create(path: &Path, settings: Settings, overwrite: bool) -> Result<Self, Error> {
-        let settings_file = path.join(SETTINGS);
-        if settings_file.exists() {
+    /// The folder holds something already.
+    pub fn check_free(path: &Path, overwrite: bool) -> Result<(), Error> {
+        if path.join(SETTINGS).exists() {
             if !overwrite {
                 return Err(Error::RunExists {
                     path: path.to_path_buf(),
@@ -80,15 +79,27 @@ impl RunFolder {
                 path.display()
             )));
         }
+        Ok(())
+    }
+
+    /// Makes the folder of a new run.
+    ///
+    /// # Errors
+    ///
+    /// The folder holds something already, or cannot be written.
+    pub fn create(path: &Path, settings: Settings, overwrite: bool) -> Result<Self, Error> {
+        Self::check_free(path, overwrite)?;
         fs::create_dir_all(path).map_err(|source| unusable(path, source))?;
         let lock = lock(path)?;
+        let settings_file = path.join(SETTINGS);
         if settings_file.exists() {
             clear(path)?;
         }
         let checkpoints = path.join(CHECKPOINTS);
         fs::create_dir_all(&checkpoints).map_err(|source| unusable(&checkpoints, source))?;
         // The settings come last: a folder with settings is a run.
-        write_whole(&settings_file, settings.to_toml()?.as_bytes())?;
+        let table = settings.to_options().to_table()?;
+        write_whole(&settings_file, table.to_string().as_bytes())?;
         Ok(Self {
             path: path.to_path_buf(),
             settings,
@@ -126,7 +137,7 @@ impl RunFolder {
         }
         Ok(Self {
             path: path.to_path_buf(),
-            settings: Settings::load(&settings)?,
+            settings: Settings::read(&settings)?,
             _lock: None,
         })
     }

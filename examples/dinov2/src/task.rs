@@ -13,6 +13,7 @@ use crate::images::{
     scan, split,
 };
 use crate::run::TaskRecord;
+use crate::training::Recipe;
 
 /// A classification problem.
 #[derive(Clone, Debug)]
@@ -62,6 +63,21 @@ impl Task {
         })
     }
 
+    /// The problem with its classes in another order; nothing if the classes are not the same.
+    pub fn in_order(&self, labels: &[String]) -> Option<Self> {
+        if labels.len() != self.classes.len() {
+            return None;
+        }
+        let part = |samples: &Arc<[Sample]>| renumbered(samples, &self.classes, labels).ok();
+        Some(Self {
+            classes: labels.to_vec(),
+            train: part(&self.train)?,
+            valid: part(&self.valid)?,
+            test: part(&self.test)?,
+            ..self.clone()
+        })
+    }
+
     /// What identifies the problem in the folder of a run.
     pub fn record(&self) -> TaskRecord {
         let parts = [&self.train, &self.valid, &self.test];
@@ -82,6 +98,28 @@ impl Task {
             images: parts.map(|part| part.len()),
             fingerprint: format!("{:016x}", hash.digest()),
         }
+    }
+
+    /// A loader of the training images in a new order for each epoch.
+    ///
+    /// # Errors
+    ///
+    /// No threads start.
+    pub fn shuffled(
+        &self,
+        recipe: &Recipe,
+        augment: bool,
+        workers: usize,
+    ) -> Result<Loader, LoaderError> {
+        let settings = LoaderSettings {
+            batch_size: recipe.batch_size,
+            shuffle_seed: Some(recipe.seed),
+            augment,
+            label_smoothing: recipe.label_smoothing,
+            workers,
+            skip_corrupt: self.skip_corrupt,
+        };
+        Loader::new(self.train.clone(), self.processor.clone(), settings)
     }
 
     /// A loader of images as they are, in their order.
@@ -111,6 +149,30 @@ impl Task {
             },
         )
     }
+}
+
+/// The same samples with the numbers that their classes have in another list of names.
+///
+/// # Errors
+///
+/// The classes that are not in that list.
+pub fn renumbered<'a>(
+    samples: &[Sample],
+    classes: &'a [String],
+    labels: &[String],
+) -> Result<Arc<[Sample]>, Vec<&'a str>> {
+    let number = |class: &String| labels.iter().position(|label| label == class);
+    let unknown = classes.iter().filter(|class| number(class).is_none());
+    let unknown: Vec<&str> = unknown.map(String::as_str).collect();
+    if !unknown.is_empty() {
+        return Err(unknown);
+    }
+    let numbers: Vec<usize> = classes.iter().filter_map(number).collect();
+    let renumbered = samples.iter().map(|sample| Sample {
+        source: sample.source.clone(),
+        label: numbers[sample.label],
+    });
+    Ok(renumbered.collect())
 }
 
 /// At most so many samples, with as many of every class as its share.
@@ -153,6 +215,22 @@ mod tests {
             assert!((9..13).contains(few), "{few} of {all}");
         }
         assert_eq!(limited(&task.train, Some(9999)).len(), task.train.len());
+    }
+
+    #[test]
+    fn classes_in_another_order_keep_their_images() {
+        let task = Task::digits(digits::NEW, 0);
+        let labels = ["9", "5", "7", "6", "8"].map(str::to_string);
+        let other = task.in_order(&labels).unwrap();
+        for (before, after) in task.train.iter().zip(other.train.iter()) {
+            assert_eq!(before.source, after.source);
+            assert_eq!(task.classes[before.label], other.classes[after.label]);
+        }
+        assert!(task.in_order(&labels[..4]).is_none());
+        let labels = ["9", "5", "7", "6", "0"].map(str::to_string);
+        assert!(task.in_order(&labels).is_none());
+        let unknown = renumbered(&task.test, &task.classes, &labels).unwrap_err();
+        assert_eq!(unknown, ["8"]);
     }
 
     #[test]

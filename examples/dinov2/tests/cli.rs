@@ -3,8 +3,10 @@
 mod common;
 
 use std::fs;
+use std::path::Path;
 
-use common::{complaint, dinov2, pictures, printed, text, tiny_model};
+use common::{command, complaint, dinov2, pictures, printed, text, tiny_model};
+use safetensors::SafeTensors;
 
 #[test]
 fn an_error_names_what_is_missing() {
@@ -216,6 +218,51 @@ fn predictions_are_lines_of_json_and_a_corrupt_file_is_one_of_them() {
 }
 
 #[test]
+fn pictures_get_the_logits_that_transformers_gives_them() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let file = fs::read(fixtures.join("images/answers.safetensors")).unwrap();
+    let (_, metadata) = SafeTensors::read_metadata(&file).unwrap();
+    let expected = SafeTensors::deserialize(&file).unwrap();
+
+    let model = tempfile::tempdir().unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        fs::copy(fixtures.join("mlp").join(name), model.path().join(name)).unwrap();
+    }
+    let preprocessor = &metadata.metadata().as_ref().unwrap()["config"];
+    fs::write(model.path().join("preprocessor_config.json"), preprocessor).unwrap();
+
+    for (name, tensor) in expected.tensors() {
+        let image = fixtures.join("images/pictures").join(&name);
+        let line = printed(&[
+            "predict",
+            "--json",
+            "--model",
+            text(model.path()),
+            "--images",
+            text(&image),
+        ]);
+        let line: serde_json::Value = serde_json::from_str(&line).unwrap();
+        let found = line["logits"].as_array().unwrap();
+        let expected: Vec<f32> = tensor
+            .data()
+            .chunks_exact(4)
+            .map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap()))
+            .collect();
+        assert_eq!(found.len(), expected.len());
+        let largest = expected.iter().fold(0.0, |max: f32, x| max.max(x.abs()));
+        for (found, expected) in found.iter().zip(&expected) {
+            let difference = (found.as_f64().unwrap() as f32 - expected).abs();
+            // Measured: up to 2e-6.
+            assert!(
+                difference < 1e-4 * largest,
+                "{name}: {difference} of {largest}"
+            );
+        }
+    }
+    assert_eq!(expected.len(), 7);
+}
+
+#[test]
 fn everything_that_is_wrong_with_a_folder_is_listed_at_once() {
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path().join("pictures");
@@ -295,8 +342,9 @@ fn an_adapter_is_trained_further_and_evaluated_on_a_folder_of_classes() {
     };
     assert!(loss(&second) < loss(&first));
 
+    // The adapter says which model it belongs to.
     let adapter = second.join("adapter");
-    let mut arguments = vec!["eval", "--model", text(&model), "--adapter", text(&adapter)];
+    let mut arguments = vec!["eval", "--adapter", text(&adapter)];
     arguments.extend(["--data", text(&data), "--json"]);
     let scores: serde_json::Value = serde_json::from_str(&printed(&arguments)).unwrap();
     assert_eq!(scores["images"], 60);
@@ -309,6 +357,117 @@ fn an_adapter_is_trained_further_and_evaluated_on_a_folder_of_classes() {
     let none = folder.path().join("none");
     let line = complaint(&["predict", "--run", text(&second), "--images", text(&none)]);
     assert!(line.contains("without an image"), "{line}");
+}
+
+#[test]
+fn an_adapter_keeps_the_order_of_its_classes_and_loses_its_head_to_other_classes() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("pictures");
+    pictures(&data, 20);
+    let model = tiny_model(folder.path());
+    let first = folder.path().join("first");
+    let settings = "train --plain --image-size 16 --augment none --epochs 6 --batch-size 8 --no-probe \
+                    --learning-rate 2e-2 --method oft --block-size 4";
+    let mut arguments: Vec<&str> = settings.split_whitespace().collect();
+    arguments.extend(["--model", text(&model), "--data", text(&data)]);
+    arguments.extend(["--output", text(&first)]);
+    printed(&arguments);
+    let adapter = first.join("adapter");
+    let classes = fs::read_to_string(adapter.join("classes.json")).unwrap();
+    assert!(classes.find("across") < classes.find("dotted"), "{classes}");
+
+    // The same pictures under names that sort in another order: the head must follow the names and not the places.
+    let sorted = [
+        ("across", "dotted"),
+        ("along", "along"),
+        ("dotted", "across"),
+    ];
+    let swapped = folder.path().join("swapped");
+    for (from, to) in sorted {
+        fs::create_dir_all(swapped.join(from)).unwrap();
+        for file in fs::read_dir(data.join(to)).unwrap() {
+            let file = file.unwrap();
+            fs::copy(file.path(), swapped.join(from).join(file.file_name())).unwrap();
+        }
+    }
+    let names = serde_json::json!(["dotted", "along", "across"]).to_string();
+    fs::write(adapter.join("classes.json"), names).unwrap();
+    let start = |data: &std::path::Path, name: &str| {
+        let run = folder.path().join(name);
+        let settings = "train --plain --image-size 16 --augment none --epochs 1 --no-probe \
+                        --learning-rate 1e-6 --head-learning-rate 1e-6";
+        let mut arguments: Vec<&str> = settings.split_whitespace().collect();
+        arguments.extend(["--model", text(&model), "--adapter", text(&adapter)]);
+        arguments.extend(["--data", text(data), "--output", text(&run)]);
+        printed(&arguments)
+    };
+    let output = start(&swapped, "second");
+    assert!(
+        output.contains("the head is that of the adapter"),
+        "{output}"
+    );
+    assert!(number_after(&output, "accuracy after:") > 90.0, "{output}");
+
+    fs::rename(swapped.join("along"), swapped.join("aslant")).unwrap();
+    let output = start(&swapped, "third");
+    let note = "the head starts afresh: that of the adapter tells apart dotted, along, across";
+    assert!(output.contains(note), "{output}");
+    assert!(number_after(&output, "accuracy after:") < 90.0, "{output}");
+}
+
+#[test]
+fn a_run_that_does_worse_than_its_probe_says_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let settings = "train --max-steps 8 --learning-rate 1 --output";
+    let mut arguments: Vec<&str> = settings.split_whitespace().collect();
+    arguments.push(text(&run));
+    let output = dinov2(&arguments);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{stderr}");
+    let advice = [
+        "the linear probe does better",
+        "--find-rate",
+        "--warm-start",
+    ];
+    assert!(advice.iter().all(|part| stderr.contains(part)), "{stderr}");
+}
+
+#[test]
+fn the_settings_of_a_run_are_settings_for_another() {
+    let folder = tempfile::tempdir().unwrap();
+    let (first, second) = (folder.path().join("first"), folder.path().join("second"));
+    let settings = "train --method lora --rank 3 --epochs 2 --find-rate --no-probe --output";
+    let mut arguments: Vec<&str> = settings.split_whitespace().collect();
+    arguments.push(text(&first));
+    let output = printed(&arguments);
+    assert!(output.contains("is taken"), "{output}");
+    let saved = first.join("settings.toml");
+    let mut arguments = vec!["train", "--settings", text(&saved), "--seed", "3"];
+    arguments.extend(["--output", text(&second)]);
+    printed(&arguments);
+    let read = |run: &std::path::Path| fs::read_to_string(run.join("settings.toml")).unwrap();
+    assert_eq!(read(&first).replace("seed = 0", "seed = 3"), read(&second));
+}
+
+#[test]
+fn a_run_that_was_begun_with_relative_paths_is_found_from_elsewhere() {
+    let folder = tempfile::tempdir().unwrap();
+    pictures(&folder.path().join("pictures"), 8);
+    let model = tiny_model(folder.path());
+    let model = text(model.file_name().unwrap().as_ref());
+    let settings = "train --image-size 16 --max-steps 2 --no-probe --data pictures --output run";
+    let mut arguments: Vec<&str> = settings.split_whitespace().collect();
+    arguments.extend(["--model", model]);
+    let begun = command(&arguments)
+        .current_dir(folder.path())
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&begun.stderr);
+    assert!(begun.status.success(), "{stderr}");
+    let run = folder.path().join("run");
+    let scores = printed(&["eval", "--run", text(&run)]);
+    assert!(scores.contains("accuracy"), "{scores}");
 }
 
 #[test]

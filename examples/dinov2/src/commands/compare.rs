@@ -6,13 +6,15 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use burn::module::{Module, Param};
-use burn::prelude::*;
+use burn::module::Module;
+use burn::tensor::Device;
 use burn::train::Interrupter;
 use burn_boft::{Transformers, summary};
 use peak_alloc::PeakAlloc;
+use xxhash_rust::xxh3::xxh3_64;
 
-use super::opened::{open_checkpoint, processor, sized, stop_on_interrupt};
+use super::INTERRUPTED;
+use super::opened::{open_checkpoint, processor, sized, stop_on_interrupt, with_head, with_method};
 use crate::cli::Compare;
 use crate::digits;
 use crate::error::Error;
@@ -23,8 +25,8 @@ use crate::evidence::{
     Cost, Entry, Forgetting, Ledger, Measured, Outcome, Protocol, Rotation, Run, Setting, Stage,
     Summary, Test, Validation,
 };
-use crate::images::{Loader, LoaderSettings, Processor, Sample};
-use crate::inference::{features, predict};
+use crate::images::{Loader, Processor, Sample};
+use crate::inference::{INFERENCE_BATCH, features, predict};
 use crate::knn;
 use crate::method::Method;
 use crate::model::Dinov2ForImageClassification;
@@ -34,15 +36,12 @@ use crate::task::{Task, limited};
 use crate::training::progress::Progress;
 use crate::training::{Loaders, Recipe, Rotations, Trained, train};
 use crate::weights::{self, Checkpoint, Saved};
-use xxhash_rust::xxh3::xxh3_64;
 
 /// The file of all results, and the table made of them.
 const LEDGER: &str = "results.jsonl";
 const TABLE: &str = "RESULTS.md";
 /// Neighbours that vote on an image of the second data set.
 const NEIGHBOURS: usize = 5;
-/// Images that pass through a model at a time when it is not trained.
-const INFERENCE_BATCH: usize = 64;
 
 /// Runs what is left of a comparison, and writes its tables and figures.
 ///
@@ -65,7 +64,7 @@ pub fn run(request: &Compare) -> Result<ExitCode, Error> {
         println!("{} of {total}: {run}", done + 1);
         let Some(outcome) = comparison.carry_out(&protocol, run, &interrupter)? else {
             println!("stopped; the same command goes on with the rest");
-            return Ok(ExitCode::from(super::INTERRUPTED));
+            return Ok(ExitCode::from(INTERRUPTED));
         };
         println!("  {}", described(&outcome));
         ledger.append(outcome)?;
@@ -238,26 +237,16 @@ impl Comparison {
         Ok(Some(outcome(protocol, run, &trained, measured)))
     }
 
-    /// The model that a run starts from. The same seed gives every method the same head.
+    /// The model that a run starts from.
     fn prepared(&self, run: &Run, task: &Task) -> Result<Dinov2ForImageClassification, Error> {
-        self.device.seed(run.seed);
-        let (model, _) = self.checkpoint.load(&task.classes, &self.device)?;
-        model.classifier.weight.val();
-        model.classifier.bias.as_ref().map(Param::val);
-        Ok(run.method.prepare(model)?)
+        let (model, _) = with_head(&self.checkpoint, &task.classes, run.seed, &self.device)?;
+        with_method(model, &run.method, run.seed)
     }
 
     fn loaders(&self, protocol: &Protocol, task: &Task, recipe: &Recipe) -> Result<Loaders, Error> {
-        let settings = LoaderSettings {
-            batch_size: recipe.batch_size,
-            shuffle_seed: Some(recipe.seed),
-            augment: protocol.conditions.augment,
-            label_smoothing: recipe.label_smoothing,
-            workers: self.workers,
-            skip_corrupt: false,
-        };
+        let augment = protocol.conditions.augment;
         Ok(Loaders {
-            train: Loader::new(task.train.clone(), task.processor.clone(), settings)?,
+            train: task.shuffled(recipe, augment, self.workers)?,
             valid: self.plain(task, &task.valid)?,
         })
     }

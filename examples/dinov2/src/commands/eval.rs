@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::images::{Labelled, Sample, ScanOptions, labelled};
 use crate::inference::predict;
 use crate::scores::Scores;
-use crate::task::{Task, remark};
+use crate::task::{Task, remark, renumbered};
 
 /// Prints accuracy, macro F1, a row per class and the confusion matrix.
 ///
@@ -28,7 +28,7 @@ pub fn run(request: &Eval) -> Result<ExitCode, Error> {
             "this part of the images is empty".to_string(),
         ));
     }
-    let samples = relabelled(samples, &classes, &opened.labels)?;
+    let samples = numbered(samples, &classes, &opened)?;
     let task = Task {
         classes,
         train: Arc::default(),
@@ -39,6 +39,7 @@ pub fn run(request: &Eval) -> Result<ExitCode, Error> {
     };
     let loader = task.plain(&samples, request.model.batch_size, opened.workers)?;
     let predictions = predict(&opened.model.clone().materialize(), &loader)?;
+    remark(&[], &loader.newly_skipped());
     let scores = Scores::of(&opened.labels, &predictions.labels, &predictions.answers())?;
     match request.json {
         true => println!("{}", serde_json::json!(scores)),
@@ -111,33 +112,22 @@ fn part(task: &Task, part: Part) -> Arc<[Sample]> {
 }
 
 /// The samples with the model's numbers of their classes.
-fn relabelled(
+fn numbered(
     samples: Arc<[Sample]>,
     classes: &[String],
-    labels: &[String],
+    opened: &Opened,
 ) -> Result<Arc<[Sample]>, Error> {
-    let numbers: Vec<Option<usize>> = classes
-        .iter()
-        .map(|class| labels.iter().position(|label| label == class))
-        .collect();
-    let unknown: Vec<&str> = classes
-        .iter()
-        .zip(&numbers)
-        .filter(|(_, number)| number.is_none())
-        .map(|(class, _)| class.as_str())
-        .collect();
-    if !unknown.is_empty() {
-        return Err(Error::Settings(format!(
+    if !opened.named && classes.len() == opened.labels.len() {
+        eprintln!(
+            "note: nothing names the classes of the model, so they are taken in the order of the folder"
+        );
+        return Ok(samples);
+    }
+    renumbered(&samples, classes, &opened.labels).map_err(|unknown| {
+        Error::Settings(format!(
             "the model does not know the classes {} of the images; it knows {}",
             unknown.join(", "),
-            labels.join(", ")
-        )));
-    }
-    Ok(samples
-        .iter()
-        .map(|sample| Sample {
-            source: sample.source.clone(),
-            label: numbers[sample.label].unwrap_or(sample.label),
-        })
-        .collect())
+            opened.labels.join(", ")
+        ))
+    })
 }

@@ -2,17 +2,23 @@
 
 use std::path::{Path, PathBuf};
 
-use burn::module::Module;
+use burn::module::{Module, Param};
+use burn::tensor::Device;
 use burn::train::Interrupter;
 
 use crate::cli;
 use crate::error::Error;
 use crate::images::Processor;
+use crate::method::Method;
 use crate::model::Dinov2ForImageClassification;
 use crate::run::RunFolder;
+use crate::seeds::mix;
 use crate::weights::{AdapterFolder, Checkpoint, HeadOrigin, LabelOrigin};
 
 use super::INTERRUPTED;
+
+/// Tells the seed of a method's own numbers from that of the head.
+const METHOD: u64 = 1;
 
 /// A model that can be asked.
 pub struct Opened {
@@ -21,6 +27,8 @@ pub struct Opened {
     pub checkpoint: Checkpoint,
     pub adapter: Option<PathBuf>,
     pub labels: Vec<String>,
+    /// Whether the labels are names, and not numbers in place of them.
+    pub named: bool,
     pub processor: Processor,
     /// The run that was named.
     pub run: Option<RunFolder>,
@@ -48,14 +56,17 @@ impl Opened {
             }
             None => (request.model.clone(), request.adapter.clone()),
         };
-        if name.is_none() && run.is_none() && adapter.is_none() {
+        let folder = adapter.as_deref().map(open_adapter).transpose()?;
+        // An adapter says what it was trained from.
+        let base = folder.as_ref().and_then(AdapterFolder::base);
+        let name = name.or(base.filter(|_| run.is_none()).map(str::to_string));
+        if name.is_none() && run.is_none() {
             let text = "--model or --run is needed: nothing else says which model to use";
             return Err(Error::Settings(text.to_string()));
         }
         let checkpoint = open_checkpoint(name.as_deref())?;
         let device = request.device.device()?;
-        let folder = adapter.as_deref().map(open_adapter).transpose()?;
-        let labels = labels(&checkpoint, folder.as_ref())?;
+        let (labels, named) = labels(&checkpoint, folder.as_ref())?;
         let (mut model, head) = checkpoint.load(&labels, &device)?;
         match &folder {
             Some(folder) => model = folder.attach(model)?,
@@ -78,6 +89,7 @@ impl Opened {
             checkpoint,
             adapter,
             labels,
+            named,
             processor,
             run,
             workers: request.workers.unwrap_or_else(crate::settings::processors),
@@ -85,10 +97,14 @@ impl Opened {
     }
 }
 
-/// The classes that the head of a model tells apart.
-fn labels(checkpoint: &Checkpoint, adapter: Option<&AdapterFolder>) -> Result<Vec<String>, Error> {
+/// The classes that the head of a model tells apart, and whether they are names.
+fn labels(
+    checkpoint: &Checkpoint,
+    adapter: Option<&AdapterFolder>,
+) -> Result<(Vec<String>, bool), Error> {
     let Some(adapter) = adapter else {
-        let labels = checkpoint.labels().map(<[String]>::to_vec);
+        let labels = checkpoint.labels();
+        let labels = labels.map(|labels| (labels.to_vec(), true));
         return labels.ok_or_else(|| {
             Error::Settings(format!(
                 "{} has no head, so it tells no classes apart; name the --adapter that has one",
@@ -102,7 +118,7 @@ fn labels(checkpoint: &Checkpoint, adapter: Option<&AdapterFolder>) -> Result<Ve
             "note: neither the adapter nor the model names the classes, so they are numbered"
         );
     }
-    Ok(labels)
+    Ok((labels, origin != LabelOrigin::Numbered))
 }
 
 /// Opens a pretrained model by its folder or name, or the one that comes with this program.
@@ -132,6 +148,39 @@ pub fn open_adapter(folder: &Path) -> Result<AdapterFolder, Error> {
         eprintln!("warning: {warning}");
     }
     Ok(adapter)
+}
+
+/// A pretrained model with a head for these classes. The same seed gives every method the same head.
+///
+/// # Errors
+///
+/// The files of the model cannot be used.
+pub fn with_head(
+    checkpoint: &Checkpoint,
+    classes: &[String],
+    seed: u64,
+    device: &Device,
+) -> Result<(Dinov2ForImageClassification, HeadOrigin), Error> {
+    device.seed(seed);
+    let (model, origin) = checkpoint.load(classes, device)?;
+    // Burn draws the random numbers of a parameter when it is first read.
+    model.classifier.weight.val();
+    model.classifier.bias.as_ref().map(Param::val);
+    Ok((model, origin))
+}
+
+/// A pretrained model prepared for a method. What the method draws does not depend on what was drawn before.
+///
+/// # Errors
+///
+/// The sizes of the method do not fit the model.
+pub fn with_method(
+    model: Dinov2ForImageClassification,
+    method: &Method,
+    seed: u64,
+) -> Result<Dinov2ForImageClassification, Error> {
+    model.device().seed(mix(seed, &[METHOD]));
+    Ok(method.prepare(model)?)
 }
 
 /// Makes Ctrl-C stop the work after a step, and at the second time the program.

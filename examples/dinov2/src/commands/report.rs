@@ -97,18 +97,8 @@ fn settings(run: &RunFolder) -> Result<Vec<(String, String)>, Error> {
             format!("{:.0} s", results.seconds),
         ));
     }
-    let table = toml::Table::try_from(run.settings())
-        .map_err(|error| Error::Settings(error.to_string()))?;
-    for (name, value) in table {
-        match value {
-            toml::Value::Table(inner) => {
-                let inner = inner.into_iter();
-                listed
-                    .extend(inner.map(|(field, value)| (format!("{name}.{field}"), plain(&value))));
-            }
-            value => listed.push((name, plain(&value))),
-        }
-    }
+    let table = run.settings().to_options().to_table()?;
+    listed.extend(table.into_iter().map(|(name, value)| (name, plain(&value))));
     Ok(listed)
 }
 

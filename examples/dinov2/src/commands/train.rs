@@ -5,32 +5,31 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use burn::module::{Module, Param};
-use burn::prelude::*;
+use burn::module::Module;
 use burn::train::Interrupter;
 use burn_boft::{Transformers, summary};
 
 use super::INTERRUPTED;
-use super::opened::{open_adapter, open_checkpoint, processor, sized, stop_on_interrupt};
+use super::opened::{
+    open_adapter, open_checkpoint, processor, sized, stop_on_interrupt, with_head, with_method,
+};
 use crate::cli::Train;
 use crate::digits;
 use crate::error::Error;
-use crate::images::{Loader, LoaderSettings, Processor, Sample, Source};
-use crate::inference::{Predictions, features, predict};
+use crate::images::{Loader, Processor, Sample, Source};
+use crate::inference::{INFERENCE_BATCH, Predictions, features, predict};
 use crate::memory;
 use crate::method::Method;
 use crate::model::Dinov2ForImageClassification;
 use crate::precision;
 use crate::run::{ProbeScores, Results, RunFolder, write_whole};
 use crate::settings::{Augment, Options, Settings, Subject};
-use crate::task::{Task, limited};
+use crate::task::{Task, limited, remark};
 use crate::training::head::Probe;
 use crate::training::progress::Progress;
 use crate::training::{Loaders, Recipe, Trained, train};
-use crate::weights::{self, AdapterFolder, Checkpoint, HeadOrigin, Saved};
+use crate::weights::{self, AdapterFolder, Checkpoint, HeadOrigin, LabelOrigin, Saved};
 
-/// Images that pass through a model at a time when it is not trained.
-const INFERENCE_BATCH: usize = 64;
 /// The learning rates that `--find-rate` tries, as multiples of the default, and how far each run goes.
 const TRIED: [f64; 5] = [0.1, 0.3, 1.0, 3.0, 10.0];
 const TRIAL_EPOCHS: usize = 3;
@@ -58,47 +57,50 @@ pub fn run(request: Train) -> Result<ExitCode, Error> {
                 println!("{} is done already", path.display());
                 return Ok(ExitCode::SUCCESS);
             }
-            let job = Job::open(run.settings())?;
+            let checkpoint = open_checkpoint(run.settings().model.as_deref())?;
+            let adapter = run.settings().adapter.as_deref();
+            let adapter = adapter.map(open_adapter).transpose()?;
+            let job = Job::new(run.settings().clone(), checkpoint, adapter)?;
             (run, job)
         }
-        None => begin(&request, progress, &interrupter)?,
+        None => {
+            let options = match &request.settings {
+                Some(path) => request.options.over(&Options::read(path)?)?,
+                None => request.options.clone(),
+            };
+            let options = options.located()?;
+            let output = request.output.clone();
+            let output = output.unwrap_or_else(|| RunFolder::free("dinov2-output"));
+            RunFolder::check_free(&output, request.overwrite)?;
+            let mut job = begin(&options)?;
+            if options.find_rate == Some(true) && !job.find_rate(progress, &interrupter)? {
+                println!("stopped while looking for a learning rate; nothing was saved");
+                return Ok(ExitCode::from(INTERRUPTED));
+            }
+            let run = RunFolder::create(&output, job.settings.clone(), request.overwrite)?;
+            (run, job)
+        }
     };
     run.check_task(&job.task.record())?;
-    job.describe();
     job.run(&run, progress, &interrupter)
 }
 
-/// Chooses the settings of a new run, and makes its folder.
-fn begin(
-    request: &Train,
-    progress: Progress,
-    interrupter: &Interrupter,
-) -> Result<(RunFolder, Job), Error> {
-    let options = match &request.settings {
-        Some(path) => request.options.over_file(path)?,
-        None => request.options.clone(),
-    };
+/// Chooses the settings of a new run, and opens what it needs. Nothing is written.
+fn begin(options: &Options) -> Result<Job, Error> {
     options.check()?;
     let checkpoint = open_checkpoint(options.model.as_deref())?;
     let adapter = options.adapter.as_deref().map(open_adapter).transpose()?;
     let settings = options.resolve(&Subject {
         width: checkpoint.config().hidden_size,
         photographs: !checkpoint.is_embedded(),
-        adapter: adapter.map(|adapter| adapter.method()),
+        adapter: adapter.as_ref().map(AdapterFolder::method),
     })?;
-    let mut job = Job::with(checkpoint, &settings)?;
-    // Sizes that do not fit are found before anything is written or trained.
-    drop(job.prepared()?);
-    let output = request.output.clone();
-    let output = output.unwrap_or_else(|| RunFolder::free("dinov2-output"));
+    let mut job = Job::new(settings, checkpoint, adapter)?;
+    job.describe();
     if options.accumulate.is_none() {
         job.fit_memory();
     }
-    if options.find_rate == Some(true) {
-        job.find_rate(progress, interrupter)?;
-    }
-    let run = RunFolder::create(&output, job.settings.clone(), request.overwrite)?;
-    Ok((run, job))
+    Ok(job)
 }
 
 /// Everything that a training needs.
@@ -106,45 +108,61 @@ struct Job {
     settings: Settings,
     checkpoint: Checkpoint,
     task: Task,
-    device: Device,
+    /// The pretrained model, in the precision that was chosen.
+    pretrained: Dinov2ForImageClassification,
+    /// The model ready to train.
+    prepared: Dinov2ForImageClassification,
+    /// Where the head comes from, in a sentence.
+    head: String,
 }
 
 impl Job {
-    fn open(settings: &Settings) -> Result<Self, Error> {
-        Self::with(open_checkpoint(settings.model.as_deref())?, settings)
-    }
-
-    fn with(checkpoint: Checkpoint, settings: &Settings) -> Result<Self, Error> {
+    fn new(
+        settings: Settings,
+        checkpoint: Checkpoint,
+        adapter: Option<AdapterFolder>,
+    ) -> Result<Self, Error> {
         let mut device = settings.device.device()?.autodiff();
         if settings.gradient_checkpointing {
             device = device.gradient_checkpointing();
         }
         settings.dtype.check(&device)?;
+        let task = task(&settings, &checkpoint, adapter.as_ref())?;
         let seed = settings.recipe.seed;
-        let task = match &settings.data {
-            Some(path) => {
-                let mut processor = processor(&checkpoint, None)?;
-                if let Some(size) = settings.image_size {
-                    processor = sized(processor, size, &checkpoint)?;
-                }
-                check_channels(&processor, &checkpoint)?;
-                Task::folder(path, processor, seed, settings.skip_corrupt)?
+        let cast = |model| precision::cast(model, settings.dtype);
+        if let Some(adapter) = adapter {
+            let named = Named::of(&adapter, &checkpoint, task)?;
+            let (pretrained, _) = with_head(&checkpoint, &named.task.classes, seed, &device)?;
+            let (base, _) = with_head(&checkpoint, &named.labels, seed, &device)?;
+            let mut prepared = adapter.attach(cast(base))?;
+            if named.is_other {
+                prepared.classifier = pretrained.classifier.clone();
             }
-            None => Task::digits(digits::NEW, seed),
-        };
-        // A run that ends after a few steps does not evaluate longer than it trains.
-        let recipe = &settings.recipe;
-        let evaluated = recipe.max_steps.map(|steps| steps * recipe.batch_size);
-        let task = Task {
-            valid: limited(&task.valid, evaluated),
-            test: limited(&task.test, evaluated),
-            ..task
+            return Ok(Self {
+                settings: settings.clone(),
+                checkpoint,
+                task: named.task,
+                pretrained: cast(pretrained),
+                prepared,
+                head: named.head,
+            });
+        }
+        let (model, origin) = with_head(&checkpoint, &task.classes, seed, &device)?;
+        let pretrained = cast(model);
+        let prepared = with_method(pretrained.clone(), &settings.method, seed)?;
+        let head = match origin {
+            HeadOrigin::Checkpoint => {
+                "the head is that of the model: the classes are the same".to_string()
+            }
+            HeadOrigin::Fresh { reason } => format!("the head starts afresh: {reason}"),
         };
         Ok(Self {
             settings: settings.clone(),
             checkpoint,
             task,
-            device,
+            pretrained,
+            prepared,
+            head,
         })
     }
 
@@ -166,50 +184,16 @@ impl Job {
         );
     }
 
-    /// The pretrained model with its head, in the precision that was chosen. The same seed gives every method the same
-    /// head.
-    fn pretrained(&self) -> Result<(Dinov2ForImageClassification, HeadOrigin), Error> {
-        self.device.seed(self.settings.recipe.seed);
-        let (model, origin) = self.checkpoint.load(&self.task.classes, &self.device)?;
-        // Burn draws the random numbers of a parameter when it is first read, so the head is read here, before a method
-        // draws numbers of its own.
-        model.classifier.weight.val();
-        model.classifier.bias.as_ref().map(Param::val);
-        Ok((precision::cast(model, self.settings.dtype), origin))
-    }
-
-    /// The model ready to train: with a new adapter, or with the one that it starts from.
-    fn prepared(&self) -> Result<(Dinov2ForImageClassification, HeadOrigin), Error> {
-        let (model, origin) = self.pretrained()?;
-        let model = match &self.settings.adapter {
-            Some(folder) => AdapterFolder::open(folder)?.attach(model)?,
-            None => self.settings.method.prepare(model)?,
-        };
-        Ok((model, origin))
-    }
-
     fn loaders(&self) -> Result<Loaders, Error> {
         let Settings {
             recipe,
             augment,
             workers,
-            skip_corrupt,
             ..
         } = &self.settings;
-        let train = Loader::new(
-            self.task.train.clone(),
-            self.task.processor.clone(),
-            LoaderSettings {
-                batch_size: recipe.batch_size,
-                shuffle_seed: Some(recipe.seed),
-                augment: *augment == Augment::Standard,
-                label_smoothing: recipe.label_smoothing,
-                workers: *workers,
-                skip_corrupt: *skip_corrupt,
-            },
-        )?;
+        let augment = *augment == Augment::Standard;
         Ok(Loaders {
-            train,
+            train: self.task.shuffled(recipe, augment, *workers)?,
             valid: self.plain(&self.task.valid)?,
         })
     }
@@ -217,6 +201,18 @@ impl Job {
     fn plain(&self, samples: &Arc<[Sample]>) -> Result<Loader, Error> {
         let batch = INFERENCE_BATCH.min(self.settings.recipe.part_size().max(8));
         Ok(self.task.plain(samples, batch, self.settings.workers)?)
+    }
+
+    /// The logits of a model in inference mode.
+    fn predict(
+        &self,
+        model: &Dinov2ForImageClassification,
+        samples: &Arc<[Sample]>,
+    ) -> Result<Predictions, Error> {
+        let images = self.plain(samples)?;
+        let predictions = predict(model, &images)?;
+        remark(&[], &images.newly_skipped());
+        Ok(predictions)
     }
 
     /// Computes a batch in as many parts as it needs to fit the memory, and says so.
@@ -242,39 +238,35 @@ impl Job {
         }
     }
 
-    /// Tries several learning rates in short runs, and takes the one with the lowest validation loss.
-    fn find_rate(&mut self, progress: Progress, interrupter: &Interrupter) -> Result<(), Error> {
+    /// Tries several learning rates in short runs, and takes the one with the lowest validation loss. Returns whether it
+    /// was not interrupted.
+    fn find_rate(&mut self, progress: Progress, interrupter: &Interrupter) -> Result<bool, Error> {
         let default = self.settings.recipe.learning_rate;
+        let progress = match progress {
+            Progress::Shown => Progress::Lines,
+            other => other,
+        };
         println!("looking for a learning rate: {TRIAL_EPOCHS} epochs each");
+        let rates = TRIED.map(|factor| factor * default);
         let mut best: Option<(f64, f64)> = None;
-        for rate in TRIED
-            .map(|factor| factor * default)
-            .into_iter()
-            .filter(|rate| *rate <= 1.0)
-        {
+        for rate in rates.into_iter().filter(|rate| *rate <= 1.0) {
             let recipe = Recipe {
                 epochs: TRIAL_EPOCHS.min(self.settings.recipe.epochs),
                 learning_rate: rate,
                 head_learning_rate: self.rate_of_head(rate),
                 ..self.settings.recipe.clone()
             };
-            let (model, _) = self.prepared()?;
             let trained = train(
-                model,
+                self.prepared.clone(),
                 &self.loaders()?,
                 &recipe,
                 None,
                 &format!("learning rate {rate:.1e}"),
-                match progress {
-                    Progress::Shown => Progress::Lines,
-                    other => other,
-                },
+                progress,
                 interrupter,
             )?;
             if trained.stopped {
-                return Err(Error::Settings(
-                    "stopped while looking for a learning rate".to_string(),
-                ));
+                return Ok(false);
             }
             let loss = trained.best.map_or(f64::INFINITY, |best| best.loss);
             println!("learning rate {rate:.1e}: validation loss {loss:.3}");
@@ -287,7 +279,7 @@ impl Job {
             self.settings.recipe.learning_rate = rate;
             self.settings.recipe.head_learning_rate = self.rate_of_head(rate);
         }
-        Ok(())
+        Ok(true)
     }
 
     /// The learning rate of the head beside one that is tried: its own, unless nothing else is trained.
@@ -305,14 +297,8 @@ impl Job {
         interrupter: &Interrupter,
     ) -> Result<ExitCode, Error> {
         let Settings { method, recipe, .. } = &self.settings;
-        let (mut model, origin) = self.prepared()?;
-        match &origin {
-            _ if self.settings.adapter.is_some() => println!("the head is that of the adapter"),
-            HeadOrigin::Checkpoint => {
-                println!("the head is that of the model: the classes are the same")
-            }
-            HeadOrigin::Fresh { reason } => println!("the head starts afresh: {reason}"),
-        }
+        let mut model = self.prepared.clone();
+        println!("{}", self.head);
         let sizes = summary(&model);
         println!("{method}: {sizes}");
         if let Some(note) = method.adjusted(&sizes) {
@@ -335,15 +321,18 @@ impl Job {
         {
             model = probe.put_into(model);
         }
+        let loaders = self.loaders()?;
         let trained = train(
             model,
-            &self.loaders()?,
+            &loaders,
             recipe,
             Some(&run.training()),
             &method.to_string(),
             progress,
             interrupter,
         )?;
+        remark(&[], &loaders.train.newly_skipped());
+        remark(&[], &loaders.valid.newly_skipped());
         if trained.stopped {
             return Ok(interrupted(run, trained.position.step));
         }
@@ -359,26 +348,34 @@ impl Job {
     /// Trains the linear probe on the features of the frozen backbone, which are computed once, and saves it. A run that
     /// goes on does not need it again, unless its head starts from there.
     fn probe(&self, run: &RunFolder) -> Result<Option<(Option<Probe>, ProbeScores)>, Error> {
-        if !self.settings.probe && !self.settings.warm_start {
+        let Settings {
+            method,
+            probe,
+            warm_start,
+            recipe,
+            ..
+        } = &self.settings;
+        // A run that trains the head alone is a probe itself.
+        let compared = *probe && *method != Method::Linear;
+        if !compared && !warm_start {
             return Ok(None);
         }
         let begun = run.training().checkpoints.newest()?.is_some();
-        if let Some(scores) = run
-            .probe_scores()?
-            .filter(|_| begun || !self.settings.warm_start)
-        {
+        if let Some(scores) = run.probe_scores()?.filter(|_| begun || !warm_start) {
             return Ok(Some((None, scores)));
         }
-        let (model, _) = self.pretrained()?;
-        let model = model.valid();
-        let limit = self.settings.recipe.max_steps;
-        let limit = limit.map(|steps| steps * self.settings.recipe.batch_size);
-        let known = limited(&self.task.train, limit);
-        let rows = |samples| features(&model, &self.plain(samples)?);
+        let model = self.pretrained.valid();
+        let known = limited(&self.task.train, recipe.images_at_most());
+        let rows = |samples| {
+            let images = self.plain(samples)?;
+            let rows = features(&model, &images)?;
+            remark(&[], &images.newly_skipped());
+            Ok::<_, Error>(rows)
+        };
         let (train, valid) = (rows(&known)?, rows(&self.task.valid)?);
         let test = rows(&self.task.test)?;
         let classes = self.task.classes.len();
-        let probe = Probe::train(&train, &valid, classes, self.settings.recipe.seed);
+        let probe = Probe::train(&train, &valid, classes, recipe.seed);
         let scores = ProbeScores {
             valid_loss: probe.valid.loss,
             valid_accuracy: probe.valid.accuracy,
@@ -419,8 +416,7 @@ impl Job {
             100.0 * best.accuracy,
         );
         let bytes = self.save(&trained.model, method, &run.adapter())?;
-        let test = self.plain(&self.task.test)?;
-        let predictions = predict(&trained.model.clone().materialize(), &test)?;
+        let predictions = self.predict(&trained.model.clone().materialize(), &self.task.test)?;
         self.write_predictions(&predictions, &run.predictions())?;
         if let Some(probe) = probe {
             println!(
@@ -499,7 +495,7 @@ impl Job {
         let Some(merged) = self.settings.method.merged(model.clone())? else {
             return Ok(());
         };
-        let merged = predict(&merged, &self.plain(&self.task.test)?)?;
+        let merged = self.predict(&merged, &self.task.test)?;
         let (ours, theirs) = (adapted.answers(), merged.answers());
         let differing = ours.iter().zip(&theirs).filter(|(a, b)| a != b).count();
         let numbers = adapted
@@ -521,6 +517,92 @@ impl Job {
             ours.len(),
         );
         Ok(())
+    }
+}
+
+/// The images of a run, prepared as the adapter that it starts from or else the model wants them.
+fn task(
+    settings: &Settings,
+    checkpoint: &Checkpoint,
+    adapter: Option<&AdapterFolder>,
+) -> Result<Task, Error> {
+    let Settings {
+        recipe,
+        data,
+        image_size,
+        skip_corrupt,
+        ..
+    } = settings;
+    let task = match data {
+        Some(path) => {
+            let mut processor =
+                processor(checkpoint, adapter.and_then(AdapterFolder::preprocessor))?;
+            if let Some(size) = image_size {
+                processor = sized(processor, *size, checkpoint)?;
+            }
+            check_channels(&processor, checkpoint)?;
+            Task::folder(path, processor, recipe.seed, *skip_corrupt)?
+        }
+        None => Task::digits(digits::NEW, recipe.seed),
+    };
+    // A run that ends after a few steps does not evaluate longer than it trains.
+    Ok(Task {
+        valid: limited(&task.valid, recipe.images_at_most()),
+        test: limited(&task.test, recipe.images_at_most()),
+        ..task
+    })
+}
+
+/// How the classes of an adapter and those of the images go together.
+struct Named {
+    /// The images, with their classes in the order of the adapter's head if it is used.
+    task: Task,
+    /// The classes of the adapter's head.
+    labels: Vec<String>,
+    /// Whether the adapter's head tells other classes apart, so that a new one is needed.
+    is_other: bool,
+    /// Where the head comes from, in a sentence.
+    head: String,
+}
+
+impl Named {
+    fn of(adapter: &AdapterFolder, checkpoint: &Checkpoint, task: Task) -> Result<Self, Error> {
+        if adapter.num_labels().is_none() {
+            return Ok(Self {
+                labels: task.classes.clone(),
+                task,
+                is_other: false,
+                head: "the adapter brings no head".to_string(),
+            });
+        }
+        let (labels, origin) = adapter.labels_for(checkpoint)?;
+        let nameless = origin == LabelOrigin::Numbered;
+        if nameless && labels.len() == task.classes.len() {
+            return Ok(Self {
+                labels,
+                task,
+                is_other: false,
+                head: "the head is that of the adapter, which names no classes; they are taken in the order of the folder"
+                    .to_string(),
+            });
+        }
+        Ok(match task.in_order(&labels) {
+            Some(task) => Self {
+                task,
+                labels,
+                is_other: false,
+                head: "the head is that of the adapter".to_string(),
+            },
+            None => Self {
+                head: format!(
+                    "the head starts afresh: that of the adapter tells apart {}",
+                    shortened(&labels)
+                ),
+                task,
+                labels,
+                is_other: true,
+            },
+        })
     }
 }
 

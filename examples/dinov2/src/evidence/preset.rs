@@ -107,7 +107,6 @@ impl Setting {
             weight_decay: 0.02,
             warm_up: 0.1,
             head_rate: None,
-            warm_start: false,
             label_smoothing: 0.0,
             augment: true,
             clip_norm: None,

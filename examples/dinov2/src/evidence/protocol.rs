@@ -72,8 +72,6 @@ pub struct Conditions {
     pub warm_up: f64,
     /// The learning rate of the head; that of the run if there is none.
     pub head_rate: Option<f64>,
-    /// Whether the head is trained alone first.
-    pub warm_start: bool,
     pub label_smoothing: f64,
     /// Whether training images are cropped and flipped at random.
     pub augment: bool,

@@ -338,7 +338,6 @@ fn conditions(protocol: &Protocol) -> String {
         weight_decay,
         warm_up,
         head_rate,
-        warm_start,
         label_smoothing,
         augment,
         clip_norm,
@@ -360,7 +359,6 @@ fn conditions(protocol: &Protocol) -> String {
         validation_images.map(|count| format!("at most {count} validation images")),
         max_steps.map(|steps| format!("at most {steps} steps")),
         head_rate.map(|rate| format!("learning rate of the head {rate:e}")),
-        warm_start.then(|| "head trained first".to_string()),
         (*label_smoothing > 0.0).then(|| format!("label smoothing {label_smoothing}")),
         clip_norm.map(|norm| format!("gradient clipped to norm {norm}")),
     ];

@@ -17,6 +17,7 @@ use super::decode::DecodeError;
 use super::folder::Skipped;
 use super::processor::Processor;
 use super::{Sample, Source};
+use crate::seeds::mix;
 
 /// How many batches are being decoded or wait beside the one that is taken: all that a loader holds in memory, whatever
 /// the size of the data set.
@@ -219,25 +220,13 @@ impl Loader {
     fn order(&self, epoch: usize) -> Vec<usize> {
         let mut order: Vec<usize> = self.range.clone().collect();
         if let Some(seed) = self.inner.settings.shuffle_seed {
-            order.shuffle(&mut StdRng::seed_from_u64(mix(seed, epoch, None)));
+            order.shuffle(&mut StdRng::seed_from_u64(mix(
+                seed,
+                &[epoch as u64, u64::MAX],
+            )));
         }
         order
     }
-}
-
-/// A seed for the order of an epoch, or for a sample in it: the finaliser of SplitMix64 over each number in turn.
-fn mix(seed: u64, epoch: usize, sample: Option<usize>) -> u64 {
-    [
-        epoch as u64,
-        sample.map_or(u64::MAX, |sample| sample as u64),
-    ]
-    .into_iter()
-    .fold(seed, |state, number| {
-        let mut z = (state ^ number).wrapping_add(0x9e37_79b9_7f4a_7c15);
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    })
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -255,7 +244,8 @@ impl Inner {
         epoch: usize,
         range: &Range<usize>,
     ) -> Result<Option<Prepared>, LoaderError> {
-        let seed = mix(self.settings.shuffle_seed.unwrap_or(0), epoch, Some(index));
+        let seed = self.settings.shuffle_seed.unwrap_or(0);
+        let seed = mix(seed, &[epoch as u64, index as u64]);
         let error = match self.try_one(index, seed) {
             Ok(values) => return Ok(Some((index, values))),
             Err(error) if !self.settings.skip_corrupt => return Err(error.into()),

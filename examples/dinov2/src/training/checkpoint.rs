@@ -208,11 +208,10 @@ impl Checkpoints {
     /// # Errors
     ///
     /// The folder cannot be created.
-    pub fn of_model(
-        &self,
-        model: &Dinov2ForImageClassification,
-    ) -> Result<AdapterCheckpointer, TrainError> {
-        AdapterCheckpointer::new(&self.folder, model).map_err(TrainError::Checkpoint)
+    pub fn of_model(&self, model: &Dinov2ForImageClassification) -> Result<OnDisk, TrainError> {
+        let checkpointer = AdapterCheckpointer::new(&self.folder, model);
+        let checkpointer = checkpointer.map_err(TrainError::Checkpoint)?;
+        Ok(OnDisk(Arc::new(checkpointer)))
     }
 
     /// The checkpointers of the optimizer and of the schedule.
@@ -298,6 +297,24 @@ impl Keep {
             kept.written.remove(old);
         });
         needless
+    }
+}
+
+/// The checkpoints of what is trained. Clones share the fingerprints of the base, which take a while to make.
+#[derive(Clone)]
+pub struct OnDisk(Arc<AdapterCheckpointer>);
+
+impl Checkpointer<ModuleRecord> for OnDisk {
+    fn save(&self, step: usize, record: ModuleRecord) -> Result<(), CheckpointerError> {
+        self.0.save(step, record)
+    }
+
+    fn delete(&self, step: usize) -> Result<(), CheckpointerError> {
+        self.0.delete(step)
+    }
+
+    fn restore(&self, step: usize) -> Result<ModuleRecord, CheckpointerError> {
+        self.0.restore(step)
     }
 }
 

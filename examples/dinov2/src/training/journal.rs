@@ -123,18 +123,25 @@ impl Journal {
     }
 }
 
-/// The entries of a journal. A last line that was cut off is left out.
+/// The entries of a journal. A last line that was cut off by a kill is left out.
 ///
 /// # Errors
 ///
-/// The file cannot be read.
+/// The file cannot be read, or another line is no entry.
 pub fn read(path: &Path) -> Result<Vec<Entry>, TrainError> {
     let text = fs::read_to_string(path).map_err(|source| TrainError::Read {
         path: path.to_path_buf(),
         source,
     })?;
-    let lines = text.lines().map(serde_json::from_str);
-    Ok(lines.map_while(Result::ok).collect())
+    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+    let entries = whole.lines().enumerate().map(|(index, line)| {
+        serde_json::from_str(line).map_err(|source| TrainError::Journal {
+            path: path.to_path_buf(),
+            line: index + 1,
+            source,
+        })
+    });
+    entries.collect()
 }
 
 fn line(entry: &Entry) -> Vec<u8> {
@@ -174,6 +181,18 @@ mod tests {
             found,
             (1..=4).map(|n| Entry::Step(step(n))).collect::<Vec<_>>()
         );
+    }
+
+    #[test]
+    fn a_line_that_is_no_entry_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("journal.jsonl");
+        let journal = Journal::resume(path.clone(), 0, 1).unwrap();
+        journal.step(&step(1)).unwrap();
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(&path, format!("{text}nonsense\n{text}")).unwrap();
+        let error = read(&path).unwrap_err().to_string();
+        assert!(error.contains("journal.jsonl, line 2"), "{error}");
     }
 
     #[test]

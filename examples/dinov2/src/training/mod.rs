@@ -61,6 +61,14 @@ pub enum TrainError {
         source: serde_json::Error,
     },
 
+    /// A line of the journal is not readable.
+    #[error("{path}, line {line}, is no entry of a journal: {source}", path = path.display())]
+    Journal {
+        path: PathBuf,
+        line: usize,
+        source: serde_json::Error,
+    },
+
     /// A checkpoint cannot be read or written.
     #[error("the checkpoint cannot be used: {0}")]
     Checkpoint(CheckpointerError),
@@ -197,13 +205,12 @@ pub fn train(
     .renderer(progress.renderer(interrupter.clone()))
     .num_epochs(recipe.epochs_needed(loaders.train.len()))
     .label(label);
-    training = match folder {
-        Some(folder) => {
+    training = match (folder, &on_disk) {
+        (Some(folder), Some(model)) => {
             let [optimizer, schedule] = folder.checkpoints.of_states();
-            let model = folder.checkpoints.of_model(&model)?;
-            training.with_custom_checkpointers(model, optimizer, schedule)
+            training.with_custom_checkpointers(model.clone(), optimizer, schedule)
         }
-        None => training.with_custom_checkpointers(memory.clone(), Discard, Discard),
+        _ => training.with_custom_checkpointers(memory.clone(), Discard, Discard),
     };
     drop(model);
     let result = training.launch(learner);

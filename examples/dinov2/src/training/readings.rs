@@ -4,14 +4,14 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use burn::module::Module;
-use burn::tensor::{ExecutionError, TensorReadError};
+use burn::tensor::{Device, ExecutionError, TensorReadError};
 use burn::train::metric::state::{FormatOptions, NumericMetricState};
 use burn::train::metric::{
     AccuracyInput, Adaptor, LossInput, Metric, MetricAttributes, MetricMetadata, MetricName,
     Numeric, NumericAttributes, NumericEntry, SerializedEntry,
 };
 use burn::train::{ClassificationOutput, ItemLazy};
-use burn_boft::diagnose;
+use burn_boft::Adapter;
 use peak_alloc::PeakAlloc;
 
 /// What a step tells the metrics.
@@ -34,9 +34,11 @@ pub struct Rotations {
 }
 
 impl Rotations {
-    /// Measures the rotations of a model, if it has any.
+    /// Measures the rotations of a model, if it has any. The hyperspherical energies, which cost more than an epoch of a
+    /// small data set, are left to the report.
     pub fn of<M: Module>(model: &M) -> Option<Self> {
-        let layers = diagnose(model).layers;
+        let adapter = Adapter::extract(model).ok()?;
+        let layers = adapter.measure(&Device::flex());
         layers
             .iter()
             .map(|layer| Self {

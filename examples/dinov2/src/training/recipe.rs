@@ -1,7 +1,5 @@
 //! How a model is trained: everything that is chosen and not measured.
 
-use serde::{Deserialize, Serialize};
-
 /// The numbers of a training run.
 ///
 /// | Name | Default | Purpose | Range |
@@ -18,13 +16,11 @@ use serde::{Deserialize, Serialize};
 /// | `label_smoothing` | 0 | share of the target that is spread over all classes | 0 to below 1 |
 /// | `patience` | none | epochs without a lower validation loss after which the run ends | 1 or more |
 /// | `seed` | 0 | fixes the split, the new head, the order of images, augmentation and dropout | |
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Recipe {
     pub epochs: usize,
     pub batch_size: usize,
     pub accumulate: usize,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_steps: Option<usize>,
     pub learning_rate: f64,
     pub head_learning_rate: f64,
@@ -32,7 +28,6 @@ pub struct Recipe {
     pub weight_decay: f64,
     pub clip_norm: f64,
     pub label_smoothing: f32,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub patience: Option<usize>,
     pub seed: u64,
 }
@@ -52,6 +47,11 @@ impl Recipe {
     /// The epochs that the run needs for its steps. The last one may be short.
     pub fn epochs_needed(&self, images: usize) -> usize {
         self.steps(images).div_ceil(self.steps_per_epoch(images))
+    }
+
+    /// The images that a step limit lets the run see at most. It does not evaluate on more.
+    pub fn images_at_most(&self) -> Option<usize> {
+        self.max_steps.map(|steps| steps * self.batch_size)
     }
 
     /// Images that pass through the model at a time.

@@ -23,6 +23,7 @@ use super::readings::{Rotations, StepOutput};
 use super::{Recipe, TrainError};
 use crate::images::{ImageBatch, Loader};
 use crate::model::Dinov2ForImageClassification;
+use crate::seeds::mix;
 
 type Model = Dinov2ForImageClassification;
 type Processor = SupervisedTrainingEventProcessor<Model>;
@@ -258,7 +259,8 @@ impl Run<'_> {
     fn step(&mut self, batch: ImageBatch) -> ClassificationOutput {
         let Steps { recipe, device, .. } = self.steps;
         let start = Instant::now();
-        device.seed(seed_of(recipe.seed, self.position.step));
+        // Dropout depends on the run's seed and the step alone.
+        device.seed(mix(recipe.seed, &[self.position.step as u64]));
         let model = self.learner.model();
         let images = batch.len();
         let mut sum = Accumulator::default();
@@ -433,12 +435,4 @@ fn measured(output: &ClassificationOutput) -> Tensor<1> {
 fn median(times: &mut [f64]) -> f64 {
     times.sort_by(f64::total_cmp);
     times.get(times.len() / 2).copied().unwrap_or(0.0)
-}
-
-/// The seed of dropout in one step: a function of the run's seed and the step alone, well mixed (SplitMix64).
-fn seed_of(seed: u64, step: usize) -> u64 {
-    let mut z = seed.wrapping_add((step as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }

@@ -150,21 +150,6 @@ enum Content {
     Model(Box<Checkpoint>),
 }
 
-/// What an adapter's folder holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AdapterKind {
-    /// Products of rotations.
-    Boft,
-    /// Rotations by blocks.
-    Oft,
-    /// Low-rank updates.
-    Lora,
-    /// The head of a linear probe.
-    Linear,
-    /// A whole model.
-    Full,
-}
-
 /// Where the names of the classes of an adapter come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LabelOrigin {
@@ -307,19 +292,6 @@ impl AdapterFolder {
                 labels.len(),
             ))),
             _ => Ok(Some(labels)),
-        }
-    }
-
-    /// What it holds, and so how it was trained.
-    pub fn kind(&self) -> AdapterKind {
-        match &self.content {
-            Content::Rotations(adapter) => match adapter.config() {
-                AdapterConfig::Oft(_) => AdapterKind::Oft,
-                _ => AdapterKind::Boft,
-            },
-            Content::Lora(_) => AdapterKind::Lora,
-            Content::Head { .. } => AdapterKind::Linear,
-            Content::Model(_) => AdapterKind::Full,
         }
     }
 

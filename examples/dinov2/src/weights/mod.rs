@@ -15,7 +15,7 @@ mod hub;
 mod lora;
 mod whole;
 
-pub use adapter::{AdapterFolder, AdapterKind, LabelOrigin, Saved, save};
+pub use adapter::{AdapterFolder, LabelOrigin, Saved, save};
 pub use checkpoint::{Checkpoint, HeadOrigin};
 pub use error::WeightsError;
 pub use export::{export_adapter, export_merged};

@@ -1,4 +1,4 @@
-//! What a run is to do: flags and a file of settings become one checked set, which is saved beside the run.
+//! The settings of a training run as a user gives them, by flags or in a file.
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,6 @@ use serde::{Deserialize, Serialize};
 use crate::device::{DeviceName, Precision};
 use crate::error::Error;
 use crate::method::Method;
-use crate::training::Recipe;
 
 /// The settings of a training run as a user gives them, by flags or in a TOML file with the same names. What is left out
 /// has a default.
@@ -201,66 +200,70 @@ pub enum Augment {
     Standard,
 }
 
-/// A checked set of settings, in which everything is chosen.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct Settings {
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub model: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub data: Option<PathBuf>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub adapter: Option<PathBuf>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub image_size: Option<usize>,
-    pub augment: Augment,
-    pub skip_corrupt: bool,
-    pub workers: usize,
-    pub warm_start: bool,
-    pub probe: bool,
-    pub checkpoint_every: usize,
-    pub device: DeviceName,
-    pub dtype: Precision,
-    pub gradient_checkpointing: bool,
-    pub method: Method,
-    pub recipe: Recipe,
-}
-
-/// What the defaults of a run depend on.
-#[derive(Clone, Debug)]
-pub struct Subject {
-    /// The width of the model's tokens.
-    pub width: usize,
-    /// Whether the images are photographs, and not the digits.
-    pub photographs: bool,
-    /// The method of the adapter that the run starts from.
-    pub adapter: Option<Method>,
-}
-
 impl Options {
-    /// Reads settings from a TOML file; flags take precedence over it.
+    /// Reads settings from a TOML file.
     ///
     /// # Errors
     ///
     /// The file cannot be read, or holds something else than settings.
-    pub fn over_file(&self, path: &Path) -> Result<Self, Error> {
-        let unusable = |reason: String| Error::SettingsFile {
-            path: path.to_path_buf(),
-            reason,
-        };
+    pub fn read(path: &Path) -> Result<Self, Error> {
         let text = std::fs::read_to_string(path).map_err(|source| Error::Path {
             path: path.to_path_buf(),
             source,
         })?;
-        let from_file: Self = toml::from_str(&text).map_err(|error| unusable(error.to_string()))?;
-        let table = |options: &Self| {
-            toml::Table::try_from(options).map_err(|error| unusable(error.to_string()))
+        toml::from_str(&text).map_err(|error| Error::SettingsFile {
+            path: path.to_path_buf(),
+            reason: error.to_string(),
+        })
+    }
+
+    /// These settings, and those of others where these say nothing.
+    ///
+    /// # Errors
+    ///
+    /// A number does not fit TOML, such as a seed above 2⁶³.
+    pub fn over(&self, others: &Self) -> Result<Self, Error> {
+        let mut merged = others.to_table()?;
+        merged.extend(self.to_table()?);
+        let merged = merged.try_into();
+        merged.map_err(|error: toml::de::Error| Error::Settings(error.to_string()))
+    }
+
+    /// The settings that are given, by name.
+    ///
+    /// # Errors
+    ///
+    /// A number does not fit TOML, such as a seed above 2⁶³.
+    pub fn to_table(&self) -> Result<toml::Table, Error> {
+        toml::Table::try_from(self).map_err(|error| Error::Settings(error.to_string()))
+    }
+
+    /// These settings with whole paths, which mean the same from every folder.
+    ///
+    /// # Errors
+    ///
+    /// A path is empty, or the current folder is unknown.
+    pub fn located(mut self) -> Result<Self, Error> {
+        let whole = |path: &Path| {
+            std::path::absolute(path).map_err(|source| Error::Path {
+                path: path.to_path_buf(),
+                source,
+            })
         };
-        let mut merged = table(&from_file)?;
-        merged.extend(table(self)?);
-        merged
-            .try_into()
-            .map_err(|error: toml::de::Error| unusable(error.to_string()))
+        for path in [&mut self.data, &mut self.adapter].into_iter().flatten() {
+            *path = whole(path)?;
+        }
+        // What is no folder is the name of a published model.
+        if let Some(model) = self
+            .model
+            .as_mut()
+            .filter(|model| Path::new(model).is_dir())
+        {
+            let path = whole(Path::new(model))?;
+            // A path that is not text cannot have been given as one.
+            *model = path.to_string_lossy().into_owned();
+        }
+        Ok(self)
     }
 
     /// Checks every setting against its range and against the others, before any file is opened.
@@ -324,11 +327,17 @@ impl Options {
                 self.find_rate != Some(true) || self.learning_rate.is_none(),
                 "--find-rate looks for a learning rate, so --learning-rate has no place beside it",
             ),
+            (
+                self.warm_start != Some(true) || self.adapter.is_none(),
+                "--warm-start brings the head of the probe, and --adapter brings its own; leave one of them out",
+            ),
         ];
         if let Some((_, complaint)) = checks.iter().find(|(holds, _)| !holds) {
             return Err(Error::Settings((*complaint).to_string()));
         }
-        self.check_method()?;
+        if self.method.is_some() || self.adapter.is_none() {
+            self.check_sizes(self.method.unwrap_or(MethodName::Boft))?;
+        }
         let half = self.dtype.is_some_and(|dtype| dtype != Precision::F32);
         let whole = [MethodName::Lora, MethodName::Full];
         if half && self.method.is_some_and(|name| whole.contains(&name)) {
@@ -354,13 +363,8 @@ impl Options {
         Ok(())
     }
 
-    /// Refuses settings of another method.
-    fn check_method(&self) -> Result<(), Error> {
-        // An adapter says by itself which method it is of.
-        if self.adapter.is_some() && self.method.is_none() {
-            return Ok(());
-        }
-        let name = self.method.unwrap_or(MethodName::Boft);
+    /// Refuses sizes that a method does not have.
+    fn check_sizes(&self, name: MethodName) -> Result<(), Error> {
         let boft = [MethodName::Boft];
         let rotations = [MethodName::Boft, MethodName::Oft];
         let rules: [(&str, bool, &[MethodName]); 5] = [
@@ -383,96 +387,70 @@ impl Options {
     }
 
     /// Images per optimizer step.
-    fn batch(&self) -> usize {
+    pub(super) fn batch(&self) -> usize {
         self.batch_size.unwrap_or(32)
     }
 
-    /// The method that is asked for.
+    /// The method that is asked for, which an adapter to start from decides where there is one.
     ///
     /// # Errors
     ///
-    /// The run starts from an adapter of another method, or is asked to give it other sizes.
-    fn method(&self, adapter: Option<&Method>) -> Result<Method, Error> {
+    /// The adapter holds another method, or other sizes than were asked for.
+    pub(super) fn method(&self, adapter: Option<&Method>) -> Result<Method, Error> {
         let Some(adapter) = adapter else {
             return Ok(self.method.unwrap_or(MethodName::Boft).with(self));
         };
-        if let Some(name) = self.method.filter(|name| !name.is(adapter)) {
-            return Err(Error::Settings(format!(
-                "--adapter holds {adapter}, so --method {} has no place beside it",
-                name.text()
-            )));
-        }
-        let sizes = [
-            ("--block-size", self.block_size.is_some()),
-            ("--factors", self.factors.is_some()),
-            ("--dropout", self.dropout.is_some()),
-            ("--neumann", self.neumann.is_some()),
-            ("--rank", self.rank.is_some()),
-        ];
-        match sizes.iter().find(|(_, given)| *given) {
-            Some((flag, _)) => Err(Error::Settings(format!(
-                "--adapter has its own sizes, so {flag} has no place beside it"
+        let of_adapter = Self::of(adapter);
+        let name = self.method.or(of_adapter.method);
+        let name = name.unwrap_or(MethodName::Boft);
+        self.check_sizes(name)?;
+        let sizes = Self {
+            block_size: self.block_size.or(of_adapter.block_size),
+            factors: self.factors.or(of_adapter.factors),
+            dropout: self.dropout.or(of_adapter.dropout),
+            neumann: self.neumann.or(of_adapter.neumann),
+            rank: self.rank.or(of_adapter.rank),
+            ..Self::default()
+        };
+        let asked = name.with(&sizes);
+        match asked == *adapter {
+            true => Ok(asked),
+            false => Err(Error::Settings(format!(
+                "--adapter holds {adapter}, so {asked} has no place beside it; leave its method and its sizes out"
             ))),
-            None => Ok(adapter.clone()),
         }
     }
 
-    /// Chooses what was left open.
-    ///
-    /// # Errors
-    ///
-    /// As [`check`](Self::check).
-    pub fn resolve(&self, subject: &Subject) -> Result<Settings, Error> {
-        self.check()?;
-        let method = self.method(subject.adapter.as_ref())?;
-        let rate = self
-            .learning_rate
-            .unwrap_or_else(|| method.learning_rate(subject.width));
-        let of_head = match method {
-            // It trains nothing but the head.
-            Method::Linear => rate,
-            _ => Method::Linear.learning_rate(subject.width),
-        };
-        let augment = match subject.photographs {
-            true => Augment::Standard,
-            false => Augment::None,
-        };
-        Ok(Settings {
-            model: self.model.clone(),
-            data: self.data.clone(),
-            adapter: self.adapter.clone(),
-            image_size: self.image_size,
-            augment: self.augment.unwrap_or(augment),
-            skip_corrupt: self.skip_corrupt.unwrap_or(false),
-            workers: self.workers.unwrap_or_else(processors),
-            warm_start: self.warm_start.unwrap_or(false),
-            probe: !self.no_probe.unwrap_or(false),
-            checkpoint_every: self.checkpoint_every.unwrap_or(100),
-            device: self.device.unwrap_or_default(),
-            dtype: self.dtype.unwrap_or_default(),
-            gradient_checkpointing: self.gradient_checkpointing.unwrap_or(false),
-            recipe: Recipe {
-                epochs: self.epochs.unwrap_or(20),
-                batch_size: self.batch(),
-                accumulate: self.accumulate.unwrap_or(1),
-                max_steps: self.max_steps,
-                learning_rate: rate,
-                head_learning_rate: self.head_learning_rate.unwrap_or(of_head),
-                warm_up: self.warm_up.unwrap_or(0.1),
-                weight_decay: self.weight_decay.unwrap_or(0.02),
-                clip_norm: self.clip_norm.unwrap_or(1.0),
-                label_smoothing: self.label_smoothing.unwrap_or(0.0),
-                patience: self.patience,
-                seed: self.seed.unwrap_or(0),
-            },
-            method,
-        })
+    /// The settings that stand for a method.
+    pub(super) fn of(method: &Method) -> Self {
+        let mut options = Self::default();
+        options.method = Some(match method {
+            Method::Linear => MethodName::Linear,
+            Method::Lora { rank } => {
+                options.rank = Some(*rank);
+                MethodName::Lora
+            }
+            Method::Oft { block_size, cayley } => {
+                options.block_size = Some(*block_size);
+                if let Cayley::Neumann { terms } = cayley {
+                    options.neumann = Some(*terms);
+                }
+                MethodName::Oft
+            }
+            Method::Boft {
+                block_size,
+                factors,
+                dropout,
+            } => {
+                options.block_size = Some(*block_size);
+                options.factors = Some(*factors);
+                options.dropout = Some(*dropout);
+                MethodName::Boft
+            }
+            Method::Full => MethodName::Full,
+        });
+        options
     }
-}
-
-/// How many threads this machine runs at once.
-pub fn processors() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 impl MethodName {
@@ -517,160 +495,5 @@ impl MethodName {
     fn text(self) -> String {
         self.to_possible_value()
             .map_or_else(String::new, |value| value.get_name().to_string())
-    }
-}
-
-impl Settings {
-    /// Reads the settings that a run has saved.
-    ///
-    /// # Errors
-    ///
-    /// The file cannot be read, or holds something else.
-    pub fn load(path: &Path) -> Result<Self, Error> {
-        let text = std::fs::read_to_string(path).map_err(|source| Error::Path {
-            path: path.to_path_buf(),
-            source,
-        })?;
-        toml::from_str(&text).map_err(|error| Error::SettingsFile {
-            path: path.to_path_buf(),
-            reason: error.to_string(),
-        })
-    }
-
-    /// The settings as a TOML file.
-    ///
-    /// # Errors
-    ///
-    /// A number does not fit TOML, such as a seed above 2⁶³.
-    pub fn to_toml(&self) -> Result<String, Error> {
-        toml::to_string(self).map_err(|error| Error::Settings(error.to_string()))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use clap::{CommandFactory, Parser};
-
-    use super::*;
-    use crate::cli::{Cli, Command};
-
-    const DIGITS: Subject = Subject {
-        width: 64,
-        photographs: false,
-        adapter: None,
-    };
-
-    fn options(flags: &str) -> Options {
-        let flags = ["dinov2"].into_iter().chain(flags.split_whitespace());
-        match Cli::try_parse_from(flags).unwrap().chosen() {
-            Command::Train(train) => train.options,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn settings(flags: &str) -> Settings {
-        options(flags).resolve(&DIGITS).unwrap()
-    }
-
-    #[test]
-    fn the_help_states_the_defaults_of_the_code() {
-        let mut command = Cli::command();
-        let train = command.find_subcommand_mut("train").unwrap();
-        let help = train.render_long_help().to_string();
-        let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
-        let Settings { method, recipe, .. } = settings("");
-        let Method::Boft {
-            block_size,
-            factors,
-            dropout,
-        } = method
-        else {
-            panic!("{method:?}");
-        };
-        let Method::Oft {
-            block_size: of_oft, ..
-        } = settings("--method oft").method
-        else {
-            panic!("no OFT");
-        };
-        let Method::Lora { rank } = settings("--method lora").method else {
-            panic!("no LoRA");
-        };
-        let Recipe {
-            epochs,
-            batch_size,
-            warm_up,
-            weight_decay,
-            clip_norm,
-            label_smoothing,
-            seed,
-            ..
-        } = recipe;
-        let every = settings("").checkpoint_every;
-        for stated in [
-            "all methods [default: boft]".to_string(),
-            format!("rotated block [default: {block_size} for boft, {of_oft} for oft]"),
-            format!("factors of boft [default: {factors}]"),
-            format!("leaves unrotated [default: {dropout}]"),
-            format!("Rank of lora [default: {rank},"),
-            format!("training images [default: {epochs}]"),
-            format!("optimizer step [default: {batch_size}]"),
-            format!("to its peak [default: {warm_up}]"),
-            format!("norms have none [default: {weight_decay}]"),
-            format!("no limit [default: {clip_norm}]"),
-            format!("over all classes [default: {label_smoothing}]"),
-            format!("and of dropout [default: {seed}]"),
-            format!("0 for none [default: {every}]"),
-        ] {
-            assert!(help.contains(&stated), "{stated}: {help}");
-        }
-    }
-
-    #[test]
-    fn settings_survive_the_way_through_their_file() {
-        for flags in [
-            "",
-            "--method oft --neumann 5 --block-size 16 --patience 3",
-            "--method lora --rank 8 --max-steps 7 --learning-rate 0.000123456789",
-            "--method full --dtype f32 --gradient-checkpointing --warm-start --no-probe",
-        ] {
-            let settings = settings(flags);
-            let text = settings.to_toml().unwrap();
-            assert_eq!(
-                toml::from_str::<Settings>(&text).unwrap(),
-                settings,
-                "{text}"
-            );
-        }
-    }
-
-    #[test]
-    fn the_head_learns_at_the_same_rate_whatever_the_method() {
-        let rate = |flags| settings(flags).recipe.head_learning_rate;
-        assert_eq!(rate("--method full"), rate("--method boft"));
-        assert_eq!(rate("--method boft --learning-rate 1e-5"), rate(""));
-        assert_eq!(rate("--method linear --learning-rate 1e-5"), 1e-5);
-        assert_eq!(rate("--head-learning-rate 0.5"), 0.5);
-    }
-
-    #[test]
-    fn an_adapter_brings_its_method_and_its_sizes() {
-        let subject = Subject {
-            adapter: Some(Method::oft(16)),
-            ..DIGITS
-        };
-        let resolved = |flags| options(flags).resolve(&subject);
-        assert_eq!(resolved("").unwrap().method, Method::oft(16));
-        assert_eq!(resolved("--method oft").unwrap().method, Method::oft(16));
-        let refused = |flags| resolved(flags).unwrap_err().to_string();
-        assert!(refused("--method boft").contains("OFT b=16"));
-        assert!(refused("--block-size 8").contains("--block-size"));
-    }
-
-    #[test]
-    fn a_switch_can_be_turned_off_again() {
-        assert_eq!(options("--skip-corrupt").skip_corrupt, Some(true));
-        assert_eq!(options("--skip-corrupt=false").skip_corrupt, Some(false));
-        assert_eq!(options("").skip_corrupt, None);
     }
 }

@@ -1,0 +1,187 @@
+//! Layers and parameters that a user writes.
+
+use burn::module::{Module, ModuleDisplay, Param};
+use burn::nn;
+use burn::tensor::{DType, Tensor};
+use burn_boft::{AdapterConfig, BoftConfig, LayerKind, OftConfig};
+
+use crate::check::{Verdict, adapted, boft, device, error, flat, oft, refused};
+use crate::common::models::{linear, rows};
+use crate::table::Check;
+
+pub const CHECKS: &[Check] = &[
+    (
+        "A struct of your own called Linear, laid out as Burn's",
+        a_twin,
+    ),
+    (
+        "A struct of your own called Linear, laid out in another way",
+        an_impostor,
+    ),
+    (
+        "A struct of your own called Linear, with other fields",
+        || refused_as_a_target(gain()),
+    ),
+    ("A struct of your own under another name", || {
+        refused(Projection::new().scaled)
+    }),
+    (
+        "A struct of your own under another name, declared by with_layer_kind",
+        a_declared_layer,
+    ),
+    (
+        "A parameter that no layer owns, by its path",
+        a_bare_parameter,
+    ),
+    (
+        "A list of parameters, one of them by its path",
+        parameters_in_a_list,
+    ),
+    ("The weight of a layer, by its path", || {
+        let model = crate::check::Beside::new(nn::LayerNormConfig::new(16).init(&device()));
+        Verdict::Refused(error(&model, &boft(), ["linear.weight"]))
+    }),
+    ("The bias of a layer, by its path", || {
+        let model = crate::check::Beside::new(nn::LayerNormConfig::new(16).init(&device()));
+        Verdict::Refused(error(&model, &boft(), ["linear.bias"]))
+    }),
+];
+
+fn parameter<const D: usize>(shape: [usize; D], seed: u64) -> Param<Tensor<D>> {
+    Param::from_tensor(rows(shape, seed, &device()))
+}
+
+mod twin {
+    use super::*;
+
+    /// Another crate's linear layer, which multiplies as Burn's does.
+    #[derive(Module, Debug)]
+    pub struct Linear {
+        pub weight: Param<Tensor<2>>,
+        pub bias: Option<Param<Tensor<1>>>,
+        pub name: String,
+    }
+}
+
+fn a_twin() -> Verdict {
+    let base = twin::Linear {
+        weight: parameter([16, 10], 1),
+        bias: Some(parameter([10], 2)),
+        name: "constants are no fields of a traversal".to_string(),
+    };
+    adapted(base, &[boft(), oft()], |layer| {
+        let output = rows([7, 16], 3, &device()).matmul(layer.weight.val());
+        vec![flat(
+            output + layer.bias.as_ref().unwrap().val().unsqueeze::<2>(),
+        )]
+    })
+}
+
+/// `[d_output, d_input]` as in PyTorch: the length of the bias tells.
+fn an_impostor() -> Verdict {
+    refused_as_a_target(twin::Linear {
+        weight: parameter([10, 16], 1),
+        bias: Some(parameter([10], 2)),
+        name: String::new(),
+    })
+}
+
+mod with_gain {
+    use super::*;
+
+    #[derive(Module, Debug)]
+    pub struct Linear {
+        pub weight: Param<Tensor<2>>,
+        pub gain: Param<Tensor<1>>,
+    }
+}
+
+fn gain() -> with_gain::Linear {
+    with_gain::Linear {
+        weight: parameter([16, 10], 1),
+        gain: parameter([10], 2),
+    }
+}
+
+/// A layer that looks like one of Burn's is refused even where only a pattern selects it, since passing over it would
+/// leave out a layer that the pattern means.
+fn refused_as_a_target<T: Module + ModuleDisplay>(layer: T) -> Verdict {
+    let model = crate::check::Beside::new(layer);
+    let texts = [boft(), oft()].map(|config| error(&model, &config, ["layer", "linear"]));
+    assert_eq!(texts[0], texts[1]);
+    let by_pattern = burn_boft::inject(model, boft()).unwrap_err();
+    assert_eq!(by_pattern.to_string(), texts[0]);
+    Verdict::Refused(texts[0].clone())
+}
+
+#[derive(Module, Debug)]
+struct Scaled {
+    weight: Param<Tensor<2>>,
+    temperature: Param<Tensor<1>>,
+}
+
+#[derive(Module, Debug)]
+struct Projection {
+    scaled: Scaled,
+    linear: nn::Linear,
+}
+
+impl Projection {
+    fn new() -> Self {
+        Self {
+            scaled: Scaled {
+                weight: parameter([16, 24], 1),
+                temperature: parameter([24], 2),
+            },
+            linear: linear([24, 10], 3, DType::F32, &device()),
+        }
+    }
+
+    fn forward(&self, input: Tensor<2>) -> Tensor<2> {
+        let hidden = input.matmul(self.scaled.weight.val());
+        let temperature = self.scaled.temperature.val().unsqueeze::<2>();
+        self.linear.forward(hidden * temperature)
+    }
+}
+
+fn a_declared_layer() -> Verdict {
+    let declared: [AdapterConfig; 2] = [
+        BoftConfig::new()
+            .with_block_size(4)
+            .with_n_butterfly_factor(2)
+            .with_target_modules(".*")
+            .with_layer_kind("Scaled", LayerKind::Linear)
+            .into(),
+        OftConfig::new()
+            .with_block_size(4)
+            .with_target_modules(".*")
+            .with_layer_kind("scaled", LayerKind::Linear)
+            .into(),
+    ];
+    adapted(Projection::new(), &declared, |model| {
+        vec![flat(model.forward(rows([7, 16], 4, &device())))]
+    })
+}
+
+#[derive(Module, Debug)]
+struct Bare {
+    projection: Param<Tensor<2>>,
+    heads: Vec<Param<Tensor<2>>>,
+    linear: nn::Linear,
+}
+
+fn bare() -> Bare {
+    Bare {
+        projection: parameter([16, 24], 1),
+        heads: vec![parameter([16, 24], 2), parameter([16, 24], 3)],
+        linear: linear([24, 10], 4, DType::F32, &device()),
+    }
+}
+
+fn a_bare_parameter() -> Verdict {
+    Verdict::Refused(error(&bare(), &boft(), ["projection", "linear"]))
+}
+
+fn parameters_in_a_list() -> Verdict {
+    Verdict::Refused(error(&bare(), &boft(), ["heads.1", "linear"]))
+}

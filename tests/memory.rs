@@ -1,0 +1,132 @@
+//! What adapters cost in memory: many of them on one base, and training on a quantized base.
+
+mod common;
+
+use std::sync::Mutex;
+
+use burn::module::{Module, ParamGroup, Quantizer};
+use burn::tensor::quantization::{Calibration, QuantValue};
+use burn::tensor::{Device, Tensor};
+use burn_boft::{
+    Adapter, BoftAdapter, BoftConfig, BoftLinear, BoftLinearConfig, Init, inject, summary,
+};
+use common::host;
+use common::models::rows;
+use peak_alloc::PeakAlloc;
+
+#[global_allocator]
+static MEMORY: PeakAlloc = PeakAlloc;
+
+/// Memory is counted for the whole process, so one test measures at a time.
+static MEASURING: Mutex<()> = Mutex::new(());
+
+const ADAPTERS: usize = 100;
+const WIDTHS: [usize; 3] = [256, 384, 128];
+
+#[derive(Module, Debug)]
+struct Model {
+    layers: Vec<BoftLinear>,
+}
+
+impl Model {
+    fn new(device: &Device) -> Self {
+        let layers = WIDTHS.windows(2).map(|pair| {
+            let layer = BoftLinearConfig::new(pair[0], pair[1]).init(device);
+            // Burn draws the random numbers of a parameter when it is first read.
+            layer.weight.val();
+            layer
+        });
+        Self {
+            layers: layers.collect(),
+        }
+    }
+
+    fn forward(&self, input: Tensor<2>) -> Tensor<2> {
+        let layers = self.layers.iter();
+        layers.fold(input, |input, layer| layer.forward(input))
+    }
+}
+
+fn config(seed: u64) -> BoftConfig {
+    BoftConfig::new()
+        .with_n_butterfly_factor(2)
+        .with_init(Init::Random { seed })
+        .with_target_modules("all-linear")
+}
+
+fn bytes(model: &Model) -> usize {
+    4 * summary(model).total
+}
+
+#[test]
+fn adapters_on_clones_share_the_base_and_serve_threads_at_once() {
+    let _measuring = MEASURING.lock();
+    let device = Device::flex();
+    let base = Model::new(&device);
+    let adapted = |seed| inject(base.clone(), config(seed)).unwrap();
+    // The first one brings whatever is allocated once.
+    let adapters: Vec<_> = (0..=ADAPTERS as u64)
+        .map(|seed| Adapter::extract(&adapted(seed)).unwrap())
+        .collect();
+    let attach = |adapter: &Adapter| adapter.attach(base.clone()).unwrap();
+    drop(attach(&adapters[0]));
+
+    let before = MEMORY.current_usage();
+    let models: Vec<_> = adapters[1..].iter().map(attach).collect();
+    let each = (MEMORY.current_usage() - before) / ADAPTERS;
+    let own = bytes(&models[0]) - bytes(&base);
+    println!(
+        "{each} bytes for an adapter of {own} on a base of {}",
+        bytes(&base)
+    );
+    assert!(each >= own && each < own + 16_000, "{each} for {own}");
+    assert!(each < bytes(&base) / 10);
+
+    let input = rows([7, WIDTHS[0]], 4, &device);
+    let expected: Vec<_> = models
+        .iter()
+        .map(|model| host(model.forward(input.clone())))
+        .collect();
+    assert_ne!(expected[0], expected[1]);
+    let served: Vec<_> = std::thread::scope(|scope| {
+        let serve = |model: &Model| host(model.forward(input.clone()));
+        let threads: Vec<_> = models
+            .chunks(ADAPTERS / 10)
+            .map(|models| scope.spawn(move || models.iter().map(serve).collect::<Vec<_>>()))
+            .collect();
+        let served = threads.into_iter().map(|thread| thread.join().unwrap());
+        served.flatten().collect()
+    });
+    assert_eq!(served, expected);
+}
+
+/// Between its two passes, a training step keeps what the backward pass reads. Of a packed weight it must not keep the
+/// floats.
+#[test]
+fn a_step_keeps_packed_weights_packed() {
+    let _measuring = MEASURING.lock();
+    let device = Device::flex().autodiff();
+    let scheme = device.settings().quantization.scheme;
+    let weights = ParamGroup::from_predicate(".weight");
+    let packed = |scheme| {
+        let mut quantizer = Quantizer::new(Calibration::MinMax, scheme);
+        Model::new(&device).quantize_weights_group(&mut quantizer, weights.clone())
+    };
+    let model = inject(packed(scheme.with_value(QuantValue::Q8S)), config(7)).unwrap();
+    let floats = 4 * WIDTHS
+        .windows(2)
+        .map(|pair| pair[0] * pair[1])
+        .sum::<usize>();
+    let input = rows([5, WIDTHS[0]], 4, &device);
+    let loss = |input| model.forward(input).square().mean();
+    drop(loss(input.clone()).backward());
+
+    let before = MEMORY.current_usage();
+    let output = loss(input);
+    let kept = MEMORY.current_usage().saturating_sub(before);
+    println!("{kept} bytes are kept, of weights with {floats} bytes as floats");
+    assert!(kept < floats / 4, "{kept} bytes are kept");
+    let gradients = output.backward();
+    let skew = model.layers[0].weight.reparameterization::<BoftAdapter>();
+    assert!(skew.unwrap().skew().grad(&gradients).is_some());
+}

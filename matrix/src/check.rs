@@ -75,7 +75,8 @@ const LEARNING_RATE: f64 = 1e-2;
 /// Fails with a message if a condition does not hold.
 macro_rules! ensure {
     ($condition:expr, $($message:tt)+) => {
-        if !$condition {
+        let holds: bool = $condition;
+        if !holds {
             return Err(format!($($message)+).into());
         }
     };

@@ -86,7 +86,7 @@ fn an_embedding_is_saved_and_loaded_beside_a_linear_layer() {
     let swapped = Adapter::from_parts(oft(), swapped.collect(), Vec::new()).unwrap();
     assert_eq!(
         swapped.attach(base).unwrap_err().to_string(),
-        "the adapter of `layer` is for a linear layer or a convolution, the model has an embedding\n\
-         the adapter of `linear` is for an embedding, the model has a linear layer"
+        "wrong: the adapter of `layer` is for a linear layer or a convolution, the model has an embedding\n\
+         wrong: the adapter of `linear` is for an embedding, the model has a linear layer"
     );
 }

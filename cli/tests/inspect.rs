@@ -47,9 +47,16 @@ fn json_holds_the_same_with_all_digits() {
         // What the file holds for its layers, permutations left out.
         let file = read(&case.adapter.join("adapter_model.safetensors"));
         let is_adapter = |key: &str| {
-            ["boft_R", "boft_s", "oft_R.weight", "oft_r", "oft_s"]
-                .iter()
-                .any(|end| key.ends_with(end))
+            [
+                "boft_R",
+                "boft_s",
+                "oft_R.weight",
+                "oft_embedding_R.weight",
+                "oft_r",
+                "oft_s",
+            ]
+            .iter()
+            .any(|end| key.ends_with(end))
         };
         let numbers: usize = file
             .iter()

@@ -260,11 +260,10 @@ fn staged(path: &Path, content: &[u8]) -> io::Result<tempfile::NamedTempFile> {
 /// Makes renames in a folder last, where the system can say so: on Unix. Elsewhere a crash of the system, not of the
 /// process, may undo the last renames.
 fn sync(folder: &Path) -> io::Result<()> {
-    #[cfg(unix)]
-    File::open(folder)?.sync_all()?;
-    #[cfg(not(unix))]
-    let _ = (folder, File::open);
-    Ok(())
+    match cfg!(unix) {
+        true => File::open(folder)?.sync_all(),
+        false => Ok(()),
+    }
 }
 
 #[cfg(test)]

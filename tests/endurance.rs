@@ -2,9 +2,7 @@
 
 mod common;
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use burn::module::Module;
 use burn::nn;
@@ -13,29 +11,10 @@ use burn::tensor::{DType, Device, Tensor, activation};
 use burn_boft::{BoftConfig, BoftLinear, Init, OftConfig, diagnose, inject};
 use common::kernel_devices;
 use common::models::{linear, rows};
-
-/// Counts the bytes that the program holds, and the most that it held.
-struct Counting;
-
-static LIVE: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
+use peak_alloc::PeakAlloc;
 
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-// SAFETY: every call goes to the system's allocator as it is.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let live = LIVE.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
-        PEAK.fetch_max(live, Ordering::Relaxed);
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        LIVE.fetch_sub(layout.size(), Ordering::Relaxed);
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
+static MEMORY: PeakAlloc = PeakAlloc;
 
 const KIB: f64 = 1024.0;
 
@@ -93,24 +72,21 @@ fn train(model: Network, device: &Device, steps: usize, rate: f64) -> Outcome {
     let mut model = model;
     let mut optimizer = AdamWConfig::new().with_weight_decay(0.0).init();
     let (mut defect, mut live, mut peak) = (0.0f64, [0; 2], [0; 2]);
-    PEAK.store(0, Ordering::Relaxed);
+    MEMORY.reset_peak_usage();
     for step in 1..=steps {
         let error = model.forward(input.clone()) - targets.clone();
         let gradients = GradientsParams::from_grads(error.square().mean().backward(), &model);
         model = optimizer.step(rate, model, gradients);
-        if step == FIRST || step == steps {
-            let index = usize::from(step == steps);
-            live[index] = LIVE.load(Ordering::Relaxed);
-            peak[index] = PEAK.swap(0, Ordering::Relaxed);
-        }
         if step.is_multiple_of(FIRST) {
-            // Measuring needs memory of its own.
-            let before = PEAK.load(Ordering::Relaxed);
+            let index = usize::from(step > FIRST);
+            live[index] = MEMORY.current_usage();
+            peak[index] = peak[index].max(MEMORY.peak_usage());
             for layer in diagnose(&model).layers {
                 defect = defect.max(layer.orthogonality_defect);
                 assert!(layer.orthogonality_defect.is_finite(), "{layer:?}");
             }
-            PEAK.store(before, Ordering::Relaxed);
+            // Measuring needed memory of its own.
+            MEMORY.reset_peak_usage();
         }
     }
     let layers = diagnose(&model).layers;

@@ -4,9 +4,9 @@ use std::collections::{HashMap, HashSet};
 
 use burn::backend::DispatchTensor;
 use burn::module::Module;
-use burn::tensor::DType;
 
 use super::walk::{Edit, Numbers, Path, rewrite, walk};
+use crate::ops::is_quantized;
 use crate::rotation::named;
 
 /// Why [`merge`] refuses a model.
@@ -161,7 +161,7 @@ pub fn project<M: Module>(model: M) -> M {
         .filter(|(_, _, rotation)| rotation.is_bounded());
     let projected = bounded.filter_map(|(_, attached, rotation)| {
         let (path, skew) = attached.part("skew")?;
-        if matches!(skew.dtype(), DType::QFloat(_)) {
+        if is_quantized(skew.dtype()) {
             return None;
         }
         let projected = rotation.project(skew.tensor());

@@ -7,12 +7,12 @@ use std::collections::{HashMap, HashSet};
 use std::fmt::{self, Display, Formatter};
 
 use burn::module::Module;
-use burn::tensor::DType;
 
 use super::candidates::{Unsupported, verdicts};
 use super::misfit::{InjectError, Misfit, nearest};
 use super::walk::{Parameter, Walk, walk};
 use crate::config::{AdapterConfig, LayerKind, Selection, TargetModules};
+use crate::ops::is_quantized;
 use crate::rotation::{ButterflyPlan, Method, Rotation};
 use crate::select::{Decision, Selector, endings};
 
@@ -336,8 +336,7 @@ pub(crate) fn trained<'a>(
 pub(crate) fn quantized<'a>(
     trained: impl Iterator<Item = &'a Parameter>,
 ) -> impl Iterator<Item = Misfit> {
-    let quantized =
-        trained.filter(|parameter| matches!(parameter.stored.dtype(), DType::QFloat(_)));
+    let quantized = trained.filter(|parameter| is_quantized(parameter.stored.dtype()));
     quantized.map(|parameter| Misfit::Quantized {
         path: parameter.path().to_string(),
     })

@@ -1,11 +1,11 @@
 //! The blocks of a rotation, and what is computed with them.
 
 use burn::backend::Dispatch;
-use burn::tensor::{DType, FloatDType, Tensor};
+use burn::tensor::{FloatDType, Tensor};
 
 use super::backend::{BoftBackend, is_listed};
 use super::butterfly::{Direction, Side};
-use super::precision::widen;
+use super::precision::{is_quantized, widen};
 use super::route::Route;
 use super::{butterfly, cayley, linear};
 
@@ -373,7 +373,7 @@ impl Blocks {
 /// - bias: `[o]`
 /// - result: `[rows, o]`
 fn product(input: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
-    let is_packed = matches!(weight.dtype(), DType::QFloat(_));
+    let is_packed = is_quantized(weight.dtype());
     match is_packed && is_listed(input.device().as_dispatch()) {
         true => {
             let (input, weight) = (input.into_dispatch(), weight.into_dispatch());

@@ -61,4 +61,4 @@ pub use linear::Channels;
 pub use route::{Base, Pass, Route, route};
 
 pub(crate) use cayley::{neumann_016_coefficients, neumann_coefficients, upper_triangle};
-pub(crate) use precision::{dequantized, widen, widened};
+pub(crate) use precision::{dequantized, is_quantized, widen, widened};

@@ -16,11 +16,16 @@ pub(crate) fn widen<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
     }
 }
 
+/// Whether a tensor of this precision is packed, so that neither a gradient nor an optimizer can change it.
+pub(crate) fn is_quantized(dtype: DType) -> bool {
+    matches!(dtype, DType::QFloat(_))
+}
+
 /// The numbers themselves of a quantized tensor. Any other tensor stays as it is.
 pub(crate) fn dequantized<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
-    match tensor.dtype() {
-        DType::QFloat(_) => tensor.dequantize(),
-        _ => tensor,
+    match is_quantized(tensor.dtype()) {
+        true => tensor.dequantize(),
+        false => tensor,
     }
 }
 

@@ -2,6 +2,8 @@
 
 use burn::tensor::{DType, Device};
 
+use super::precision::is_quantized;
+
 /// How a linear layer with a rotation is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Route {
@@ -43,9 +45,9 @@ pub enum Base {
 impl Base {
     /// How a weight of this precision is stored.
     pub fn of(dtype: DType) -> Self {
-        match dtype {
-            DType::QFloat(_) => Self::Quantized,
-            _ => Self::Float,
+        match is_quantized(dtype) {
+            true => Self::Quantized,
+            false => Self::Float,
         }
     }
 }

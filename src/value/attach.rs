@@ -6,7 +6,7 @@
 use std::collections::{HashMap, HashSet};
 
 use burn::module::{Module, Reparameterization};
-use burn::tensor::{DType, TensorData};
+use burn::tensor::TensorData;
 
 use super::Adapter;
 use super::keymap::{KeyMap, KeyMapError, join};
@@ -19,6 +19,7 @@ use crate::model::{
     InjectError, Misfit, Placement, Unsupported, Walk, nearest, quantized, trained, unload,
     verdicts, walk,
 };
+use crate::ops::is_quantized;
 use crate::rotation::{Method, Rotation, Values};
 use crate::select::{Decision, Selector};
 use crate::tensors::transposed;
@@ -241,7 +242,7 @@ impl Adapter {
                 false => Some(tensor.data.clone()),
             };
             match data {
-                _ if matches!(dtype, DType::QFloat(_)) => {
+                _ if is_quantized(dtype) => {
                     let path = path.to_string();
                     fit.unusable(Wrong::Quantized { path: path.clone() }, path);
                 }

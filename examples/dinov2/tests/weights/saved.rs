@@ -1,10 +1,12 @@
 //! What is saved here.
 
 use std::fs;
+use std::path::Path;
 
 use burn::module::Module;
 use burn_boft::Transformers;
 use dinov2::method::Method;
+use dinov2::model::Dinov2ForImageClassification;
 use dinov2::weights::{
     AdapterFolder, Checkpoint, HeadOrigin, LabelOrigin, Saved, export_adapter, export_merged, save,
 };
@@ -76,15 +78,7 @@ fn a_fully_trained_model_is_a_model() {
     let model = trained(&Method::Full, &checkpoint, &["b", "a"], &device);
     let folder = tempfile::tempdir().unwrap();
     let labels = strings(&["b", "a"]);
-    let saved = Saved {
-        model: &model,
-        method: &Method::Full,
-        checkpoint: &checkpoint,
-        labels: &labels,
-        preprocessor: &json!({}),
-        names: Transformers::V5,
-    };
-    save(&saved, folder.path()).unwrap();
+    write(&model, &Method::Full, &checkpoint, &labels, folder.path());
 
     let checkpoint = open_path(folder.path()).unwrap();
     assert_eq!(checkpoint.labels().unwrap(), ["b", "a"]);
@@ -206,15 +200,7 @@ fn a_probe_has_no_layout_of_peft() {
     let model = trained(&Method::Linear, &checkpoint, &["b", "a"], &device());
     let (labels, place) = (strings(&["b", "a"]), tempfile::tempdir().unwrap());
     let folder = place.path().join("probe");
-    let saved = Saved {
-        model: &model,
-        method: &Method::Linear,
-        checkpoint: &checkpoint,
-        labels: &labels,
-        preprocessor: &json!({}),
-        names: Transformers::V5,
-    };
-    save(&saved, &folder).unwrap();
+    write(&model, &Method::Linear, &checkpoint, &labels, &folder);
     let adapter = AdapterFolder::open(&folder).unwrap();
     let target = place.path().join("peft");
     complains(
@@ -266,4 +252,23 @@ fn names_of_classes_must_fit_the_head() {
         fs::write(folder.path().join("classes.json"), text).unwrap();
         complains(AdapterFolder::open(folder.path()), &["classes.json", why]);
     }
+}
+
+/// Saves what was trained, with the names of the classes and nothing else beside it.
+fn write(
+    model: &Dinov2ForImageClassification,
+    method: &Method,
+    checkpoint: &Checkpoint,
+    labels: &[String],
+    folder: &Path,
+) {
+    let saved = Saved {
+        model,
+        method,
+        checkpoint,
+        labels,
+        preprocessor: &json!({}),
+        names: Transformers::V5,
+    };
+    save(&saved, folder).unwrap();
 }

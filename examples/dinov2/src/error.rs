@@ -4,6 +4,7 @@ use burn_boft::model::{InjectError, MergeError};
 use thiserror::Error;
 
 use crate::evidence::EvidenceError;
+use crate::files::in_words;
 use crate::images::{FolderError, LoaderError, ProcessorError};
 use crate::report::ReportError;
 use crate::scores::ScoresError;
@@ -26,7 +27,7 @@ pub enum Error {
     SettingsFile { path: PathBuf, reason: String },
 
     /// A folder or a file that does not exist or cannot be used.
-    #[error("{path}: {source}", path = path.display())]
+    #[error("{path}: {}", in_words(source), path = path.display())]
     Path {
         path: PathBuf,
         source: std::io::Error,

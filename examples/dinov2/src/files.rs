@@ -46,6 +46,20 @@ pub fn put(file: NamedTempFile, path: &Path) -> io::Result<std::fs::File> {
     Ok(file)
 }
 
+/// What the system says, in lower case and without its number.
+pub fn in_words(error: &io::Error) -> String {
+    let text = error.to_string();
+    let text = match text.rfind(" (os error") {
+        Some(end) => &text[..end],
+        None => &text,
+    };
+    let mut letters = text.chars();
+    match letters.next() {
+        Some(first) => first.to_lowercase().chain(letters).collect(),
+        None => String::new(),
+    }
+}
+
 fn folder_of(path: &Path) -> &Path {
     match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,

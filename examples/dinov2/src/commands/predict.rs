@@ -94,7 +94,8 @@ pub fn run(request: &Predict) -> Result<ExitCode, Error> {
         return Err(Error::Settings(text.to_string()));
     }
     if failed > 0 {
-        eprintln!("error: {failed} images could not be read");
+        let images = if failed == 1 { "image" } else { "images" };
+        eprintln!("error: {failed} {images} could not be read");
         return Ok(ExitCode::from(CORRUPT));
     }
     Ok(ExitCode::SUCCESS)

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use super::Run;
+use crate::files::in_words;
 
 /// What can go wrong with a protocol, a results file or a plot.
 #[derive(Debug, Error)]
@@ -13,7 +14,7 @@ pub enum EvidenceError {
     Protocol { name: String, reason: String },
 
     /// A results file that cannot be opened, read or written.
-    #[error("{path}: {source}", path = path.display())]
+    #[error("{path}: {}", in_words(source), path = path.display())]
     File { path: PathBuf, source: io::Error },
 
     /// Another process appends to the same results file.

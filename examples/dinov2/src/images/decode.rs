@@ -13,6 +13,7 @@ use thiserror::Error;
 
 use super::jpeg;
 use super::pixels::Pixels;
+use crate::files::in_words;
 
 /// The most that one decoded image may take, in bytes: 178 million RGB pixels.
 pub(super) const LARGEST: u64 = 512 << 20;
@@ -21,7 +22,7 @@ pub(super) const LARGEST: u64 = 512 << 20;
 #[derive(Debug, Error)]
 pub enum DecodeError {
     /// The file does not exist or may not be read.
-    #[error("{path}: {source}", path = path.display())]
+    #[error("{path}: {}", in_words(source), path = path.display())]
     Read {
         path: PathBuf,
         source: std::io::Error,

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use super::folder::Skipped;
+use crate::files::in_words;
 
 /// How many entries of each kind a message lists.
 const LISTED: usize = 10;
@@ -14,7 +15,7 @@ const LISTED: usize = 10;
 #[derive(Debug, Error)]
 pub enum FolderError {
     /// A folder or a file that does not exist or may not be read.
-    #[error("{path}: {source}", path = path.display())]
+    #[error("{path}: {}", in_words(source), path = path.display())]
     Read {
         path: PathBuf,
         source: std::io::Error,

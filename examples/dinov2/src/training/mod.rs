@@ -34,6 +34,7 @@ use readings::{Angle, Defect, Gauge, PeakMemory, Speed};
 pub use recipe::Recipe;
 use steps::{End, Files, Steps};
 
+use crate::files::in_words;
 use crate::images::{Loader, LoaderError};
 use crate::model::Dinov2ForImageClassification;
 
@@ -41,14 +42,14 @@ use crate::model::Dinov2ForImageClassification;
 #[derive(Debug, Error)]
 pub enum TrainError {
     /// A file of the run cannot be read.
-    #[error("{path}: {source}", path = path.display())]
+    #[error("{path}: {}", in_words(source), path = path.display())]
     Read {
         path: PathBuf,
         source: std::io::Error,
     },
 
     /// A file of the run cannot be written.
-    #[error("cannot write {path}: {source}", path = path.display())]
+    #[error("cannot write {path}: {}", in_words(source), path = path.display())]
     Write {
         path: PathBuf,
         source: std::io::Error,

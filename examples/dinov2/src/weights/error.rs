@@ -7,6 +7,8 @@ use burn_boft::peft::{LoadError, SaveError};
 use burn_boft::value::{AttachError, ExtractError, KeyMapError};
 use thiserror::Error;
 
+use crate::files::in_words;
+
 /// How many names a message lists before it counts the rest.
 const LISTED: usize = 4;
 
@@ -15,7 +17,7 @@ const LISTED: usize = 4;
 #[non_exhaustive]
 pub enum WeightsError {
     /// A file or a folder that cannot be read.
-    #[error("{} cannot be read: {}", path.display(), reason(source))]
+    #[error("{} cannot be read: {}", path.display(), in_words(source))]
     Read {
         /// The file or folder.
         path: PathBuf,
@@ -24,7 +26,7 @@ pub enum WeightsError {
     },
 
     /// A file or a folder that cannot be written.
-    #[error("{} cannot be written: {}", path.display(), reason(source))]
+    #[error("{} cannot be written: {}", path.display(), in_words(source))]
     Write {
         /// The file or folder.
         path: PathBuf,
@@ -359,20 +361,6 @@ pub(super) fn unwritable(path: &Path) -> impl FnOnce(io::Error) -> WeightsError 
     move |source| WeightsError::Write { path, source }
 }
 
-/// What the system says, in lower case and without its number.
-fn reason(error: &io::Error) -> String {
-    let text = error.to_string();
-    let text = match text.rfind(" (os error") {
-        Some(end) => &text[..end],
-        None => &text,
-    };
-    let mut letters = text.chars();
-    match letters.next() {
-        Some(first) => first.to_lowercase().chain(letters).collect(),
-        None => String::new(),
-    }
-}
-
 /// The first names, and how many more there are.
 fn listed(names: &[String]) -> String {
     let shown = names[..names.len().min(LISTED)].join(", ");
@@ -402,8 +390,8 @@ mod tests {
     #[test]
     fn a_reason_has_no_number_of_the_system() {
         let error = io::Error::from_raw_os_error(2);
-        assert_eq!(reason(&error), "no such file or directory");
-        assert_eq!(reason(&io::Error::other("Broken")), "broken");
+        assert_eq!(in_words(&error), "no such file or directory");
+        assert_eq!(in_words(&io::Error::other("Broken")), "broken");
     }
 
     #[test]

@@ -36,6 +36,7 @@ pub fn complaint(arguments: &[&str]) -> String {
     let stderr = String::from_utf8(output.stderr).expect("messages are text");
     assert_eq!(output.status.code(), Some(2), "{arguments:?}: {stderr}");
     assert_eq!(stderr.lines().count(), 1, "{arguments:?}: {stderr}");
+    assert!(!stderr.contains("os error"), "{arguments:?}: {stderr}");
     stderr
 }
 

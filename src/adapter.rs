@@ -1,7 +1,7 @@
 //! [`BoftAdapter`]: the module that is attached to a weight, and how it tells traversals what it computes.
 
 use burn::module::{
-    Flag, Module, ModuleMapper, ModuleVisitor, Param, Reparameterization, Reparameterizer,
+    Flag, Module, ModuleMapper, ModuleVisitor, Param, ParamId, Reparameterization, Reparameterizer,
 };
 use burn::tensor::{DType, Device, Distribution, FloatDType, Tensor};
 
@@ -72,6 +72,21 @@ impl BoftAdapter {
             skew,
             scale,
             training: Param::from_bool(true),
+        }
+    }
+
+    /// An adapter that shares these tensors. Blocks are dropped if `drops` says so.
+    pub(crate) fn of_parts(
+        rotation: Rotation,
+        skew: Tensor<3>,
+        scale: Option<Tensor<1>>,
+        drops: bool,
+    ) -> Self {
+        Self {
+            rotation,
+            skew: Param::initialized(ParamId::new(), skew),
+            scale: scale.map(|scale| Param::initialized(ParamId::new(), scale)),
+            training: Param::from_bool(drops),
         }
     }
 

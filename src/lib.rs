@@ -91,7 +91,8 @@ pub use linear::{Linear as BoftLinear, LinearConfig as BoftLinearConfig};
 #[cfg(feature = "train")]
 pub use model::AdapterCheckpointer;
 pub use model::{
-    candidates, diagnose, inject, merge, merge_quantized, plan, project, summary, unload,
+    candidates, diagnose, inject, merge, merge_quantized, plan, project, rotate_once, summary,
+    unload,
 };
 pub use rotation::{ButterflyPlan, RotationError};
 pub use select::PatternError;

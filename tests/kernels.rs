@@ -416,21 +416,3 @@ fn flex_gives_the_same_numbers_on_any_count_of_threads() {
         }
     }
 }
-
-/// A test that names the adapter cannot pass on another one: run with `--nocapture` to see it.
-#[cfg(feature = "wgpu")]
-#[test]
-fn the_gpu_adapter_has_a_name() {
-    let identity = common::wgpu()
-        .identity()
-        .expect("an adapter has an identity");
-    println!("kernels run on the adapter: {}", identity.name);
-    assert!(!identity.name.is_empty());
-    if let Ok(expected) = std::env::var("EXPECT_ADAPTER") {
-        assert!(
-            identity.name.contains(&expected),
-            "expected {expected}, found {}",
-            identity.name
-        );
-    }
-}

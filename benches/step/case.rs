@@ -5,7 +5,7 @@ use clap::ValueEnum;
 use dinov2::model::Dinov2Model;
 
 use crate::method::{Method, Step};
-use crate::network::{self, Convolutions, Network, Projection};
+use crate::network::{self, Convolutions, Network, Projection, Recurrent};
 
 /// A model and an input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -26,6 +26,11 @@ pub enum Case {
     Decode,
     /// Four 3×3 convolutions, 4 feature maps of 64 channels and 56².
     Conv,
+    /// An LSTM of width 256, 16 sequences of 64 tokens.
+    Lstm,
+    /// The same, with every weight rotated once for the whole forward pass.
+    #[value(name = "lstm-rotate-once")]
+    LstmRotateOnce,
 }
 
 impl Case {
@@ -39,7 +44,8 @@ impl Case {
     pub fn methods(self) -> Vec<Method> {
         match self {
             Self::Decode => Method::inference(),
-            _ => Method::training(self != Self::Conv),
+            Self::Conv | Self::Lstm | Self::LstmRotateOnce => Method::training(false),
+            _ => Method::training(true),
         }
     }
 
@@ -58,6 +64,10 @@ impl Case {
             let model = Projection::new(WIDTH, &device);
             Loaded::new(model, [1, 1, tokens, WIDTH], &device)
         };
+        let recurrent = |once| {
+            let model = Recurrent::new(256, once, &device);
+            Loaded::new(model, [1, 16, 64, 256], &device)
+        };
         match self {
             Self::Dinov2S => {
                 let model: Dinov2Model = network::dinov2_s(&device);
@@ -69,6 +79,8 @@ impl Case {
             Self::LlmLinear512 => projection(512),
             Self::LlmLinear8192 => projection(8192),
             Self::Decode => projection(1),
+            Self::Lstm => recurrent(false),
+            Self::LstmRotateOnce => recurrent(true),
             Self::Conv => Loaded::new(Convolutions::new(&device), [4, 64, 56, 56], &device),
         }
     }

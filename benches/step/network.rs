@@ -1,11 +1,11 @@
 //! What a step computes: the models of the cases, and their inputs.
 
 use burn::module::{Module, ModuleVisitor, Param};
-use burn::nn::PaddingConfig2d;
 use burn::nn::conv::{Conv2d, Conv2dConfig};
+use burn::nn::{Lstm, LstmConfig, PaddingConfig2d};
 use burn::tensor::activation::relu;
 use burn::tensor::{Device, Distribution, Tensor};
-use burn_boft::{BoftLinear, BoftLinearConfig};
+use burn_boft::{BoftLinear, BoftLinearConfig, rotate_once};
 use dinov2::model::{Dinov2Config, Dinov2Model};
 
 /// A model under test.
@@ -92,6 +92,34 @@ impl Network for Convolutions {
         self.conv
             .iter()
             .fold(input, |input, conv| relu(conv.forward(input)))
+    }
+}
+
+/// An LSTM as Burn has it, whose gates are plain linear layers.
+#[derive(Module, Debug)]
+pub struct Recurrent {
+    lstm: Lstm,
+    /// Whether a forward pass begins with rotating every weight.
+    once: bool,
+}
+
+impl Recurrent {
+    pub fn new(width: usize, once: bool, device: &Device) -> Self {
+        let lstm = LstmConfig::new(width, width, true).init(device);
+        Self { lstm, once }
+    }
+}
+
+impl Network for Recurrent {
+    const TARGETS: &'static [&'static str] = &["input_transform", "hidden_transform"];
+
+    fn forward(&self, sequences: Tensor<4>, tracked: bool) -> Tensor<4> {
+        let input = track(sequences, tracked).squeeze_dim(0);
+        let (output, _) = match self.once {
+            true => rotate_once(&self.lstm).forward(input, None),
+            false => self.lstm.forward(input, None),
+        };
+        output.unsqueeze()
     }
 }
 

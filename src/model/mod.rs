@@ -1,8 +1,8 @@
 //! The verbs on a model, with their results and their errors.
 //!
 //! [`candidates`](candidates()) and [`plan`](plan()) look at a model before anything happens to it. [`inject`](inject()) attaches
-//! adapters. [`merge`](merge()), [`merge_quantized`] and [`unload`] end with a plain model again, [`project`] keeps COFT within its radius, and
-//! [`summary`] and [`diagnose`] report about an adapted model. All of them work on any Burn module and need to know
+//! adapters. [`merge`](merge()), [`merge_quantized`] and [`unload`] end with a plain model again, [`project`] keeps COFT within its radius,
+//! [`rotate_once`] spares recurrent layers a rotation in every time step, and [`summary`] and [`diagnose`] report about an adapted model. All of them work on any Burn module and need to know
 //! nothing of its type.
 
 mod candidates;
@@ -11,6 +11,7 @@ mod checkpoint;
 mod inject;
 mod merge;
 mod misfit;
+mod once;
 mod plan;
 mod report;
 mod requantize;
@@ -23,6 +24,7 @@ pub use candidates::{Candidate, Candidates, OtherParameter, Unsupported, candida
 pub use inject::inject;
 pub use merge::{MergeError, merge, project, unload};
 pub use misfit::{InjectError, Misfit};
+pub use once::rotate_once;
 pub use plan::{InjectPlan, LayerPlan, plan};
 pub use report::{Diagnosis, LayerDiagnosis, LayerSummary, Summary, diagnose, summary};
 pub use requantize::{LayerRequantization, Requantization, merge_quantized};

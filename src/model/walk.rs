@@ -182,12 +182,27 @@ pub(crate) struct Attached {
     pub(crate) rotation: Option<Rotation>,
     /// Its own parameters, with their full paths.
     pub(crate) parts: Vec<(String, Stored)>,
+    /// Whether it drops blocks, as it does in training.
+    drops: bool,
 }
 
 impl Attached {
     /// The skew, as it is stored.
     pub(crate) fn skew(&self) -> Option<&Stored> {
         self.part("skew").map(|(_, stored)| stored)
+    }
+
+    /// The adapter itself, put together again from what the traversal showed of it. Its tensors are shared.
+    pub(crate) fn adapter(&self, rotation: &Rotation) -> Option<BoftAdapter> {
+        let (_, skew) = self.part("skew")?;
+        let scale = self.part("scale").map(|(_, scale)| scale.tensor());
+        let rotation = rotation.clone();
+        Some(BoftAdapter::of_parts(
+            rotation,
+            skew.tensor(),
+            scale,
+            self.drops,
+        ))
     }
 
     /// One of its own parameters by name, with its path.
@@ -244,6 +259,11 @@ impl Stored {
         self.0.base()
     }
 
+    /// What an adapter makes of the stored tensor. It is part of the graph of the adapter's numbers.
+    pub(crate) fn rotated(&self, adapter: &BoftAdapter) -> DispatchTensor {
+        self.0.rotated(adapter)
+    }
+
     /// Whether it holds neither NaN nor infinity. It is computed on the device of the tensor, and one number is read
     /// back.
     pub(crate) fn is_finite(&self) -> bool {
@@ -264,6 +284,7 @@ trait AnyParam {
     fn is_autodiff(&self) -> bool;
     fn is_trainable(&self) -> bool;
     fn base(&self) -> DispatchTensor;
+    fn rotated(&self, adapter: &BoftAdapter) -> DispatchTensor;
     fn is_finite(&self) -> bool;
     fn data(&self) -> TensorData;
 }
@@ -295,6 +316,10 @@ impl<const D: usize> AnyParam for Param<Tensor<D>> {
 
     fn base(&self) -> DispatchTensor {
         Param::base(self).into_dispatch()
+    }
+
+    fn rotated(&self, adapter: &BoftAdapter) -> DispatchTensor {
+        adapter.apply(Param::base(self)).into_dispatch()
     }
 
     fn is_finite(&self) -> bool {
@@ -446,6 +471,7 @@ impl ModuleVisitor for Walker {
                     name: name.to_string(),
                     rotation: None,
                     parts: Vec::new(),
+                    drops: false,
                 });
             }
         } else if in_reparameterization
@@ -464,6 +490,15 @@ impl ModuleVisitor for Walker {
 
     fn exit_module(&mut self, _: &str, _: &str) {
         self.path.exit();
+    }
+
+    fn visit_flag(&mut self, flag: &Param<Flag>) {
+        if self.path.in_reparameterization()
+            && let Some(parameter) = self.walk.parameters.last_mut()
+            && let Some(attached) = &mut parameter.attached
+        {
+            attached.drops = flag.is_enabled();
+        }
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
@@ -503,6 +538,8 @@ pub(crate) enum Numbers {
     Data(TensorData),
     /// A tensor of the same rank, which is shared and not copied.
     Tensor(DispatchTensor),
+    /// A tensor of the same rank that was computed from other parameters, and whose gradient goes on to them.
+    Computed(DispatchTensor),
 }
 
 /// Changes every parameter as `edit` says for its path, and sets every flag for which `switch` has a value.
@@ -548,7 +585,14 @@ impl<E: FnMut(&Path) -> Edit, S: FnMut(&Path) -> Option<bool>> ModuleMapper for 
             adapter,
         } = (self.edit)(&self.path);
         let param = match numbers {
-            Some(numbers) => param.map(|old| replace(old, numbers)),
+            // Burn's `map` would make a leaf of it.
+            Some(Numbers::Computed(tensor)) => {
+                Param::initialized(param.id, Tensor::from_dispatch(tensor))
+            }
+            Some(Numbers::Tensor(tensor)) => {
+                param.map(|old| leaf_like(&old, Tensor::from_dispatch(tensor)))
+            }
+            Some(Numbers::Data(data)) => param.map(|old| leaf_like(&old, stored_like(&old, data))),
             None => param,
         };
         let param = match trainable {
@@ -571,26 +615,16 @@ impl<E: FnMut(&Path) -> Edit, S: FnMut(&Path) -> Option<bool>> ModuleMapper for 
     }
 }
 
-/// A tensor of the new numbers that takes the place of the old one, and is trained if the old one was.
-///
-/// # Numerics
-///
-/// Numbers from the host are rounded to the precision of the old tensor. A tensor keeps its own.
-///
-/// # Panics
-///
-/// If the rank is another one.
-fn replace<const D: usize>(old: Tensor<D>, numbers: Numbers) -> Tensor<D> {
-    let require_grad = old.is_require_grad();
-    let new = match numbers {
-        Numbers::Data(data) => {
-            let (device, dtype) = (old.device(), old.dtype());
-            device.memory_persistent_allocations(data, |data| {
-                Tensor::from_data(data.convert_dtype(dtype), (&device as &Device, dtype))
-            })
-        }
-        Numbers::Tensor(tensor) => Tensor::from_dispatch(tensor),
-    };
+/// Numbers from the host in the precision and on the device of a tensor.
+fn stored_like<const D: usize>(old: &Tensor<D>, data: TensorData) -> Tensor<D> {
+    let (device, dtype) = (old.device(), old.dtype());
+    device.memory_persistent_allocations(data, |data| {
+        Tensor::from_data(data.convert_dtype(dtype), (&device as &Device, dtype))
+    })
+}
+
+/// A tensor that takes the place of an old one, and is trained if the old one was.
+fn leaf_like<const D: usize>(old: &Tensor<D>, new: Tensor<D>) -> Tensor<D> {
     // A detached tensor still requires a gradient if it did before, so the flag is set after detaching.
-    new.detach().set_require_grad(require_grad)
+    new.detach().set_require_grad(old.is_require_grad())
 }

@@ -1,10 +1,13 @@
 //! The dense oracle: `R` as a product of literal `P·B·Pᵀ` matrices on the host, in f64.
 #![allow(dead_code)] // Each test binary uses its part.
 
+pub mod by_hand;
 pub mod models;
 pub mod peft;
 pub mod training;
 
+#[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
+use burn::tensor::DeviceKind;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
 /// A row-major matrix in f64.
@@ -247,24 +250,32 @@ pub fn assert_close(what: &str, actual: &[f64], expected: &[f64], tolerance: f64
     );
 }
 
-/// The CPU backends, by name.
+/// The CPU backends, by name; or the one that the environment chooses with `BURN_DEVICE`.
+///
+/// Burn panics if `BURN_DEVICE` names a backend that this build does not have.
 #[allow(deprecated)] // Burn 0.22 deprecates ndarray and still ships it.
 pub fn devices() -> Vec<(&'static str, Device)> {
-    vec![("flex", Device::flex()), ("ndarray", Device::ndarray())]
+    match std::env::var("BURN_DEVICE") {
+        Ok(name) => vec![(name.to_lowercase().leak(), Device::default())],
+        Err(_) => vec![("flex", Device::flex()), ("ndarray", Device::ndarray())],
+    }
 }
 
-/// Every backend of this build, by name: those that the kernels are tested on.
+/// Every backend of this build, by name: those that the kernels are tested on. `BURN_DEVICE` chooses one of them.
 pub fn kernel_devices() -> Vec<(&'static str, Device)> {
-    let devices = devices();
-    #[cfg(feature = "wgpu")]
-    let devices = [devices, vec![("wgpu", wgpu())]].concat();
-    #[cfg(feature = "cuda")]
-    let devices = [devices, vec![("cuda", Device::cuda(0))]].concat();
+    #[allow(unused_mut)] // Without a GPU backend the list is complete.
+    let mut devices = devices();
+    if std::env::var("BURN_DEVICE").is_err() {
+        #[cfg(feature = "wgpu")]
+        devices.push(("wgpu", Device::wgpu(DeviceKind::DefaultDevice)));
+        #[cfg(feature = "vulkan")]
+        devices.push(("vulkan", Device::vulkan(DeviceKind::DefaultDevice)));
+        #[cfg(feature = "metal")]
+        devices.push(("metal", Device::metal(DeviceKind::DefaultDevice)));
+        #[cfg(feature = "cuda")]
+        devices.push(("cuda", Device::cuda(0)));
+        #[cfg(feature = "rocm")]
+        devices.push(("rocm", Device::rocm(0)));
+    }
     devices
-}
-
-/// The best adapter of any graphics API, a software adapter included.
-#[cfg(feature = "wgpu")]
-pub fn wgpu() -> Device {
-    Device::wgpu(burn::tensor::DeviceKind::DefaultDevice)
 }

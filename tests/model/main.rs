@@ -12,6 +12,7 @@ mod errors;
 mod layers;
 mod lifecycle;
 mod many_layers;
+mod once;
 mod oracle;
 mod peft_numbers;
 mod precision;

@@ -1,14 +1,33 @@
 //! The operations as nodes of the graph.
 
+use std::marker::PhantomData;
+
 use burn::backend::autodiff::{
     Autodiff, NodeId,
-    checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+    checkpoint::{
+        base::Checkpointer, retro_forward::RetroForward, state::BackwardStates,
+        strategy::CheckpointStrategy,
+    },
     grads::Gradients,
     ops::{Backward, Ops, OpsKind},
 };
 use burn::backend::tensor::FloatTensor;
 
 use super::TransformerBackend;
+
+/// Computes GELU once more in the backward pass.
+#[derive(Debug)]
+struct GeluAgain<B> {
+    input: NodeId,
+    backend: PhantomData<B>,
+}
+
+impl<B: TransformerBackend> RetroForward for GeluAgain<B> {
+    fn forward(&self, states: &mut BackwardStates, output: NodeId) {
+        let input = states.get_state::<FloatTensor<B>>(&self.input);
+        states.save(output, B::fused_gelu(input));
+    }
+}
 
 impl<B: TransformerBackend, C: CheckpointStrategy> TransformerBackend for Autodiff<B, C> {
     fn fused_gelu(input: FloatTensor<Self>) -> FloatTensor<Self> {
@@ -35,7 +54,17 @@ impl<B: TransformerBackend, C: CheckpointStrategy> TransformerBackend for Autodi
         }
 
         let output = B::fused_gelu(input.primitive().clone());
-        match Gelu.prepare::<C>([input.node()]).compute_bound().stateful() {
+        // Under gradient checkpointing the output, the widest tensor of a block, is computed again and not kept.
+        match Gelu
+            .prepare::<C>([input.node()])
+            .memory_bound()
+            .retro_forward(GeluAgain::<B> {
+                input: input.id(),
+                backend: PhantomData,
+            })
+            .parents([&input])
+            .stateful()
+        {
             OpsKind::Tracked(mut prep) => {
                 let state = prep.checkpoint(&input);
                 prep.finish(state, output)

@@ -5,6 +5,7 @@ use burn::module::{
 };
 use burn::tensor::{DType, Device, Distribution, FloatDType, Tensor};
 
+use crate::cached::CachedBlocks;
 use crate::config::LayerKind;
 use crate::ops::{self, Base, Blocks, Direction, Pass, Side};
 use crate::rotation::{ButterflyPlan, Rotation, Values};
@@ -47,6 +48,8 @@ pub struct BoftAdapter {
     scale: Option<Param<Tensor<1>>>,
     /// Whether multiplicative dropout is on. Burn changes it with `valid()`, `train()` and `freeze()`.
     training: Param<Flag>,
+    /// The blocks, on a device without autodiff.
+    cached: CachedBlocks,
 }
 
 impl BoftAdapter {
@@ -72,6 +75,7 @@ impl BoftAdapter {
             skew,
             scale,
             training: Param::from_bool(true),
+            cached: CachedBlocks::default(),
         }
     }
 
@@ -87,6 +91,7 @@ impl BoftAdapter {
             skew: Param::initialized(ParamId::new(), skew),
             scale: scale.map(|scale| Param::initialized(ParamId::new(), scale)),
             training: Param::from_bool(drops),
+            cached: CachedBlocks::default(),
         }
     }
 
@@ -116,8 +121,12 @@ impl BoftAdapter {
 
     /// The blocks as a forward pass uses them: in training, multiplicative dropout replaces some by the identity.
     ///
-    /// Each call draws other blocks. After `valid()`, and on a device without autodiff, nothing is dropped.
+    /// Each call draws other blocks. After `valid()`, and on a device without autodiff, nothing is dropped; the blocks are
+    /// then computed once and composed, a block for each span.
     pub fn training_blocks(&self) -> Blocks {
+        if !self.skew.device().is_autodiff() {
+            return self.cached.get(|| self.blocks().composed());
+        }
         let blocks = self.blocks();
         match self.dropped_blocks() {
             Some(mask) => blocks.replace_by_identity(mask),
@@ -372,6 +381,7 @@ mod tests {
                 "float of 3 axes",
                 "enter scale of Struct:BoftAdapter",
                 "enter training of Struct:BoftAdapter",
+                "enter cached of Struct:BoftAdapter",
             ]
         );
         assert_eq!(seen.rotations, [rotation]);

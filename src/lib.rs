@@ -72,6 +72,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod adapter;
+mod cached;
 mod config;
 mod linear;
 pub mod model;

@@ -9,6 +9,9 @@ use super::precision::{is_quantized, widen};
 use super::route::Route;
 use super::{butterfly, cayley, linear};
 
+/// The longest span that [`Blocks::composed`] makes one block of. Longer ones take fewer multiplications factor by factor.
+const LARGEST_COMPOSED: usize = 64;
+
 /// The blocks of a rotation `R = F_{m−1} ··· F_1 · F_0`, a `[m, n, b, b]` tensor.
 ///
 /// Factor `F_i` multiplies each of its `n` blocks by the `b` numbers that the block couples: two halves of `b/2`
@@ -130,6 +133,32 @@ impl Blocks {
         assert_eq!(n, 1, "share: {n} blocks per factor, where one is shared");
         Self {
             values: self.values.expand([m, block_num, b, b]),
+            ..self
+        }
+    }
+
+    /// The same rotation as one factor, with a block for each span. Spans of more than 64 numbers stay factors.
+    ///
+    /// Every product with the rotation multiplies the factors out first, so it pays to do so once for blocks that are used
+    /// many times and not trained. A block is then a whole span: `2^(m−1)/m` times as many numbers.
+    ///
+    /// # Numerics
+    ///
+    /// On the CPU the factors are multiplied in f64 and rounded once, here as in every product, so that products with the
+    /// result have the same bits.
+    pub fn composed(self) -> Self {
+        let [m, n, b, _] = self.values.dims();
+        self.assert_rotates("composed", n * b);
+        let span = b << (m - 1);
+        if m == 1 || span > LARGEST_COMPOSED {
+            return self;
+        }
+        let options = (&self.values.device(), FloatDType::from(self.values.dtype()));
+        let identity = Tensor::<2>::eye(span, options.0).cast(options.1);
+        let identity = identity.repeat_dim(0, n * b / span);
+        let spans = self.rotate(identity, Side::Left, Direction::Forward);
+        Self {
+            values: spans.reshape([1, n * b / span, span, span]),
             ..self
         }
     }

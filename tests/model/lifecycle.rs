@@ -17,7 +17,7 @@ use burn::train::{
 use burn_boft::{Bias, BoftConfig, BoftLinear, Init, diagnose, inject, merge, summary, unload};
 
 use crate::common::models::{
-    INPUT, Layer, Net, OUTPUT, distance, gradients, numbers, rows, trainable,
+    INPUT, Layer, Net, OUTPUT, distance, gradients, numbers, rows, set, trainable,
 };
 use crate::common::training::{Batch, Item, Rows, regress};
 use crate::common::{devices, host};
@@ -431,5 +431,34 @@ fn a_thousand_steps_keep_every_rotation_orthogonal() {
             let energy = layer.energy_after / layer.energy_before - 1.0;
             assert!(energy.abs() <= 1e-5, "{backend}: {layer:?}");
         }
+    }
+}
+
+/// Blocks are computed once on a device without autodiff, and again after whatever may change the numbers.
+#[test]
+fn a_model_in_inference_follows_every_change_of_its_adapter() {
+    for (backend, device) in devices() {
+        let base = Net::<BoftLinear>::new(1, &device);
+        let adapted = |seed| {
+            let config = config().with_dropout(0.0);
+            inject(base.clone(), config.with_init(Init::Random { seed })).unwrap()
+        };
+        let (mut model, other) = (adapted(3), adapted(4));
+        let input = rows([TOKENS, INPUT], 5, &device);
+        let [before, expected] = [&model, &other].map(|model| host(model.forward(input.clone())));
+        assert_eq!(host(model.forward(input.clone())), before);
+        assert_ne!(before, expected, "{backend}");
+        let kept = model.clone();
+        // A record, a map of parameters, and modes and devices on the way.
+        model = model.load_record(other.clone().into_record());
+        assert_eq!(host(model.forward(input.clone())), expected, "{backend}");
+        let mut same = kept.clone();
+        for (path, numbers) in numbers(&other) {
+            same = set(same, &path, |_| numbers.clone());
+        }
+        assert_eq!(host(same.forward(input.clone())), expected, "{backend}");
+        let moved = kept.clone().train().valid().to_device(&device);
+        assert_eq!(host(moved.forward(input.clone())), before, "{backend}");
+        assert_eq!(host(kept.forward(input.clone())), before, "{backend}");
     }
 }

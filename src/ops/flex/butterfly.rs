@@ -6,6 +6,7 @@
 //! multiplications for each number instead of `m·b`, which pays because moving the numbers takes longer than
 //! multiplying them.
 
+use std::borrow::Cow;
 use std::mem::MaybeUninit;
 
 use pulp::{Arch, Simd, WithSimd};
@@ -27,8 +28,11 @@ use crate::ops::butterfly::Direction;
 ///
 /// All factors are multiplied in f64 and the product is rounded once, so a composed rotation is as orthogonal as its
 /// blocks are, to the rounding of `E`. [`Direction::Back`] transposes the same product and therefore rounds to the
-/// same numbers.
-pub(super) fn compose<E: Real>(blocks: &[E], sizes: Sizes, direction: Direction) -> Vec<E> {
+/// same numbers. One factor is composed already.
+pub(super) fn compose<E: Real>(blocks: &[E], sizes: Sizes, direction: Direction) -> Cow<'_, [E]> {
+    if sizes.m == 1 && direction == Direction::Forward {
+        return Cow::Borrowed(blocks);
+    }
     let square = sizes.span * sizes.span;
     let arch = Arch::new();
     let task = sizes.spans_per_task();
@@ -45,7 +49,7 @@ pub(super) fn compose<E: Real>(blocks: &[E], sizes: Sizes, direction: Direction)
                 direction,
             });
         });
-    rotations
+    Cow::Owned(rotations)
 }
 
 /// Some spans of [`compose`]. The scratch for a span in f64 is allocated once for all of them.
@@ -249,22 +253,29 @@ pub(super) fn rotate_columns<E: Real>(
 ) -> Vec<E> {
     let s = sizes.span;
     let arch = Arch::new();
+    let rotate = |(task, (output, matrix)): (usize, (&mut [MaybeUninit<E>], &[E]))| {
+        arch.dispatch(RotateColumns {
+            output,
+            matrix,
+            rotation,
+            s,
+            columns,
+            scale: scale.map(|scale| &scale[task * PASSING_ROWS..]),
+        });
+    };
     written(rows * columns, |output| {
+        // Rows for a single thread do not wait for another one to wake up.
+        if rows <= ROWS {
+            let outputs = output.chunks_mut(PASSING_ROWS * columns);
+            let tasks = outputs.zip(matrix.chunks(PASSING_ROWS * columns));
+            return tasks.enumerate().for_each(rotate);
+        }
         output
             .par_chunks_mut(PASSING_ROWS * columns)
             .zip(matrix.par_chunks(PASSING_ROWS * columns))
             .enumerate()
             .with_min_len(ROWS / PASSING_ROWS)
-            .for_each(|(task, (output, matrix))| {
-                arch.dispatch(RotateColumns {
-                    output,
-                    matrix,
-                    rotation,
-                    s,
-                    columns,
-                    scale: scale.map(|scale| &scale[task * PASSING_ROWS..]),
-                });
-            });
+            .for_each(rotate);
     })
 }
 

@@ -416,3 +416,42 @@ fn flex_gives_the_same_numbers_on_any_count_of_threads() {
         }
     }
 }
+
+/// Blocks of a polynomial are no rotation, and kernels multiply by them only where nothing is differentiated.
+#[test]
+fn a_polynomial_is_multiplied_as_it_is_and_not_as_if_it_were_orthogonal() {
+    let sizes = Sizes { d: 24, b: 8, m: 1 };
+    let skew = noise(sizes.skew_len(), 1, 0.6);
+    let weight = noise(sizes.d * 10, 2, 1.0);
+    let scale: Vec<f64> = noise(10, 3, 0.5).iter().map(|x| 1.5 + x).collect();
+    let run = |device: &Device, dtype: DType| {
+        let skew = tensor(&skew, sizes.skew_shape(), dtype, device);
+        let blocks = Blocks::neumann(skew, sizes.b, 5);
+        let [left, right] = [[sizes.d, 10], [10, sizes.d]].map(|shape| {
+            let side = if shape[0] == 10 {
+                Side::Right
+            } else {
+                Side::Left
+            };
+            let weight = tensor(&weight, shape, dtype, device);
+            let scale = tensor(&scale, [10], dtype, device);
+            let back = blocks.rotate(weight.clone(), side, Direction::Back);
+            [host(blocks.weight(weight, Some(scale), side)), host(back)].concat()
+        });
+        (host(blocks.values()), [left, right].concat())
+    };
+    #[allow(deprecated)] // Burn 0.22 deprecates ndarray and still ships it.
+    let portable = Device::ndarray();
+    let (values, expected) = run(&portable, DType::F64);
+    // The blocks times their transposes are far from the identity.
+    let block = Matrix::new(sizes.b, sizes.b, values[..sizes.b * sizes.b].to_vec());
+    let square = block.matmul(&block.transpose());
+    assert!(drift(&square.values, &Matrix::identity(sizes.b).values) > 0.1);
+    for (backend, device) in kernel_devices() {
+        let (_, found) = run(&device, DType::F32);
+        assert_close(backend, &found, &expected, 1e-5);
+        // The portable versions differentiate it, with the same result.
+        let (_, differentiated) = run(&device.autodiff(), DType::F32);
+        assert_close(backend, &differentiated, &found, 1e-5);
+    }
+}

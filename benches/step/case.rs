@@ -2,7 +2,9 @@
 
 use burn::tensor::Device;
 use clap::ValueEnum;
+use dinov2::device::Precision;
 use dinov2::model::Dinov2Model;
+use dinov2::precision::cast_all;
 
 use crate::method::{Method, Step};
 use crate::network::{self, Convolutions, Network, Projection, Recurrent};
@@ -57,31 +59,32 @@ impl Case {
         }
     }
 
-    /// The model on `device`, ready to make steps of.
-    pub fn load(self, device: &Device) -> Loaded {
+    /// The model on a device and in a precision, ready to make steps of.
+    pub fn load(self, device: &Device, precision: Precision) -> Loaded {
         let device = device.clone().autodiff();
+        let to = (precision, &device);
         let projection = |tokens| {
             let model = Projection::new(WIDTH, &device);
-            Loaded::new(model, [1, 1, tokens, WIDTH], &device)
+            Loaded::new(model, [1, 1, tokens, WIDTH], to)
         };
         let recurrent = |once| {
             let model = Recurrent::new(256, once, &device);
-            Loaded::new(model, [1, 16, 64, 256], &device)
+            Loaded::new(model, [1, 16, 64, 256], to)
         };
         match self {
             Self::Dinov2S => {
                 let model: Dinov2Model = network::dinov2_s(&device);
-                Loaded::new(model, [4, 3, 224, 224], &device)
+                Loaded::new(model, [4, 3, 224, 224], to)
             }
             Self::Dinov2LBlock => {
-                Loaded::new(network::dinov2_l_block(&device), [8, 3, 224, 224], &device)
+                Loaded::new(network::dinov2_l_block(&device), [8, 3, 224, 224], to)
             }
             Self::LlmLinear512 => projection(512),
             Self::LlmLinear8192 => projection(8192),
             Self::Decode => projection(1),
             Self::Lstm => recurrent(false),
             Self::LstmRotateOnce => recurrent(true),
-            Self::Conv => Loaded::new(Convolutions::new(&device), [4, 64, 56, 56], &device),
+            Self::Conv => Loaded::new(Convolutions::new(&device), [4, 64, 56, 56], to),
         }
     }
 }
@@ -93,9 +96,14 @@ const WIDTH: usize = 4096;
 pub struct Loaded(Box<dyn Fn(Method) -> Result<Step, String>>);
 
 impl Loaded {
-    fn new<N: Network + 'static>(model: N, shape: [usize; 4], device: &Device) -> Self {
-        let (input, device) = (network::input(shape, device), device.clone());
-        let model = network::initialized(model);
+    fn new<N: Network + 'static>(
+        model: N,
+        shape: [usize; 4],
+        (precision, device): (Precision, &Device),
+    ) -> Self {
+        let input = network::input(shape, device).cast(precision.dtype());
+        let (model, device) = (network::initialized(model), device.clone());
+        let model = cast_all(model, precision);
         Self(Box::new(move |method| {
             method.step(model.clone(), input.clone(), &device)
         }))

@@ -13,7 +13,7 @@ use std::process::ExitCode;
 
 use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
-use dinov2::device::DeviceName;
+use dinov2::device::{DeviceName, Precision};
 
 use case::{Case, Loaded};
 use measure::{Row, Times, time};
@@ -31,6 +31,9 @@ struct Cli {
     /// Where to run.
     #[arg(long, default_value_t, value_enum)]
     device: DeviceName,
+    /// The precision of weights and activations.
+    #[arg(long, default_value_t, value_enum)]
+    dtype: Precision,
     /// How many times every method takes its turn.
     #[arg(long, default_value_t = 11, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
@@ -55,7 +58,7 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> Result<(), String> {
     let device = cli.device.device().map_err(|error| error.to_string())?;
     if cli.serve {
-        return serve(&device);
+        return serve(&device, cli.dtype);
     }
     let known = |name: &String| {
         let mut methods = Method::training(true)
@@ -87,7 +90,7 @@ fn run(cli: &Cli) -> Result<(), String> {
 
 /// Lets every method of a case take its turn, round after round.
 fn measure(case: Case, cli: &Cli, device: &Device) -> Result<Vec<Row>, String> {
-    let loaded = case.load(device);
+    let loaded = case.load(device, cli.dtype);
     let mut steps = Vec::new();
     for method in case.methods() {
         let name = method.to_string();
@@ -110,10 +113,8 @@ fn measure(case: Case, cli: &Cli, device: &Device) -> Result<Vec<Row>, String> {
         .map(|(method, step, times)| Row {
             case: case.name(),
             backend: "burn",
-            device: cli
-                .device
-                .to_possible_value()
-                .map_or_else(String::new, |value| value.get_name().into()),
+            device: name(&cli.device),
+            dtype: name(&cli.dtype),
             method: method.to_string(),
             median_ms: times.median(),
             min_ms: times.min(),
@@ -124,6 +125,12 @@ fn measure(case: Case, cli: &Cli, device: &Device) -> Result<Vec<Row>, String> {
             trainable: step.trainable,
         })
         .collect())
+}
+
+/// What a value is called on the command line.
+fn name(value: &impl ValueEnum) -> String {
+    let value = value.to_possible_value();
+    value.map_or_else(String::new, |value| value.get_name().into())
 }
 
 fn print_table(case: Case, rows: &[Row]) {
@@ -151,7 +158,7 @@ fn print_table(case: Case, rows: &[Row]) {
 }
 
 /// Runs a step for every line of the input and prints its time, so that another program can take turns with this one.
-fn serve(device: &Device) -> Result<(), String> {
+fn serve(device: &Device, precision: Precision) -> Result<(), String> {
     let mut loaded: HashMap<String, Loaded> = HashMap::new();
     let mut steps: HashMap<(String, String), Step> = HashMap::new();
     for line in io::stdin().lock().lines() {
@@ -169,7 +176,7 @@ fn serve(device: &Device) -> Result<(), String> {
             let method = method.ok_or_else(|| format!("{} has no method {name}", case.name()))?;
             let loaded = loaded
                 .entry(case.name())
-                .or_insert_with(|| case.load(device));
+                .or_insert_with(|| case.load(device, precision));
             let mut step = loaded.step(method)?;
             (step.run)();
             steps.insert(key.clone(), step);

@@ -16,6 +16,7 @@ pub struct Row {
     pub case: String,
     pub backend: &'static str,
     pub device: String,
+    pub dtype: String,
     pub method: String,
     pub median_ms: f64,
     pub min_ms: f64,

@@ -85,7 +85,7 @@ impl Blocks {
     /// `I + 2Q` for two, else `I + 2Q + ··· + 2Q^(k−1) + Q^k` with `k = max(terms − 1, 3)`.
     ///
     /// It approximates the transpose of the exact map and is not orthogonal, so that Burn differentiates the
-    /// products with these blocks.
+    /// products with these blocks. Kernels compute them where nothing is differentiated.
     ///
     /// # Shapes
     ///
@@ -216,7 +216,7 @@ impl Blocks {
     /// - If `d` is not `n·b`.
     pub fn rotate(&self, matrix: Tensor<2>, side: Side, direction: Direction) -> Tensor<2> {
         self.assert_rotates("rotate", side.rotated(matrix.dims()));
-        let kernel = self.has_gram_backward(&matrix);
+        let kernel = self.is_operation(&matrix);
         let (matrix, blocks) = (matrix.into_dispatch(), self.values().into_dispatch());
         Tensor::from_dispatch(match kernel {
             true => <Dispatch as BoftBackend>::boft_butterfly(matrix, blocks, side, direction),
@@ -248,7 +248,7 @@ impl Blocks {
         };
         self.assert_rotates("weight", side.rotated(weight.dims()));
         assert_outputs("weight", "scale", &scale, side.other(weight.dims()));
-        let kernel = self.has_gram_backward(&weight);
+        let kernel = self.is_operation(&weight);
         let weight = weight.into_dispatch();
         let (blocks, scale) = (self.values().into_dispatch(), scale.into_dispatch());
         Tensor::from_dispatch(match kernel {
@@ -331,8 +331,8 @@ impl Blocks {
 
     /// The weight route, `x·(R·W·diag(s)) + bias`, for rows of input that are already a matrix.
     ///
-    /// Blocks that are not orthogonal, and backends without [`BoftBackend`], rotate the weight and multiply in
-    /// separate operations, which Burn differentiates.
+    /// In training with blocks that are not orthogonal, and on backends without [`BoftBackend`], the weight is rotated and
+    /// multiplied in separate operations, which Burn differentiates.
     ///
     /// # Shapes
     ///
@@ -347,7 +347,7 @@ impl Blocks {
         scale: Option<Tensor<1>>,
         bias: Option<Tensor<1>>,
     ) -> Tensor<2> {
-        if !self.has_gram_backward(&weight) {
+        if !self.is_operation(&weight) {
             return with_bias(input.matmul(self.weight(weight, scale, Side::Left)), bias);
         }
         // A scale of ones leaves the weight as it is, bit for bit, and asks for no gradient.
@@ -363,11 +363,14 @@ impl Blocks {
         ))
     }
 
-    /// Whether a product of this operand runs as one of [`BoftBackend`]'s operations, with the Gram backward.
+    /// Whether a product of this operand runs as one of [`BoftBackend`]'s operations, on a backend that the trait lists.
     ///
-    /// It takes `Rᵀ·R = I` for granted, so a polynomial never has it, and it needs a backend that the trait lists.
-    fn has_gram_backward(&self, operand: &Tensor<2>) -> bool {
-        self.orthogonal && is_listed(operand.device().as_dispatch())
+    /// Their backward pass takes `Rᵀ·R = I` for granted, so a polynomial has none, and is one of them only where nothing is
+    /// differentiated.
+    fn is_operation(&self, operand: &Tensor<2>) -> bool {
+        let device = operand.device();
+        let differentiates = device.is_autodiff() || self.values.device().is_autodiff();
+        (self.orthogonal || !differentiates) && is_listed(device.as_dispatch())
     }
 
     /// Panics unless the factors rotate an axis of this length.

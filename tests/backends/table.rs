@@ -21,7 +21,10 @@ struct Table {
 
 impl Table {
     fn read(page: &str, name: &'static str) -> Self {
-        let page = Path::new(env!("CARGO_MANIFEST_DIR")).join(page);
+        // The program may run in another place than where it was built.
+        let root = env::var("CARGO_MANIFEST_DIR");
+        let root = root.unwrap_or_else(|_| env!("CARGO_MANIFEST_DIR").to_string());
+        let page = Path::new(&root).join(page);
         let text = fs::read_to_string(&page).unwrap();
         let [_, lines, _] = parts(&text, name);
         let cells = |line: &str| {
@@ -52,18 +55,16 @@ impl Table {
         fs::write(&self.page, table).unwrap();
     }
 
-    /// Replaces the rows of some backends, which stand in the first column.
-    fn replace(&mut self, backends: &[String], rows: Vec<Vec<String>>) {
-        self.rows.retain(|row| !backends.contains(&row[0]));
+    /// Replaces the rows of a backend, whose name is in the first column.
+    fn replace(&mut self, backend: &str, rows: Vec<Vec<String>>) {
+        self.rows.retain(|row| row[0] != backend);
         self.rows.extend(rows);
     }
 
-    /// The rows of some backends.
-    fn of(&self, backends: &[String]) -> Vec<Vec<String>> {
+    /// The rows of a backend.
+    fn of(&self, backend: &str) -> Vec<Vec<String>> {
         let rows = self.rows.iter();
-        rows.filter(|row| backends.contains(&row[0]))
-            .cloned()
-            .collect()
+        rows.filter(|row| row[0] == backend).cloned().collect()
     }
 }
 
@@ -219,7 +220,7 @@ fn compare(found: &[Found]) {
                 found.backend
             );
         }
-        assert_eq!(missing.of(&[found.backend.clone()]), found.missing());
+        assert_eq!(missing.of(&found.backend), found.missing());
     }
 }
 
@@ -241,8 +242,7 @@ fn write(found: &[Found]) {
             cells[1] = row.rotated.to_string();
             cells[column] = found.works(index);
         }
-        let backend = [found.backend.clone()];
-        missing.replace(&backend, found.missing());
+        missing.replace(&found.backend, found.missing());
         let rows = found.drifts().into_iter().map(|(precision, drift)| {
             let start = [
                 found.backend.clone(),
@@ -252,7 +252,7 @@ fn write(found: &[Found]) {
             let numbers = drift.numbers().map(|number| format!("{number:.1e}"));
             start.into_iter().chain(numbers).collect()
         });
-        drifts.replace(&backend, rows.collect());
+        drifts.replace(&found.backend, rows.collect());
     }
     for table in [works, missing, drifts] {
         table.write();

@@ -14,7 +14,7 @@ mod memory;
 pub mod method;
 pub mod model;
 pub mod ops;
-mod precision;
+pub mod precision;
 pub mod report;
 mod run;
 pub mod scores;

@@ -11,10 +11,16 @@ pub fn cast(
     mut model: Dinov2ForImageClassification,
     precision: Precision,
 ) -> Dinov2ForImageClassification {
-    if precision != Precision::F32 {
-        model.dinov2 = model.dinov2.map(&mut Cast(precision));
-    }
+    model.dinov2 = cast_all(model.dinov2, precision);
     model
+}
+
+/// Casts every parameter of a model.
+pub fn cast_all<M: Module>(model: M, precision: Precision) -> M {
+    match precision {
+        Precision::F32 => model,
+        _ => model.map(&mut Cast(precision)),
+    }
 }
 
 struct Cast(Precision);

@@ -194,8 +194,8 @@ fn span(&[m, _, b, _]: &[usize; 4]) -> usize {
 
 /// A matrix with its rotated axis in front and cut into spans.
 ///
-/// On the left this only reshapes. On the right it permutes axes, a view that the backend's product may read as it
-/// is.
+/// On the left this only reshapes. On the right it swaps axes, a view that the backend's product may read as it is. (A
+/// permutation would do the same, and fails on devices of `burn-remote`.)
 ///
 /// # Shapes
 ///
@@ -207,7 +207,8 @@ fn into_spans<B: Backend>(matrix: FloatTensor<B>, side: Side, span: usize) -> Fl
         Side::Left => reshape::<B, 3>(matrix, [rows / span, span, columns]),
         Side::Right => {
             let spans = reshape::<B, 3>(matrix, [rows, columns / span, span]);
-            B::float_permute(spans, &[1, 2, 0])
+            let spans = B::float_swap_dims(spans, 0, 1);
+            B::float_swap_dims(spans, 1, 2)
         }
     }
 }
@@ -217,7 +218,11 @@ fn from_spans<B: Backend>(spans: FloatTensor<B>, side: Side) -> FloatTensor<B> {
     let [count, span, k] = spans.shape().dims::<3>();
     match side {
         Side::Left => reshape::<B, 2>(spans, [count * span, k]),
-        Side::Right => reshape::<B, 2>(B::float_permute(spans, &[2, 0, 1]), [k, count * span]),
+        Side::Right => {
+            let spans = B::float_swap_dims(spans, 1, 2);
+            let spans = B::float_swap_dims(spans, 0, 1);
+            reshape::<B, 2>(spans, [k, count * span])
+        }
     }
 }
 
@@ -333,7 +338,7 @@ fn swap_halves<B: Backend>(
     let [count, span, k] = spans.shape().dims::<3>();
     let chunks = span / (b << stage);
     let spans = reshape::<B, 6>(spans, [count, chunks, outer, inner, b / 2, k]);
-    let spans = B::float_permute(spans, &[0, 1, 3, 2, 4, 5]);
+    let spans = B::float_swap_dims(spans, 2, 3);
     reshape::<B, 3>(spans, [count, span, k])
 }
 
@@ -353,7 +358,7 @@ fn coupled_blocks<B: Backend>(gram: FloatTensor<B>, stage: usize, b: usize) -> F
     let gram = B::float_swap_dims(pair::<B>(gram, stage, b), 1, 2);
     let per_span = span / b;
     let tiles = reshape::<B, 5>(gram, [count, per_span, b, per_span, b]);
-    let tiles = B::float_permute(tiles, &[0, 1, 3, 2, 4]);
+    let tiles = B::float_swap_dims(tiles, 2, 3);
     let tiles = reshape::<B, 3>(tiles, [count, per_span * per_span, b * b]);
     let diagonal = (0..per_span).map(|k| (k * (per_span + 1)) as i32).collect();
     let diagonal = cayley::index::<B>(diagonal, &tiles);

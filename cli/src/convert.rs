@@ -8,11 +8,13 @@ use burn_boft::{Adapter, AdapterConfig, BoftConfig, Cayley, LayerKind, OftConfig
 
 use crate::base::Base;
 use crate::cli::{Convert, To};
+use crate::conv1d::Orientation;
 use crate::error::Error;
 use crate::load::load;
 use crate::names::Names;
 use crate::output::{Form, OutputFolder, check_free, check_outside};
 use crate::terminal::{plural, print};
+use crate::tie::Head;
 use crate::{lora, record};
 
 pub fn run(options: &Convert) -> Result<(), Error> {
@@ -81,8 +83,10 @@ fn with_kinds(adapter: Adapter, base: Option<&Base>) -> Result<Adapter, Error> {
         return Ok(adapter);
     };
     let base = base.ok_or_else(|| record::unknown_kind(unknown.path()))?;
+    let head = Head::of(base)?;
+    let orientation = Orientation::of(base, &head);
     assemble(&adapter, adapter.config().clone(), |layer| {
-        Place::find(layer, base)?.layer(layer)
+        Place::find(layer, base, &orientation)?.layer(layer)
     })
 }
 
@@ -94,7 +98,7 @@ struct Place {
 }
 
 impl Place {
-    fn find(layer: &AdapterLayer, base: &Base) -> Result<Self, Error> {
+    fn find(layer: &AdapterLayer, base: &Base, orientation: &Orientation) -> Result<Self, Error> {
         let key = join(layer.path(), "weight");
         let refuse = |why: String| Error::tensor(&base.path, &key, why);
         let (shard, entry) = base.entry(&key).ok_or_else(|| {
@@ -103,6 +107,9 @@ impl Place {
                     .into(),
             )
         })?;
+        if let Some(why) = orientation.refusal(layer.path()) {
+            return Err(refuse(why.into()));
+        }
         let shape = &entry.shape;
         let kind = layer.check_fit(shape).map_err(|why| {
             Error::malformed(
@@ -196,6 +203,8 @@ fn to_boft(adapter: &Adapter, base: Option<&Base>) -> Result<Adapter, Error> {
         return refuse("the adapter is bound to a COFT radius, and BOFT has none".into());
     }
     let base = base.ok_or_else(|| needs_base("--to boft"))?;
+    let head = Head::of(base)?;
+    let orientation = Orientation::of(base, &head);
     let mut boft = BoftConfig::new();
     (boft.block, boft.init, boft.selection) = (config.block, config.init, config.selection.clone());
     assemble(adapter, boft.into(), |layer| {
@@ -205,7 +214,7 @@ fn to_boft(adapter: &Adapter, base: Option<&Base>) -> Result<Adapter, Error> {
                 "`{path}` is an embedding, and BOFT adapts none; merge the adapter instead"
             )));
         }
-        Place::find(layer, base)?.layer(layer)
+        Place::find(layer, base, &orientation)?.layer(layer)
     })
 }
 

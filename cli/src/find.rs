@@ -11,6 +11,7 @@ use safetensors::Dtype;
 
 use crate::base::Base;
 use crate::changes::{Added, Change, Changes};
+use crate::conv1d::Orientation;
 use crate::error::{Error, LINE_PARTS};
 use crate::header::Entry;
 use crate::names::{Names, nearest};
@@ -28,6 +29,7 @@ impl<'a> Changes<'a> {
             base,
             names,
             head,
+            orientation: Orientation::of(base, head),
             adapted: adapter
                 .layers()
                 .iter()
@@ -54,6 +56,7 @@ struct Finder<'a, 'b> {
     base: &'b Base,
     names: &'b Names,
     head: &'b Head,
+    orientation: Orientation<'b>,
     /// The top-level modules that have adapted layers, with the adapter's names.
     adapted: BTreeSet<&'a str>,
     owners: Owners<'a>,
@@ -91,6 +94,13 @@ impl<'a> Finder<'a, '_> {
             });
             return Ok(());
         };
+        if let Some(why) = self.orientation.refusal(&place.module) {
+            self.problems.push(format!(
+                "{}: `{key}`, which the adapter rotates, {why}",
+                shard.path.display()
+            ));
+            return Ok(());
+        }
         match rows(layer, entry, &place) {
             Ok(rows) => self.insert(key, Part::Layer(rows, layer)),
             Err(why) => self.problems.push(format!(

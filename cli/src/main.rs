@@ -3,6 +3,7 @@
 mod base;
 mod changes;
 mod cli;
+mod conv1d;
 mod convert;
 mod error;
 mod find;

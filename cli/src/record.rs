@@ -15,6 +15,7 @@ use burn_pack::{Reader, Tensor, Writer};
 use serde_json::{Map, Value, json};
 
 use crate::base::Base;
+use crate::conv1d;
 use crate::error::Error;
 use crate::output::OutputFile;
 
@@ -125,6 +126,12 @@ fn saved(adapter: &Adapter, base: Option<&Base>) -> Result<Vec<Tensor>, Error> {
                 return Err(Error::Settings(format!(
                     "`{path}` belongs to a linear layer or an embedding, whose weights Burn stores differently; attach \
                      the adapter to its model in Rust and save that"
+                )));
+            }
+            ("weight", Some(2)) if conv1d::is_named(module) => {
+                return Err(Error::Settings(format!(
+                    "`{path}` has a name of GPT-2's layers, whose weights are stored the other way round; attach the adapter \
+                     to its model in Rust and save that"
                 )));
             }
             (_, Some(2)) => TensorOwner::Linear,

@@ -269,6 +269,15 @@ impl Head {
         &self.text
     }
 
+    /// Every `model_type` in the `config.json`: that of the model, and those of the models that it is made of.
+    pub fn model_types(&self) -> Vec<&str> {
+        let mut types = Vec::new();
+        if let Some(config) = &self.config {
+            collect_types(config, &mut types);
+        }
+        types
+    }
+
     /// Whether this is a tensor of the head that the file may lack, because it is the same as another.
     pub fn is_shared(&self, key: &str) -> bool {
         let shared = self.family.map_or(&[][..], |family| family.shared);
@@ -403,6 +412,13 @@ impl Head {
 enum Separate {
     Impossible(String),
     Error(Error),
+}
+
+fn collect_types<'a>(config: &'a Map<String, Value>, types: &mut Vec<&'a str>) {
+    types.extend(config.get("model_type").and_then(Value::as_str));
+    for part in config.values().filter_map(Value::as_object) {
+        collect_types(part, types);
+    }
 }
 
 fn family(config: &Map<String, Value>) -> Option<&'static Family> {

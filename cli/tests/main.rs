@@ -15,6 +15,7 @@ mod memory;
 mod merge;
 mod names;
 mod numbers;
+mod orientation;
 mod outputs;
 mod saved;
 mod terminal;

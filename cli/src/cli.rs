@@ -140,7 +140,9 @@ pub struct AdapterArgs {
     pub adapter: PathBuf,
 
     /// Rename the adapter's modules to the model's: <regex>=<replacement> with $1 for groups, split at the
-    /// last `=`, or `dinov2` for the names of transformers 4 and 5. Can be repeated; rules apply in order
+    /// last `=`. Can be repeated; rules apply in order. A model type such as `vit` or `dinov2` in their place has
+    /// the rules for names of transformers 5, which the type in the model's config.json chooses otherwise;
+    /// `none` turns them off
     #[arg(long = "map", value_name = "RULE")]
     pub maps: Vec<String>,
 }

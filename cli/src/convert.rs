@@ -29,7 +29,7 @@ pub fn run(options: &Convert) -> Result<(), Error> {
     if let Some(rank) = options.to_lora {
         let adapter = read(options, Names::default(), base.as_ref())?;
         let base = base.ok_or_else(|| needs_base("--to-lora"))?;
-        return lora::write(&adapter, &base, &names, rank as usize, &options.output);
+        return lora::write(&adapter, &base, names, rank as usize, &options.output);
     }
     let adapter = read(options, names, base.as_ref())?;
     let adapter = match options.to {
@@ -227,5 +227,6 @@ fn assemble(
     let layers = adapter.layers().iter().map(layer);
     let layers = layers.collect::<Result<Vec<_>, _>>()?;
     let tensors = adapter.tensors().to_vec();
-    Ok(Adapter::from_parts(config, layers, tensors)?.with_about(adapter.about()))
+    let assembled = Adapter::from_parts(config, layers, tensors)?.with_about(adapter.about());
+    Ok(assembled.with_base_copies(adapter.base_copies().to_vec()))
 }

@@ -82,7 +82,7 @@ impl<'a> Finder<'a, '_> {
         let key = join(&place.module, "weight");
         let Some((shard, entry)) = self.base.entry(&key) else {
             let (path, module) = (self.base.path.display(), layer.path());
-            self.problems.push(match self.head.is_shared(&key) {
+            self.problems.push(match self.head.is_tied(&key) {
                 true => format!(
                     "{path}: `{key}` is the embedding, and a rotation of the head would rotate both; save the model \
                      with a head of its own first"

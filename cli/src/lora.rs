@@ -1,6 +1,6 @@
 //! The low-rank adapter that is nearest to an orthogonal one, in PEFT's LoRA layout.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 use std::path::Path;
 
@@ -15,11 +15,12 @@ use serde_json::{Map, Value, json};
 
 use crate::base::Base;
 use crate::changes::{Change, Changes};
+use crate::copies;
 use crate::error::Error;
 use crate::names::Names;
 use crate::output::OutputFolder;
 use crate::rewrite::{Turn, row_bytes};
-use crate::terminal::{plural, print, shown};
+use crate::terminal::{note, plural, print, shown};
 use crate::tie::Head;
 use crate::turn::Forward;
 
@@ -27,11 +28,15 @@ use crate::turn::Forward;
 pub fn write(
     adapter: &Adapter,
     base: &Base,
-    names: &Names,
+    names: Names,
     rank: usize,
     output: &Path,
 ) -> Result<(), Error> {
-    let changes = Changes::find(adapter, base, names, &Head::of(base)?)?;
+    let head = Head::of(base)?;
+    let names = names.for_model(&head);
+    let changes = Changes::find(adapter, base, &names, &head)?;
+    copies::check(adapter, base, &names, &head)?;
+    names.note().iter().for_each(|line| note(line));
     let mut tensors = BTreeMap::new();
     let mut targets = Vec::new();
     let mut text = String::new();
@@ -61,11 +66,10 @@ pub fn write(
             targets.push(layer.path().to_string());
         }
     }
-    for tensor in adapter.tensors() {
-        let is_adapted = adapter
-            .layers()
-            .iter()
-            .any(|layer| layer.path() == tensor.module());
+    let layers = adapter.layers().iter();
+    let adapted: HashSet<_> = layers.map(AdapterLayer::path).collect();
+    for tensor in adapter.tensors().iter().chain(adapter.base_copies()) {
+        let is_adapted = adapted.contains(tensor.module());
         let key = saved_key(tensor.module(), tensor.name(), is_adapted);
         tensors.insert(key, tensor.data().clone());
     }

@@ -7,6 +7,7 @@ use burn_boft::value::{AdapterLayer, SavedTensor};
 use crate::base::Base;
 use crate::changes::{Added, Change, Changes};
 use crate::cli::Merge;
+use crate::copies;
 use crate::error::Error;
 use crate::header::Entry;
 use crate::labels;
@@ -22,7 +23,10 @@ pub fn run(options: &Merge) -> Result<(), Error> {
     let adapter = load(&options.adapter.adapter, &LoadOptions::new())?;
     let base = Base::open(&options.base)?;
     let head = Head::of(&base)?;
+    let names = names.for_model(&head);
     let mut changes = Changes::find(&adapter, &base, &names, &head)?;
+    copies::check(&adapter, &base, &names, &head)?;
+    names.note().iter().for_each(|line| note(line));
     head.untie(&base, &mut changes)?;
     if changes.config.is_some() {
         note(

@@ -22,7 +22,7 @@ use crate::tie;
 /// How many bytes are copied at a time.
 const COPIED: usize = 8 << 20;
 /// How many numbers are computed with at a time, unless a single row has more.
-const COMPUTED: usize = 2 << 20;
+pub const COMPUTED: usize = 2 << 20;
 
 /// Rotates rows of weights, or undoes that.
 pub trait Turn {

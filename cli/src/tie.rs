@@ -284,6 +284,11 @@ impl Head {
         self.tied == Tied::Yes && shared.iter().any(|(own, _)| *own == key)
     }
 
+    /// Whether this is a tensor of a head that the file lacks, because the model has one tensor for it and the embedding.
+    pub fn is_tied(&self, key: &str) -> bool {
+        self.is_shared(key) || (self.tied == Tied::Yes && is_head(key))
+    }
+
     /// Gives the merged model a head of its own, if the adapter changes the head or the embedding and the two are one.
     ///
     /// # Errors

@@ -12,7 +12,7 @@ use crate::error::Error;
 use crate::load::load;
 use crate::names::Names;
 use crate::rewrite::{check_output, rewrite};
-use crate::terminal::{plural, print};
+use crate::terminal::{note, plural, print};
 use crate::tie::Head;
 use crate::turn::Backward;
 
@@ -21,7 +21,9 @@ pub fn run(options: &Unmerge) -> Result<(), Error> {
     let adapter = load(&options.adapter.adapter, &LoadOptions::new())?;
     let base = Base::open(&options.merged)?;
     let head = Head::of(&base)?;
+    let names = names.for_model(&head);
     let mut changes = Changes::find(&adapter, &base, &names, &head)?;
+    names.note().iter().for_each(|line| note(line));
     if !options.keep_saved {
         refuse_saved(&adapter)?;
     }

@@ -21,3 +21,4 @@ mod saved;
 mod terminal;
 mod tied;
 mod unmerge;
+mod valid;

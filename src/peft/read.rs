@@ -21,7 +21,9 @@ use serde_json::{Map, Value};
 use super::config_json::{self, ConfigError, Settings};
 use super::folder::Folder;
 use super::fused::to_model_names;
-use super::keys::{EMBEDDING_ROTATION, Format, Layout, Leaf, PREFIX, is_stray, key, leaf};
+use super::keys::{
+    EMBEDDING_ROTATION, Format, Layout, Leaf, PREFIX, is_copied, is_stray, key, leaf,
+};
 use super::legacy::{self, Squares};
 use super::scale;
 use crate::config::{AdapterConfig, Bias, LayerKind, Selection, TargetModules, is_saved};
@@ -40,6 +42,8 @@ pub(super) struct Parsed {
     pub(super) layers: Vec<AdapterLayer>,
     /// Biases and parts of saved modules under the model's names, in PyTorch's orientation.
     pub(super) tensors: Vec<SavedTensor>,
+    /// Copies of tensors of the base, in the same way.
+    pub(super) copies: Vec<SavedTensor>,
 }
 
 /// What reading found beside the adapter.
@@ -139,8 +143,16 @@ impl Reader {
         let Sorted {
             slots,
             mut tensors,
+            mut copies,
+            wrapped,
             saved,
         } = sorted;
+        // PEFT puts `base_layer` into the path of adapted layers only.
+        for module in wrapped.iter().filter(|module| !slots.contains_key(*module)) {
+            let key = key(module, self.layout.rotation());
+            findings.mismatch.missing.push(Missing::Tensor { key });
+            tensors.retain(|tensor| tensor.module != *module);
+        }
         let slots = slots.into_iter();
         let mut layers: Vec<_> = slots
             .filter_map(|(path, slots)| self.layer(path, slots, findings))
@@ -158,7 +170,7 @@ impl Reader {
         check_biases(&layers, &tensors, mismatch);
         scale::restore(&mut layers, &metadata);
         reconcile(&mut self.config, &layers, report);
-        to_model_names(names, &mut layers, &mut tensors, mismatch)?;
+        to_model_names(names, (&mut layers, &mut tensors, &mut copies), mismatch)?;
         let lost = lost_modules(&selection, &saved);
         let own = self.config.selection_mut();
         name_in_model(own, names, &layers, saved.iter().chain(lost))?;
@@ -166,6 +178,7 @@ impl Reader {
             config: self.config,
             layers,
             tensors,
+            copies,
         })
     }
 
@@ -256,6 +269,10 @@ struct Sorted {
     slots: BTreeMap<String, Slots>,
     /// Biases and parts of saved modules.
     tensors: Vec<SavedTensor>,
+    /// Copies of tensors of the base.
+    copies: Vec<SavedTensor>,
+    /// Modules that PEFT wrapped, by the keys of their own parameters.
+    wrapped: BTreeSet<String>,
     /// Names of modules to save that have tensors.
     saved: BTreeSet<String>,
 }
@@ -270,6 +287,7 @@ impl Sorted {
     /// | `boft_P` | it is left out: the permutation follows from the sizes |
     /// | a rotation of an embedding | it is the one of its layer in a file of OFT's today, and refused in any other |
     /// | `base_layer.bias` | it is a trained bias, unless the settings train none |
+    /// | another weight or bias of an embedding or head | it is a copy of the base's |
     /// | any other `base_layer.…` | it is unexpected: an adapter changes no base weight |
     /// | a bias in PEFT's wrapper of a saved module | it is left out where the settings train all biases |
     /// | a part of a module to save | it is kept |
@@ -315,7 +333,14 @@ impl Sorted {
                 }
                 (slots.rotation, slots.is_embedding) = (Some(data), true);
             }
-            Leaf::Base("bias") if selection.bias != Bias::None => self.save(module, "bias", data),
+            Leaf::Base("bias") if selection.bias != Bias::None => {
+                self.wrapped.insert(module.to_string());
+                self.save(module, "bias", data);
+            }
+            Leaf::Base(name) if is_copied(module, name) => {
+                self.wrapped.insert(module.to_string());
+                self.copies.push(SavedTensor::new(module, name, data));
+            }
             Leaf::Base("bias") => return mismatch.unexpected.push(Unexpected::Bias { key }),
             Leaf::Base(_) => return mismatch.unexpected.push(Unexpected::BaseWeight { key }),
             Leaf::Other("bias") if is_stray(module) && selection.bias == Bias::All => {
@@ -330,6 +355,9 @@ impl Sorted {
                 }
                 None if name == "bias" && selection.bias == Bias::All => {
                     self.save(module, name, data);
+                }
+                None if is_copied(module, name) => {
+                    self.copies.push(SavedTensor::new(module, name, data));
                 }
                 None => return mismatch.unexpected.push(Unexpected::Unclaimed { key }),
             },

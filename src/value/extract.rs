@@ -300,6 +300,7 @@ impl Found {
             config,
             layers: layers.collect::<Result<_, ExtractError>>()?,
             tensors,
+            copies: Vec::new(),
             about: Map::new(),
             promised: None,
         };

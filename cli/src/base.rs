@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Component, Path, PathBuf};
 
+use burn_boft::peft::input::{self, LONGEST_HEADER};
 use burn_boft::peft::{CONFIG_FILE, TENSORS_FILE};
 use serde_json::{Map, Value};
 
@@ -71,7 +72,7 @@ impl Base {
     }
 
     fn add(&mut self, path: PathBuf, name: String) -> Result<(), Error> {
-        let mut file = File::open(&path).map_err(Error::read(&path))?;
+        let mut file = input::open(&path).map_err(Error::read(&path))?;
         if !file.metadata().map_err(Error::read(&path))?.is_file() {
             return Err(Error::malformed(&path, "not a file"));
         }
@@ -257,7 +258,7 @@ fn weights(folder: &Path) -> Result<Weights, Error> {
 }
 
 fn read_index(path: &Path) -> Result<Map<String, Value>, Error> {
-    let bytes = fs::read(path).map_err(Error::read(path))?;
+    let bytes = input::read(path, LONGEST_HEADER).map_err(Error::read(path))?;
     serde_json::from_slice(&bytes)
         .map_err(|error| Error::malformed(path, format!("not a JSON object: {error}")))
 }

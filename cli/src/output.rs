@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf, is_separator};
 
+use burn_boft::peft::input;
 use tempfile::{Builder, TempDir, TempPath};
 
 use crate::error::Error;
@@ -187,7 +188,7 @@ impl OutputFolder {
 
     /// Copies a file into it.
     pub fn copy(&self, from: &Path, name: &Path) -> Result<(), Error> {
-        let mut source = File::open(from).map_err(Error::read(from))?;
+        let mut source = input::open(from).map_err(Error::read(from))?;
         let mut file = self.create_file(name)?;
         let shown = self.path.join(name);
         loop {

@@ -4,10 +4,10 @@
 //! metadata.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::Path;
 
 use burn::tensor::{Bytes, DType, TensorData};
+use burn_boft::peft::input;
 use burn_boft::tensors::to_file;
 use burn_boft::value::{AdapterLayer, SavedTensor, TensorOwner, join};
 use burn_boft::{Adapter, AdapterConfig, Bias, LayerKind};
@@ -185,7 +185,7 @@ pub fn read(
     base: Option<&Base>,
 ) -> Result<Adapter, Error> {
     let malformed = |reason: String| Error::malformed(path, format!("not a Burn record: {reason}"));
-    let bytes = fs::read(path).map_err(Error::read(path))?;
+    let bytes = input::read(path, u64::MAX).map_err(Error::read(path))?;
     let reader = Reader::from_bytes(Bytes::from_bytes_vec(bytes))
         .map_err(|error| malformed(error.to_string()))?;
     let object = |key: &str| -> Result<Option<Map<String, Value>>, Error> {

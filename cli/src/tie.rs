@@ -4,8 +4,10 @@
 //! head's. An adapter that replaces one of the two must not change the other, so the merged model gets a tensor for
 //! each and a `config.json` that says so.
 
+use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 
+use burn_boft::peft::input::{self, LONGEST_SETTINGS};
 use serde_json::{Map, Value};
 
 use crate::base::Base;
@@ -247,9 +249,12 @@ impl Head {
             true => base.path.join(FILE),
             false => base.path.with_file_name(FILE),
         };
-        let text = match std::fs::read_to_string(&path) {
+        let text = input::read(&path, LONGEST_SETTINGS).and_then(|bytes| {
+            String::from_utf8(bytes).map_err(|error| io::Error::new(ErrorKind::InvalidData, error))
+        });
+        let text = match text {
             Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(error) if error.kind() == ErrorKind::NotFound => String::new(),
             Err(error) => return Err(Error::read(&path)(error)),
         };
         let config: Option<Map<_, _>> = serde_json::from_str(&text).ok();

@@ -10,6 +10,7 @@ mod inspect;
 #[cfg(unix)]
 mod interrupts;
 mod labels;
+mod limits;
 #[cfg(target_os = "linux")]
 mod memory;
 mod merge;

@@ -23,7 +23,7 @@
 //! belongs fails later and elsewhere, or not at all. Ranges, such as that of the dropout, are checked with the model,
 //! by `rotation`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use serde::de::{self, Deserialize, Deserializer};
 use serde::ser::{Error as _, Serialize, Serializer};
@@ -401,12 +401,8 @@ impl Fields<'_> {
         const MODULES: &str = "null, a string or a list of strings";
         let mut modules_to_save = self.read("modules_to_save", Vec::new(), MODULES, names)?;
         // PEFT extends the list on each load, so files repeat themselves.
-        let mut seen = Vec::new();
-        modules_to_save.retain(|name| {
-            let new = !seen.contains(name);
-            seen.push(name.clone());
-            new
-        });
+        let mut seen = HashSet::new();
+        modules_to_save.retain(|name| seen.insert(name.clone()));
         Ok(Selection {
             target_modules: self.read("target_modules", None, MODULES, |value| {
                 modules(value, TargetModules::from)

@@ -37,10 +37,16 @@ pub fn run(options: &Merge) -> Result<(), Error> {
     if let Some(line) = labels::correct(&base, head.text(), &mut changes) {
         note(&line);
     }
+    if let Some(output) = options.output.as_ref().filter(|_| !options.dry_run) {
+        check_output(output, &base, &options.adapter.adapter)?;
+    }
+    // Looked for before the weights are written, since that takes long.
+    let others = base.other_files()?;
+    others.note().iter().for_each(|line| note(line));
     match &options.output {
         Some(output) if !options.dry_run => {
-            check_output(output, &base, &options.adapter.adapter)?;
-            rewrite(&base, &changes, output, &mut Forward::new(&adapter))?;
+            let mut turn = Forward::new(&adapter);
+            rewrite(&base, &others.copied, &changes, output, &mut turn)?;
             print(&format!(
                 "{}: {}\n",
                 output.display(),

@@ -58,9 +58,10 @@ pub fn check_output(output: &Path, base: &Base, adapter: &Path) -> Result<(), Er
     check_outside(output, adapter)
 }
 
-/// Writes the model with its changes.
+/// Writes the model with its changes, and these other files of its folder.
 pub fn rewrite(
     base: &Base,
+    others: &[PathBuf],
     changes: &Changes,
     output: &Path,
     turn: &mut dyn Turn,
@@ -80,7 +81,7 @@ pub fn rewrite(
         progress,
     };
     let result = match base.is_folder() {
-        true => writer.folder(base, output),
+        true => writer.folder(base, others, output),
         false => OutputFile::create(output)
             .and_then(|file| writer.shard(base, &base.shards[0], true, file)),
     };
@@ -95,11 +96,9 @@ struct Writer<'a> {
 }
 
 impl Writer<'_> {
-    fn folder(&mut self, base: &Base, output: &Path) -> Result<(), Error> {
-        // Looked for before the weights are written, since that takes long.
-        let others = base.other_files()?;
+    fn folder(&mut self, base: &Base, others: &[PathBuf], output: &Path) -> Result<(), Error> {
         let folder = OutputFolder::create(output)?;
-        self.fill(base, &others, &folder)?;
+        self.fill(base, others, &folder)?;
         folder.finish()
     }
 

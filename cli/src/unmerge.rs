@@ -34,7 +34,9 @@ pub fn run(options: &Unmerge) -> Result<(), Error> {
     head.untie(&base, &mut changes)?;
     check_output(&options.output, &base, &options.adapter.adapter)?;
     let mut turn = Backward::new(&adapter);
-    rewrite(&base, &changes, &options.output, &mut turn)?;
+    let others = base.other_files()?;
+    others.note().iter().for_each(|line| note(line));
+    rewrite(&base, &others.copied, &changes, &options.output, &mut turn)?;
     let difference = turn.difference;
     print(&format!(
         "{}: {} restored; merging them again is off by at most {:.1e}, {:.1e} of a weight's norm\n",

@@ -5,6 +5,7 @@ use burn_boft::peft::{LoadOptions, read_settings};
 use burn_boft::tensors::{from_values, values};
 use burn_boft::value::{AdapterLayer, join};
 use burn_boft::{Adapter, AdapterConfig, BoftConfig, Cayley, LayerKind, OftConfig};
+use serde_json::json;
 
 use crate::base::Base;
 use crate::cli::{Convert, To};
@@ -13,11 +14,11 @@ use crate::error::Error;
 use crate::load::load;
 use crate::names::Names;
 use crate::output::{Form, OutputFolder, check_free, check_outside};
-use crate::terminal::{plural, print};
+use crate::terminal::{plural, report};
 use crate::tie::Head;
 use crate::{lora, record};
 
-pub fn run(options: &Convert) -> Result<(), Error> {
+pub fn run(options: &Convert, json: bool) -> Result<(), Error> {
     let names = Names::parse(&options.maps)?;
     let base = options.base.as_deref().map(Base::open).transpose()?;
     let form = match options.to {
@@ -29,7 +30,7 @@ pub fn run(options: &Convert) -> Result<(), Error> {
     if let Some(rank) = options.to_lora {
         let adapter = read(options, Names::default(), base.as_ref())?;
         let base = base.ok_or_else(|| needs_base("--to-lora"))?;
-        return lora::write(&adapter, &base, names, rank as usize, &options.output);
+        return lora::write(&adapter, &base, names, rank as usize, &options.output, json);
     }
     let adapter = read(options, names, base.as_ref())?;
     let adapter = match options.to {
@@ -48,11 +49,15 @@ pub fn run(options: &Convert) -> Result<(), Error> {
             folder.finish()?;
         }
     }
-    print(&format!(
-        "{}: {}\n",
-        options.output.display(),
-        plural(adapter.layers().len(), "layer")
-    ))
+    let (output, layers) = (options.output.display(), adapter.layers().len());
+    let text = format!("{output}: {}\n", plural(layers, "layer"));
+    let value = json!({
+        "output": output.to_string(),
+        "method": adapter.config().to_string(),
+        "layers": layers,
+        "saved_tensors": adapter.tensors().len(),
+    });
+    report(json, &text, &value)
 }
 
 fn needs_base(what: &str) -> Error {

@@ -20,7 +20,7 @@ use crate::error::Error;
 use crate::names::Names;
 use crate::output::OutputFolder;
 use crate::rewrite::{Turn, row_bytes};
-use crate::terminal::{note, plural, print, shown};
+use crate::terminal::{note, plural, progress, report, shown};
 use crate::tie::Head;
 use crate::turn::Forward;
 
@@ -31,6 +31,7 @@ pub fn write(
     names: Names,
     rank: usize,
     output: &Path,
+    json: bool,
 ) -> Result<(), Error> {
     let head = Head::of(base)?;
     let names = names.for_model(&head);
@@ -39,8 +40,10 @@ pub fn write(
     names.note().iter().for_each(|line| note(line));
     let mut tensors = BTreeMap::new();
     let mut targets = Vec::new();
-    let mut text = String::new();
+    let (mut text, mut lines) = (String::new(), Vec::new());
     let mut worst = 0.0f64;
+    let entries = changes.of.keys().filter_map(|key| base.entry(key));
+    let progress = progress(entries.map(|(_, entry)| entry.bytes).sum());
     for (name, change) in &changes.of {
         let Change::Rotate(parts) = change else {
             continue;
@@ -61,11 +64,18 @@ pub fn write(
                 low.of_change,
                 low.of_weight
             ));
+            lines.push(json!({
+                "path": layer.path(),
+                "left_out_of_change": low.of_change,
+                "left_out_of_weight": low.of_weight,
+            }));
             worst = worst.max(low.of_weight);
+            progress.inc(weight.bytes);
             tensors.extend(low.into_tensors(layer.path(), &weight.shape));
             targets.push(layer.path().to_string());
         }
     }
+    progress.finish_and_clear();
     let layers = adapter.layers().iter();
     let adapted: HashSet<_> = layers.map(AdapterLayer::path).collect();
     for tensor in adapter.tensors().iter().chain(adapter.base_copies()) {
@@ -84,7 +94,13 @@ pub fn write(
         output.display(),
         plural(targets.len(), "layer")
     ));
-    print(&text)
+    let value = json!({
+        "output": output.display().to_string(),
+        "rank": rank,
+        "layers": lines,
+        "left_out_of_weight": worst,
+    });
+    report(json, &text, &value)
 }
 
 /// PEFT's settings of the LoRA; the scaling is one.
@@ -122,6 +138,8 @@ struct Weight {
     shape: Vec<usize>,
     change: Mat<f64>,
     merged_norm: f64,
+    /// How many bytes it has in the file.
+    bytes: u64,
 }
 
 impl Weight {
@@ -165,6 +183,7 @@ impl Weight {
             shape,
             change,
             merged_norm,
+            bytes: rows.len() as u64 * row,
         })
     }
 }

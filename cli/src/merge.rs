@@ -1,10 +1,14 @@
 //! `merge`: an adapter folded into a model's weights.
 
+use std::ops::Range;
+use std::path::PathBuf;
+
 use burn_boft::peft::LoadOptions;
 use burn_boft::tensors::file_name;
 use burn_boft::value::{AdapterLayer, SavedTensor};
+use serde_json::{Value, json};
 
-use crate::base::Base;
+use crate::base::{Base, OtherFiles};
 use crate::changes::{Added, Change, Changes};
 use crate::cli::Merge;
 use crate::copies;
@@ -14,11 +18,11 @@ use crate::labels;
 use crate::load::load;
 use crate::names::Names;
 use crate::rewrite::{check_output, rewrite};
-use crate::terminal::{note, plural, print, shown};
+use crate::terminal::{note, plural, report, shown};
 use crate::tie::Head;
 use crate::turn::Forward;
 
-pub fn run(options: &Merge) -> Result<(), Error> {
+pub fn run(options: &Merge, json: bool) -> Result<(), Error> {
     let names = Names::parse(&options.adapter.maps)?;
     let adapter = load(&options.adapter.adapter, &LoadOptions::new())?;
     let base = Base::open(&options.base)?;
@@ -47,14 +51,62 @@ pub fn run(options: &Merge) -> Result<(), Error> {
         Some(output) if !options.dry_run => {
             let mut turn = Forward::new(&adapter);
             rewrite(&base, &others.copied, &changes, output, &mut turn)?;
-            print(&format!(
-                "{}: {}\n",
-                output.display(),
-                counts(&changes, ["rotated", "replaced", "added"])
-            ))
+            let counts = counts(&changes, ["rotated", "replaced", "added"]);
+            let text = format!("{}: {counts}\n", output.display());
+            report(
+                json,
+                &text,
+                &to_json(&base, &changes, Some(output), &others),
+            )
         }
-        _ => print(&table(&base, &changes)),
+        _ => {
+            let value = to_json(&base, &changes, None, &others);
+            report(json, &table(&base, &changes), &value)
+        }
     }
+}
+
+/// What has changed, or would change where there is no output.
+fn to_json(base: &Base, changes: &Changes, output: Option<&PathBuf>, others: &OtherFiles) -> Value {
+    let mut tensors = Vec::new();
+    for (key, change) in &changes.of {
+        let mut add = |change: &str, rows: Range<usize>, layer: Option<&AdapterLayer>| {
+            tensors.push(json!({
+                "tensor": key,
+                "change": change,
+                "rows": [rows.start, rows.end],
+                "block_size": layer.map(AdapterLayer::block_size),
+                "factors": layer.map(AdapterLayer::n_butterfly_factor),
+                "scale": layer.map(|layer| layer.scale().is_some()),
+            }));
+        };
+        match change {
+            Change::Rotate(parts) => {
+                let parts = parts.iter();
+                parts.for_each(|(rows, layer)| add("rotate", rows.clone(), Some(*layer)));
+            }
+            Change::Replace(parts) => {
+                let parts = parts.iter();
+                parts.for_each(|(rows, _)| add("replace", rows.clone(), None));
+            }
+            Change::New(tensor) => {
+                let rows = tensor.data().shape().first().copied().unwrap_or(1);
+                add("replace", 0..rows, None);
+            }
+        }
+    }
+    let added: Vec<_> = changes.added.keys().collect();
+    json!({
+        "base": base.path.display().to_string(),
+        "output": output.map(|path| path.display().to_string()),
+        "rotated": changes.rotations(),
+        "replaced": changes.replacements(),
+        "changes": tensors,
+        "added": added,
+        "idle": changes.idle,
+        "config_changed": changes.config.is_some(),
+        "left_behind": others.left_names(),
+    })
 }
 
 /// How many layers and tensors change, in words.

@@ -19,7 +19,7 @@ use crate::load::load;
 use crate::names::Names;
 use crate::rewrite::{check_output, rewrite};
 use crate::terminal::{note, plural, report, shown};
-use crate::tie::Head;
+use crate::tie::{Head, Rotated};
 use crate::turn::Forward;
 
 pub fn run(options: &Merge, json: bool) -> Result<(), Error> {
@@ -31,7 +31,7 @@ pub fn run(options: &Merge, json: bool) -> Result<(), Error> {
     let mut changes = Changes::find(&adapter, &base, &names, &head)?;
     copies::check(&adapter, &base, &names, &head)?;
     names.note().iter().for_each(|line| note(line));
-    head.untie(&base, &mut changes)?;
+    head.untie(&base, &mut changes, Rotated::Alone)?;
     if changes.config.is_some() {
         note(
             "note: the model's head shares the tensor of its embedding, and the adapter changes one of the two; the \

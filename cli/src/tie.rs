@@ -7,6 +7,7 @@
 use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 
+use burn_boft::LayerKind;
 use burn_boft::peft::input::{self, LONGEST_SETTINGS};
 use serde_json::{Map, Value};
 
@@ -233,6 +234,16 @@ enum Tied {
     Unknown(String),
 }
 
+/// What the rotation of an embedding means for a head that shares its tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rotated {
+    /// The embedding is rotated and the head is not, as in the model that was trained. PEFT's own merge rotates the one tensor, and
+    /// so both.
+    Alone,
+    /// Both were rotated by that merge, and both are restored.
+    Together,
+}
+
 /// What a model's `config.json` says of its head.
 pub struct Head {
     path: PathBuf,
@@ -299,10 +310,17 @@ impl Head {
     /// # Errors
     ///
     /// If the head changes or may change with the embedding, and cannot be given tensors of its own.
-    pub fn untie(&self, base: &Base, changes: &mut Changes) -> Result<(), Error> {
-        // Embeddings are saved and never rotated, so a rotated layer of that name is something else.
+    pub fn untie(&self, base: &Base, changes: &mut Changes, rotated: Rotated) -> Result<(), Error> {
+        // A rotated layer that is called like an embedding and is none is something else.
+        let changes_embedding = |change: &Change| match change {
+            Change::Rotate(parts) => {
+                let mut layers = parts.iter().map(|(_, layer)| layer.kind());
+                rotated == Rotated::Alone && layers.any(|kind| kind == Some(LayerKind::Embedding))
+            }
+            _ => true,
+        };
         let is_touched = |(key, change): &(&String, &Change)| {
-            is_head(key) || (!matches!(change, Change::Rotate(_)) && is_embedding(key, base))
+            is_head(key) || (changes_embedding(change) && is_embedding(key, base))
         };
         let added = changes.added.keys();
         let added = added.filter(|key| is_head(key) || is_embedding(key, base));

@@ -15,7 +15,7 @@ use crate::load::load;
 use crate::names::Names;
 use crate::rewrite::{check_output, rewrite};
 use crate::terminal::{note, plural, report};
-use crate::tie::Head;
+use crate::tie::{Head, Rotated};
 use crate::turn::Backward;
 
 pub fn run(options: &Unmerge, json: bool) -> Result<(), Error> {
@@ -33,7 +33,7 @@ pub fn run(options: &Unmerge, json: bool) -> Result<(), Error> {
         .of
         .retain(|_, change| matches!(change, Change::Rotate(_)));
     changes.added.clear();
-    head.untie(&merged, &mut changes)?;
+    head.untie(&merged, &mut changes, Rotated::Together)?;
     check_output(&options.output, &merged, &options.adapter.adapter)?;
     let base = options.base.as_deref().map(Base::open).transpose()?;
     if let Some(base) = &base {

@@ -272,18 +272,12 @@ impl Selection {
     /// assert!(!config.selection.saves("lm_head")); // names are compared between dots
     /// ```
     pub fn saves(&self, path: &str) -> bool {
-        is_saved(&self.modules_to_save, path)
+        // Entries are compared between dots. PEFT does so where it decides what not to adapt. But where it decides what to
+        // save, it only compares endings, so that its `head` also saves `lm_head`.
+        let path = format!(".{path}.");
+        let mut names = self.modules_to_save.iter();
+        names.any(|name| path.contains(&format!(".{name}.")))
     }
-}
-
-/// Whether `modules_to_save` names the module at `path`, or a module that contains it.
-pub(crate) fn is_saved(modules_to_save: &[String], path: &str) -> bool {
-    // Entries are compared between dots. PEFT does so where it decides what not to adapt. But where it decides what to
-    // save, it only compares endings, so that its `head` also saves `lm_head`.
-    let path = format!(".{path}.");
-    modules_to_save
-        .iter()
-        .any(|name| path.contains(&format!(".{name}.")))
 }
 
 /// Settings of BOFT: the input of each layer is rotated by a product of `m` factors of orthogonal blocks.

@@ -115,7 +115,7 @@ impl Selector {
         let mut compile = |setting, modules: &Option<TargetModules>| {
             Modules::new(setting, modules.as_ref()).unwrap_or_else(|error| {
                 errors.push(error);
-                Modules::Names(HashSet::new())
+                Modules::Names(Names::default())
             })
         };
         let target = compile("target_modules", &selection.target_modules);
@@ -165,7 +165,7 @@ impl Selector {
         // The index of the layer matters only for names that match by their ending. PEFT expands "all-linear" to
         // full names, and a regular expression can select layers itself.
         let by_ending = match &self.target {
-            Modules::Names(names) => !names.contains(path),
+            Modules::Names(names) => !names.all.contains(path),
             Modules::Regex(_) | Modules::AllLinear => false,
         };
         let targeted =
@@ -207,7 +207,7 @@ impl Selector {
             Modules::Names(names) => Some(names),
             Modules::Regex(_) | Modules::AllLinear => None,
         };
-        endings(path).filter(move |ending| names.is_some_and(|names| names.contains(*ending)))
+        names.into_iter().flat_map(|names| names.of(path))
     }
 
     /// Whether `layers_to_transform` has the index of the layer at `path`, or is empty.
@@ -230,10 +230,40 @@ impl Selector {
     }
 }
 
-/// The endings of a path at its dots, the whole path first: `a.b.c`, `b.c`, `c`.
-pub(crate) fn endings(path: &str) -> impl Iterator<Item = &str> {
-    let starts = path.match_indices('.').map(|(dot, _)| dot + 1);
-    [0].into_iter().chain(starts).map(|start| &path[start..])
+/// The endings of a path at its dots that have at most so many components, the longest first: of two components, `b.c` and
+/// `c` of `a.b.c`.
+pub(crate) fn endings(path: &str, longest: usize) -> impl Iterator<Item = &str> {
+    let dots = path.rmatch_indices('.').map(|(dot, _)| dot + 1);
+    let starts: Vec<_> = dots.chain([0]).take(longest).collect();
+    starts.into_iter().rev().map(|start| &path[start..])
+}
+
+/// How many components the longest of these names has.
+pub(crate) fn longest<'a>(names: impl IntoIterator<Item = &'a String>) -> usize {
+    let components = names.into_iter().map(|name| name.split('.').count());
+    components.max().unwrap_or(0)
+}
+
+/// Names of modules: full paths, or their endings at a dot.
+#[derive(Debug, Default)]
+struct Names {
+    all: HashSet<String>,
+    /// How many components the longest of them has. Longer endings of a path are none of them.
+    longest: usize,
+}
+
+impl Names {
+    fn new(names: &[String]) -> Self {
+        Self {
+            all: names.iter().cloned().collect(),
+            longest: longest(names),
+        }
+    }
+
+    /// The names that select the module at `path`, the longest first.
+    fn of<'a>(&self, path: &'a str) -> impl Iterator<Item = &'a str> {
+        endings(path, self.longest).filter(|ending| self.all.contains(*ending))
+    }
 }
 
 /// The entries of `modules_to_save`, indexed for many lookups by the rule of [`Selection::saves`].
@@ -241,34 +271,31 @@ pub(crate) fn endings(path: &str) -> impl Iterator<Item = &str> {
 /// Entries are compared letter by letter. PEFT pastes them into a regular expression, where the dot of `head.dense`
 /// would match any letter.
 #[derive(Debug)]
-struct Saved {
-    names: HashSet<String>,
-    /// How many components the longest entry has.
-    longest: usize,
-}
+pub(crate) struct Saved(Names);
 
 impl Saved {
-    fn new(names: &[String]) -> Self {
-        Self {
-            names: names.iter().cloned().collect(),
-            longest: names
-                .iter()
-                .map(|name| name.split('.').count())
-                .max()
-                .unwrap_or(0),
-        }
+    pub(crate) fn new(names: &[String]) -> Self {
+        Self(Names::new(names))
     }
 
     /// Whether an entry is the module at `path`, or a module that contains it.
     ///
     /// It looks up every run of components of the path that is not longer than the longest entry.
-    fn contains(&self, path: &str) -> bool {
-        endings(path).any(|ending| {
-            let dots = ending.match_indices('.').map(|(dot, _)| dot);
-            let ends = dots.chain([ending.len()]).take(self.longest);
-            ends.into_iter()
-                .any(|end| self.names.contains(&ending[..end]))
-        })
+    pub(crate) fn contains(&self, path: &str) -> bool {
+        self.of(path).next().is_some()
+    }
+
+    /// The entries that are the module at `path`, or a module that contains it.
+    pub(crate) fn of<'a>(&self, path: &'a str) -> impl Iterator<Item = &'a str> {
+        let Self(Names { all, longest }) = self;
+        let starts = path.match_indices('.').map(|(dot, _)| dot + 1);
+        let rests = [0].into_iter().chain(starts).map(|start| &path[start..]);
+        let runs = rests.filter(|_| *longest > 0).flat_map(|rest| {
+            let dots = rest.match_indices('.').map(|(dot, _)| dot);
+            let ends = dots.chain([rest.len()]).take(*longest);
+            ends.map(move |end| &rest[..end])
+        });
+        runs.filter(|run| all.contains(*run))
     }
 }
 
@@ -276,7 +303,7 @@ impl Saved {
 #[derive(Debug)]
 enum Modules {
     /// Full paths, or their endings at a dot.
-    Names(HashSet<String>),
+    Names(Names),
     /// An expression that must match the whole path.
     Regex(Pattern),
     AllLinear,
@@ -286,8 +313,8 @@ impl Modules {
     /// Compiles the value of a setting, whose name is for messages. No value selects nothing.
     fn new(setting: &'static str, modules: Option<&TargetModules>) -> Result<Self, PatternError> {
         Ok(match modules {
-            None => Self::Names(HashSet::new()),
-            Some(TargetModules::Names(names)) => Self::Names(names.iter().cloned().collect()),
+            None => Self::Names(Names::default()),
+            Some(TargetModules::Names(names)) => Self::Names(Names::new(names)),
             Some(TargetModules::Regex(pattern)) => Self::Regex(Pattern::full(setting, pattern)?),
             Some(TargetModules::AllLinear) => Self::AllLinear,
         })
@@ -300,7 +327,7 @@ impl Modules {
     /// [`PatternError::Undecided`]: the search of the expression in this path cannot be finished.
     fn contains(&self, path: &str, is_linear: bool) -> Result<bool, PatternError> {
         match self {
-            Self::Names(names) => Ok(endings(path).any(|ending| names.contains(ending))),
+            Self::Names(names) => Ok(names.of(path).next().is_some()),
             Self::Regex(pattern) => pattern.is_match(path),
             Self::AllLinear => Ok(is_linear),
         }

@@ -109,6 +109,24 @@ pub fn part(data: &TensorData, numbers: Range<usize>) -> TensorData {
     TensorData::from_bytes_vec(bytes.to_vec(), [numbers.len()], data.dtype())
 }
 
+/// Whether two tensors have the same shape and the same numbers, as far as the coarser of their precisions tells: one of them
+/// rounded to the precision of the other is the other.
+///
+/// # Examples
+///
+/// ```
+/// use burn::tensor::{DType, TensorData};
+/// use burn_boft::tensors::is_same;
+///
+/// let fine = TensorData::new(vec![0.1f32, -3.0], [2]);
+/// assert!(is_same(&fine, &fine.clone().convert_dtype(DType::BF16)));
+/// assert!(!is_same(&fine, &TensorData::new(vec![0.1000001f32, -3.0], [2])));
+/// ```
+pub fn is_same(a: &TensorData, b: &TensorData) -> bool {
+    let rounds_to = |a: &TensorData, b: &TensorData| a.clone().convert_dtype(b.dtype()) == *b;
+    a.shape() == b.shape() && (rounds_to(a, b) || rounds_to(b, a))
+}
+
 /// Joins tensors along their first axis. None where their precisions or their other axes differ, where one has no axis,
 /// or where there are none.
 ///

@@ -2,9 +2,10 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Component, Path, PathBuf};
 
+use burn_boft::peft::input::{self, LONGEST_HEADER, LONGEST_SETTINGS};
 use burn_boft::peft::{CONFIG_FILE, TENSORS_FILE};
 use serde_json::{Map, Value};
 
@@ -17,6 +18,8 @@ const INDEX: &str = ".safetensors.index.json";
 const OTHER_FORMATS: [&str; 9] = [
     "bin", "ckpt", "gguf", "h5", "msgpack", "onnx", "ot", "pt", "pth",
 ];
+/// Where sentence-transformers lists the modules of a model.
+const MODULES: &str = "modules.json";
 /// The files of adapters, which training folders keep beside the model.
 const ADAPTER: [&str; 2] = [TENSORS_FILE, CONFIG_FILE];
 
@@ -71,7 +74,7 @@ impl Base {
     }
 
     fn add(&mut self, path: PathBuf, name: String) -> Result<(), Error> {
-        let mut file = File::open(&path).map_err(Error::read(&path))?;
+        let mut file = input::open(&path).map_err(Error::read(&path))?;
         if !file.metadata().map_err(Error::read(&path))?.is_file() {
             return Err(Error::malformed(&path, "not a file"));
         }
@@ -134,19 +137,41 @@ impl Base {
         self.places.keys().map(String::as_str)
     }
 
-    /// The files that a copy of the folder needs beside the weights, with their paths in it. Weights in other formats,
-    /// adapters, and what Git and downloads keep for themselves are left out.
-    pub fn other_files(&self) -> Result<Vec<PathBuf>, Error> {
-        let mut files = Vec::new();
+    /// The files of the folder beside the weights.
+    ///
+    /// Weights in other formats, adapters, and what Git and downloads keep for themselves are left behind, except in the
+    /// folders of modules that `modules.json` names: those are parts of the model.
+    pub fn other_files(&self) -> Result<OtherFiles, Error> {
+        let mut files = OtherFiles::default();
         if self.is_folder {
-            self.walk(Path::new(""), &mut files)?;
+            self.walk(Path::new(""), &self.modules()?, &mut files)?;
         }
-        files.sort();
+        files.copied.sort();
+        files.left.sort();
         Ok(files)
     }
 
-    fn walk(&self, folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), Error> {
+    /// The folders of modules that a model of sentence-transformers has beside its transformer, such as `2_Dense`.
+    fn modules(&self) -> Result<Vec<String>, Error> {
+        let path = self.path.join(MODULES);
+        let bytes = match input::read(&path, LONGEST_SETTINGS) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(Error::read(&path)(error)),
+        };
+        let modules: Vec<Value> = serde_json::from_slice(&bytes).unwrap_or_default();
+        let paths = modules
+            .iter()
+            .filter_map(|module| module.get("path")?.as_str());
+        Ok(paths
+            .filter(|path| !path.is_empty())
+            .map(str::to_string)
+            .collect())
+    }
+
+    fn walk(&self, folder: &Path, modules: &[String], files: &mut OtherFiles) -> Result<(), Error> {
         let path = self.path.join(folder);
+        let is_module = modules.iter().any(|module| folder.starts_with(module));
         for entry in fs::read_dir(&path).map_err(Error::read(&path))? {
             let name = entry.map_err(Error::read(&path))?.file_name();
             let relative = folder.join(&name);
@@ -155,31 +180,72 @@ impl Base {
             let is_ours = top
                 && (self.shards.iter().any(|shard| shard.name == name)
                     || self.index.as_ref().is_some_and(|(index, _)| *index == name));
-            if is_ours || is_left_out(&name) {
+            if is_ours {
+                continue;
+            }
+            if is_private(&name) || (!is_module && is_left_out(&name)) {
+                files.left.push(relative);
                 continue;
             }
             let path = self.path.join(&relative);
             // Links are followed: a download keeps its files behind links.
             let kind = fs::metadata(&path).map_err(Error::read(&path))?;
             match kind.is_dir() {
-                true => self.walk(&relative, files)?,
-                false if kind.is_file() => files.push(relative),
-                false => {}
+                true => self.walk(&relative, modules, files)?,
+                false if kind.is_file() => files.copied.push(relative),
+                false => files.left.push(relative),
             }
         }
         Ok(())
     }
 }
 
-/// Whether a merged model must not carry this file along: weights from before the merge in another format, an
-/// adapter, which transformers would apply once more, and what Git and downloads keep for themselves.
+/// The files of a model's folder beside its weights, with their paths in it.
+#[derive(Debug, Default)]
+pub struct OtherFiles {
+    /// What a copy of the model needs.
+    pub copied: Vec<PathBuf>,
+    /// What a merged model must not carry along, or cannot.
+    pub left: Vec<PathBuf>,
+}
+
+impl OtherFiles {
+    /// The paths of what is left behind.
+    pub fn left_names(&self) -> Vec<String> {
+        let paths = self.left.iter();
+        paths.map(|path| path.display().to_string()).collect()
+    }
+
+    /// The line that says what is left behind.
+    pub fn note(&self) -> Option<String> {
+        const SHOWN: usize = 8;
+        let mut names = self.left_names();
+        let more = match names.len().saturating_sub(SHOWN) {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        names.truncate(SHOWN);
+        (!names.is_empty()).then(|| {
+            format!(
+                "note: left behind, as weights from before the merge, adapters or no files of a model: {}{more}; copy by \
+                 hand what you need",
+                names.join(", ")
+            )
+        })
+    }
+}
+
+/// What Git and downloads keep for themselves.
+fn is_private(name: &str) -> bool {
+    name == ".git" || name == ".cache"
+}
+
+/// Whether a merged model must not carry this file along: weights from before the merge in another format, and an
+/// adapter, which transformers would apply once more.
 fn is_left_out(name: &str) -> bool {
     let file = name.strip_suffix(".index.json").unwrap_or(name);
     let extension = file.rsplit_once('.').map_or("", |(_, extension)| extension);
-    OTHER_FORMATS.contains(&extension)
-        || ADAPTER.contains(&name)
-        || name == ".git"
-        || name == ".cache"
+    OTHER_FORMATS.contains(&extension) || ADAPTER.contains(&name)
 }
 
 impl Shard {
@@ -257,7 +323,7 @@ fn weights(folder: &Path) -> Result<Weights, Error> {
 }
 
 fn read_index(path: &Path) -> Result<Map<String, Value>, Error> {
-    let bytes = fs::read(path).map_err(Error::read(path))?;
+    let bytes = input::read(path, LONGEST_HEADER).map_err(Error::read(path))?;
     serde_json::from_slice(&bytes)
         .map_err(|error| Error::malformed(path, format!("not a JSON object: {error}")))
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
 
 /// Inspects, merges, unmerges and converts OFT and BOFT adapters on disk.
 ///
@@ -14,6 +15,14 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
+
+    /// Print the result as JSON
+    #[arg(long, global = true)]
+    pub json: bool,
+
+    /// Remove what runs that were killed left beside the output
+    #[arg(long, global = true)]
+    pub clean: bool,
 }
 
 /// The commands.
@@ -27,6 +36,24 @@ pub enum Command {
     Inspect(Inspect),
     /// Writes an adapter in another form: PEFT's folder, a Burn record, OFT, BOFT, LoRA
     Convert(Convert),
+    /// Prints what a shell needs to complete commands and options
+    Completions(Completions),
+    /// Prints the manual page of the tool, or of one command
+    Man(Man),
+}
+
+/// The options of `completions`.
+#[derive(Debug, Args)]
+pub struct Completions {
+    /// The shell
+    pub shell: Shell,
+}
+
+/// The options of `man`.
+#[derive(Debug, Args)]
+pub struct Man {
+    /// The command, for a page of its own
+    pub command: Option<String>,
 }
 
 /// The options of `convert`.
@@ -85,10 +112,6 @@ pub struct Inspect {
     /// The adapter: PEFT's folder
     pub adapter: PathBuf,
 
-    /// Print JSON
-    #[arg(long)]
-    pub json: bool,
-
     /// Draw the rotation angle of each layer into an SVG file, which must not exist yet
     #[arg(long, value_name = "FILE")]
     pub plot: Option<PathBuf>,
@@ -107,6 +130,10 @@ pub struct Unmerge {
     /// The file or folder to write, which must not exist yet
     #[arg(long, value_name = "PATH")]
     pub output: PathBuf,
+
+    /// The model from before the merge, to print how far the restored weights are from it
+    #[arg(long, value_name = "PATH")]
+    pub base: Option<PathBuf>,
 
     /// Leave trained biases and saved modules as the merge wrote them: no file holds what they replaced
     #[arg(long)]
@@ -140,7 +167,9 @@ pub struct AdapterArgs {
     pub adapter: PathBuf,
 
     /// Rename the adapter's modules to the model's: <regex>=<replacement> with $1 for groups, split at the
-    /// last `=`, or `dinov2` for the names of transformers 4 and 5. Can be repeated; rules apply in order
+    /// last `=`. Can be repeated; rules apply in order. A model type such as `vit` or `dinov2` in their place has
+    /// the rules for names of transformers 5, which the type in the model's config.json chooses otherwise;
+    /// `none` turns them off
     #[arg(long = "map", value_name = "RULE")]
     pub maps: Vec<String>,
 }

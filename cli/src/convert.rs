@@ -5,17 +5,20 @@ use burn_boft::peft::{LoadOptions, read_settings};
 use burn_boft::tensors::{from_values, values};
 use burn_boft::value::{AdapterLayer, join};
 use burn_boft::{Adapter, AdapterConfig, BoftConfig, Cayley, LayerKind, OftConfig};
+use serde_json::json;
 
 use crate::base::Base;
 use crate::cli::{Convert, To};
+use crate::conv1d::Orientation;
 use crate::error::Error;
 use crate::load::load;
 use crate::names::Names;
 use crate::output::{Form, OutputFolder, check_free, check_outside};
-use crate::terminal::{plural, print};
+use crate::terminal::{plural, report};
+use crate::tie::Head;
 use crate::{lora, record};
 
-pub fn run(options: &Convert) -> Result<(), Error> {
+pub fn run(options: &Convert, json: bool) -> Result<(), Error> {
     let names = Names::parse(&options.maps)?;
     let base = options.base.as_deref().map(Base::open).transpose()?;
     let form = match options.to {
@@ -27,7 +30,7 @@ pub fn run(options: &Convert) -> Result<(), Error> {
     if let Some(rank) = options.to_lora {
         let adapter = read(options, Names::default(), base.as_ref())?;
         let base = base.ok_or_else(|| needs_base("--to-lora"))?;
-        return lora::write(&adapter, &base, &names, rank as usize, &options.output);
+        return lora::write(&adapter, &base, names, rank as usize, &options.output, json);
     }
     let adapter = read(options, names, base.as_ref())?;
     let adapter = match options.to {
@@ -46,11 +49,15 @@ pub fn run(options: &Convert) -> Result<(), Error> {
             folder.finish()?;
         }
     }
-    print(&format!(
-        "{}: {}\n",
-        options.output.display(),
-        plural(adapter.layers().len(), "layer")
-    ))
+    let (output, layers) = (options.output.display(), adapter.layers().len());
+    let text = format!("{output}: {}\n", plural(layers, "layer"));
+    let value = json!({
+        "output": output.to_string(),
+        "method": adapter.config().to_string(),
+        "layers": layers,
+        "saved_tensors": adapter.tensors().len(),
+    });
+    report(json, &text, &value)
 }
 
 fn needs_base(what: &str) -> Error {
@@ -81,8 +88,10 @@ fn with_kinds(adapter: Adapter, base: Option<&Base>) -> Result<Adapter, Error> {
         return Ok(adapter);
     };
     let base = base.ok_or_else(|| record::unknown_kind(unknown.path()))?;
+    let head = Head::of(base)?;
+    let orientation = Orientation::of(base, &head);
     assemble(&adapter, adapter.config().clone(), |layer| {
-        Place::find(layer, base)?.layer(layer)
+        Place::find(layer, base, &orientation)?.layer(layer)
     })
 }
 
@@ -94,7 +103,7 @@ struct Place {
 }
 
 impl Place {
-    fn find(layer: &AdapterLayer, base: &Base) -> Result<Self, Error> {
+    fn find(layer: &AdapterLayer, base: &Base, orientation: &Orientation) -> Result<Self, Error> {
         let key = join(layer.path(), "weight");
         let refuse = |why: String| Error::tensor(&base.path, &key, why);
         let (shard, entry) = base.entry(&key).ok_or_else(|| {
@@ -103,6 +112,9 @@ impl Place {
                     .into(),
             )
         })?;
+        if let Some(why) = orientation.refusal(layer.path()) {
+            return Err(refuse(why.into()));
+        }
         let shape = &entry.shape;
         let kind = layer.check_fit(shape).map_err(|why| {
             Error::malformed(
@@ -196,6 +208,8 @@ fn to_boft(adapter: &Adapter, base: Option<&Base>) -> Result<Adapter, Error> {
         return refuse("the adapter is bound to a COFT radius, and BOFT has none".into());
     }
     let base = base.ok_or_else(|| needs_base("--to boft"))?;
+    let head = Head::of(base)?;
+    let orientation = Orientation::of(base, &head);
     let mut boft = BoftConfig::new();
     (boft.block, boft.init, boft.selection) = (config.block, config.init, config.selection.clone());
     assemble(adapter, boft.into(), |layer| {
@@ -205,7 +219,7 @@ fn to_boft(adapter: &Adapter, base: Option<&Base>) -> Result<Adapter, Error> {
                 "`{path}` is an embedding, and BOFT adapts none; merge the adapter instead"
             )));
         }
-        Place::find(layer, base)?.layer(layer)
+        Place::find(layer, base, &orientation)?.layer(layer)
     })
 }
 
@@ -218,5 +232,6 @@ fn assemble(
     let layers = adapter.layers().iter().map(layer);
     let layers = layers.collect::<Result<Vec<_>, _>>()?;
     let tensors = adapter.tensors().to_vec();
-    Ok(Adapter::from_parts(config, layers, tensors)?.with_about(adapter.about()))
+    let assembled = Adapter::from_parts(config, layers, tensors)?.with_about(adapter.about());
+    Ok(assembled.with_base_copies(adapter.base_copies().to_vec()))
 }

@@ -1,5 +1,6 @@
 //! Finds where each part of an adapter belongs in a model. Everything is checked before anything is written.
 
+use std::cell::OnceCell;
 use std::collections::{BTreeSet, HashSet};
 use std::ops::Range;
 
@@ -11,6 +12,7 @@ use safetensors::Dtype;
 
 use crate::base::Base;
 use crate::changes::{Added, Change, Changes};
+use crate::conv1d::Orientation;
 use crate::error::{Error, LINE_PARTS};
 use crate::header::Entry;
 use crate::names::{Names, nearest};
@@ -28,6 +30,8 @@ impl<'a> Changes<'a> {
             base,
             names,
             head,
+            orientation: Orientation::of(base, head),
+            keys: OnceCell::new(),
             adapted: adapter
                 .layers()
                 .iter()
@@ -54,6 +58,9 @@ struct Finder<'a, 'b> {
     base: &'b Base,
     names: &'b Names,
     head: &'b Head,
+    orientation: Orientation<'b>,
+    /// The keys of the model, once somebody asked for them.
+    keys: OnceCell<Keys<'b>>,
     /// The top-level modules that have adapted layers, with the adapter's names.
     adapted: BTreeSet<&'a str>,
     owners: Owners<'a>,
@@ -79,7 +86,7 @@ impl<'a> Finder<'a, '_> {
         let key = join(&place.module, "weight");
         let Some((shard, entry)) = self.base.entry(&key) else {
             let (path, module) = (self.base.path.display(), layer.path());
-            self.problems.push(match self.head.is_shared(&key) {
+            self.problems.push(match self.head.is_tied(&key) {
                 true => format!(
                     "{path}: `{key}` is the embedding, and a rotation of the head would rotate both; save the model \
                      with a head of its own first"
@@ -91,6 +98,13 @@ impl<'a> Finder<'a, '_> {
             });
             return Ok(());
         };
+        if let Some(why) = self.orientation.refusal(&place.module) {
+            self.problems.push(format!(
+                "{}: `{key}`, which the adapter rotates, {why}",
+                shard.path.display()
+            ));
+            return Ok(());
+        }
         match rows(layer, entry, &place) {
             Ok(rows) => self.insert(key, Part::Layer(rows, layer)),
             Err(why) => self.problems.push(format!(
@@ -167,11 +181,11 @@ impl<'a> Finder<'a, '_> {
     /// Whether a saved module that the model's file lacks is a head that the model does not have yet: a module of its
     /// own at the top. Anything else is in the file under another name.
     fn is_new_head(&self, module: &str, key: &str) -> bool {
-        let (top, end) = (first(key), format!(".{key}"));
-        let is_other = |other: &str| {
-            first(other) == top || other.ends_with(&end) || (is_head(key) && is_head(other))
-        };
-        !self.adapted.contains(first(module)) && !self.base.keys().any(is_other)
+        let keys = self.keys.get_or_init(|| Keys::of(self.base));
+        !self.adapted.contains(first(module))
+            && !keys.tops.contains(first(key))
+            && !keys.end_with(key)
+            && !(is_head(key) && keys.has_head)
     }
 
     /// Notes a change of a tensor. It is a problem if the tensor has one already and this is not for other rows of it.
@@ -202,6 +216,36 @@ impl<'a> Finder<'a, '_> {
             self.base.path.display()
         ));
     }
+}
+
+/// The keys of a model, indexed for many lookups.
+struct Keys<'b> {
+    /// Their first components.
+    tops: HashSet<&'b str>,
+    /// The keys read backwards: what ends a key starts it then.
+    backwards: BTreeSet<String>,
+    has_head: bool,
+}
+
+impl<'b> Keys<'b> {
+    fn of(base: &'b Base) -> Self {
+        Self {
+            tops: base.keys().map(first).collect(),
+            backwards: base.keys().map(backwards).collect(),
+            has_head: base.keys().any(is_head),
+        }
+    }
+
+    /// Whether a key of the model ends with this one, at a dot.
+    fn end_with(&self, key: &str) -> bool {
+        let end = format!("{}.", backwards(key));
+        let next = self.backwards.range(end.clone()..).next();
+        next.is_some_and(|other| other.starts_with(&end))
+    }
+}
+
+fn backwards(key: &str) -> String {
+    key.chars().rev().collect()
 }
 
 /// One part of an adapter at its place.

@@ -1,20 +1,27 @@
 //! Reads and writes the header of a safetensors file, and checks what it reads.
 
+use std::fmt::{self, Formatter};
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+use burn_boft::peft::input::{self, LONGEST_HEADER};
 use burn_boft::tensors::file_name;
 use safetensors::Dtype;
-use serde_json::{Map, Value, json};
+use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
+use serde_json::{Value, json};
 
 use crate::error::Error;
 
-/// The longest header that the format allows.
-const LONGEST: u64 = 100_000_000;
 /// How many bytes the length of the header takes at the start of a file.
 const PREFIX: u64 = 8;
 const METADATA: &str = "__metadata__";
+/// Formats that are taken for this one, by how their files start. As the length of a header, each would be too long.
+const OTHER_FORMATS: [(&[u8], &str); 3] = [
+    (b"GGUF", "of GGUF"),
+    (b"PK\x03\x04", "an archive, as PyTorch's pickles are"),
+    (b"\x89HDF", "of HDF5, as Keras writes it"),
+];
 
 /// One tensor of a file.
 #[derive(Debug, Clone)]
@@ -60,31 +67,89 @@ pub fn read(path: &Path, file: &mut File) -> Result<Header, Error> {
         )));
     }
     file.read_exact(&mut prefix).map_err(Error::read(path))?;
+    if let Some((_, what)) = OTHER_FORMATS
+        .iter()
+        .find(|(start, _)| prefix.starts_with(start))
+    {
+        return Err(malformed(format!(
+            "it is {what}; save the model as safetensors first"
+        )));
+    }
     let header = u64::from_le_bytes(prefix);
-    if header > LONGEST.min(length - PREFIX) {
+    if header > length - PREFIX {
         return Err(malformed(format!(
             "it announces a header of {header} bytes, and the whole file has {length}"
         )));
     }
+    input::check_length("its header", header, LONGEST_HEADER).map_err(Error::read(path))?;
     let mut bytes = vec![0; header as usize];
     file.read_exact(&mut bytes).map_err(Error::read(path))?;
-    let header: Map<String, Value> = serde_json::from_slice(&bytes)
-        .map_err(|error| malformed(format!("its header is not a JSON object: {error}")))?;
-    let data = PREFIX + bytes.len() as u64;
-    let (mut metadata, mut entries) = (None, Vec::new());
-    for (key, value) in header {
-        if key == METADATA {
-            metadata = Some(value);
-            continue;
-        }
-        match entry(&key, &value, data) {
-            Ok(entry) => entries.push(entry),
-            Err(reason) => return Err(Error::tensor(path, &key, reason)),
-        }
+    let data = PREFIX + header;
+    let mut reader = HeaderReader::new(data);
+    let mut json = serde_json::Deserializer::from_slice(&bytes);
+    let read = json
+        .deserialize_map(&mut reader)
+        .and_then(|()| json.end())
+        .map_err(|error| malformed(format!("its header is not a JSON object: {error}")));
+    let HeaderReader {
+        metadata,
+        mut entries,
+        fault,
+        ..
+    } = reader;
+    if let Some((key, reason)) = fault {
+        return Err(Error::tensor(path, &key, reason));
     }
+    read?;
     entries.sort_by(|a, b| (a.start, a.bytes, &a.key).cmp(&(b.start, b.bytes, &b.key)));
     check_cover(path, &entries, data, length)?;
     Ok(Header { metadata, entries })
+}
+
+/// Reads a header one tensor at a time, so that it takes no more memory than its tensors.
+struct HeaderReader {
+    /// Where the numbers start in the file.
+    data: u64,
+    metadata: Option<Value>,
+    entries: Vec<Entry>,
+    /// The first tensor that is malformed, and why.
+    fault: Option<(String, String)>,
+}
+
+impl HeaderReader {
+    fn new(data: u64) -> Self {
+        Self {
+            data,
+            metadata: None,
+            entries: Vec::new(),
+            fault: None,
+        }
+    }
+}
+
+impl<'de> Visitor<'de> for &mut HeaderReader {
+    type Value = ();
+
+    fn expecting(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.write_str("an object with an entry for each tensor")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some((key, value)) = map.next_entry::<String, Value>()? {
+            if key == METADATA {
+                self.metadata = Some(value);
+                continue;
+            }
+            match entry(&key, &value, self.data) {
+                Ok(entry) => self.entries.push(entry),
+                Err(reason) => {
+                    self.fault = Some((key, reason));
+                    return Err(A::Error::custom("a tensor is malformed"));
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// One tensor of a header.

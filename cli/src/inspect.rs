@@ -14,15 +14,15 @@ use crate::layers;
 use crate::load::load;
 use crate::output::{Form, check_free};
 use crate::plot;
-use crate::terminal::{plural, print, shown};
+use crate::terminal::{plural, report, shown};
 
-pub fn run(options: &Inspect) -> Result<(), Error> {
+pub fn run(options: &Inspect, json: bool) -> Result<(), Error> {
     if let Some(path) = &options.plot {
         check_free(path, Form::File)?;
     }
     let adapter = load(&options.adapter, &LoadOptions::new())?;
-    let json = read_settings(&options.adapter)?;
-    let about = About::new(&adapter, &json);
+    let settings = read_settings(&options.adapter)?;
+    let about = About::new(&adapter, &settings);
     let measures = adapter.measure(&Device::flex());
     let mut rows: Vec<_> = adapter
         .layers()
@@ -38,10 +38,7 @@ pub fn run(options: &Inspect) -> Result<(), Error> {
             .collect();
         plot::angles(path, &angles)?;
     }
-    match options.json {
-        true => print(&format!("{:#}\n", to_json(&about, &rows))),
-        false => print(&to_text(&about, &rows)),
-    }
+    report(json, &to_text(&about, &rows), &to_json(&about, &rows))
 }
 
 /// What holds for the whole adapter.

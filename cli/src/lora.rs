@@ -1,6 +1,6 @@
 //! The low-rank adapter that is nearest to an orthogonal one, in PEFT's LoRA layout.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 use std::path::Path;
 
@@ -15,11 +15,12 @@ use serde_json::{Map, Value, json};
 
 use crate::base::Base;
 use crate::changes::{Change, Changes};
+use crate::copies;
 use crate::error::Error;
 use crate::names::Names;
 use crate::output::OutputFolder;
 use crate::rewrite::{Turn, row_bytes};
-use crate::terminal::{plural, print, shown};
+use crate::terminal::{note, plural, progress, report, shown};
 use crate::tie::Head;
 use crate::turn::Forward;
 
@@ -27,15 +28,22 @@ use crate::turn::Forward;
 pub fn write(
     adapter: &Adapter,
     base: &Base,
-    names: &Names,
+    names: Names,
     rank: usize,
     output: &Path,
+    json: bool,
 ) -> Result<(), Error> {
-    let changes = Changes::find(adapter, base, names, &Head::of(base)?)?;
+    let head = Head::of(base)?;
+    let names = names.for_model(&head);
+    let changes = Changes::find(adapter, base, &names, &head)?;
+    copies::check(adapter, base, &names, &head)?;
+    names.note().iter().for_each(|line| note(line));
     let mut tensors = BTreeMap::new();
     let mut targets = Vec::new();
-    let mut text = String::new();
+    let (mut text, mut lines) = (String::new(), Vec::new());
     let mut worst = 0.0f64;
+    let entries = changes.of.keys().filter_map(|key| base.entry(key));
+    let progress = progress(entries.map(|(_, entry)| entry.bytes).sum());
     for (name, change) in &changes.of {
         let Change::Rotate(parts) = change else {
             continue;
@@ -56,16 +64,22 @@ pub fn write(
                 low.of_change,
                 low.of_weight
             ));
+            lines.push(json!({
+                "path": layer.path(),
+                "left_out_of_change": low.of_change,
+                "left_out_of_weight": low.of_weight,
+            }));
             worst = worst.max(low.of_weight);
+            progress.inc(weight.bytes);
             tensors.extend(low.into_tensors(layer.path(), &weight.shape));
             targets.push(layer.path().to_string());
         }
     }
-    for tensor in adapter.tensors() {
-        let is_adapted = adapter
-            .layers()
-            .iter()
-            .any(|layer| layer.path() == tensor.module());
+    progress.finish_and_clear();
+    let layers = adapter.layers().iter();
+    let adapted: HashSet<_> = layers.map(AdapterLayer::path).collect();
+    for tensor in adapter.tensors().iter().chain(adapter.base_copies()) {
+        let is_adapted = adapted.contains(tensor.module());
         let key = saved_key(tensor.module(), tensor.name(), is_adapted);
         tensors.insert(key, tensor.data().clone());
     }
@@ -80,7 +94,13 @@ pub fn write(
         output.display(),
         plural(targets.len(), "layer")
     ));
-    print(&text)
+    let value = json!({
+        "output": output.display().to_string(),
+        "rank": rank,
+        "layers": lines,
+        "left_out_of_weight": worst,
+    });
+    report(json, &text, &value)
 }
 
 /// PEFT's settings of the LoRA; the scaling is one.
@@ -118,6 +138,8 @@ struct Weight {
     shape: Vec<usize>,
     change: Mat<f64>,
     merged_norm: f64,
+    /// How many bytes it has in the file.
+    bytes: u64,
 }
 
 impl Weight {
@@ -161,6 +183,7 @@ impl Weight {
             shape,
             change,
             merged_norm,
+            bytes: rows.len() as u64 * row,
         })
     }
 }

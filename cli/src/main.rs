@@ -3,8 +3,12 @@
 mod base;
 mod changes;
 mod cli;
+mod conv1d;
 mod convert;
+mod copies;
+mod distance;
 mod error;
+mod families;
 mod find;
 mod header;
 mod inspect;
@@ -13,6 +17,7 @@ mod labels;
 mod layers;
 mod load;
 mod lora;
+mod manual;
 mod merge;
 mod names;
 mod output;
@@ -57,16 +62,19 @@ fn main() -> ExitCode {
         }
     };
     interrupt::handle();
-    ExitCode::from(code(|| run(cli.command)))
+    output::clean(cli.clean);
+    ExitCode::from(code(|| run(cli.command, cli.json)))
 }
 
 /// Does what was asked for.
-fn run(command: Command) -> Result<(), Error> {
+fn run(command: Command, json: bool) -> Result<(), Error> {
     match command {
-        Command::Merge(options) => merge::run(&options),
-        Command::Unmerge(options) => unmerge::run(&options),
-        Command::Inspect(options) => inspect::run(&options),
-        Command::Convert(options) => convert::run(&options),
+        Command::Merge(options) => merge::run(&options, json),
+        Command::Unmerge(options) => unmerge::run(&options, json),
+        Command::Inspect(options) => inspect::run(&options, json),
+        Command::Convert(options) => convert::run(&options, json),
+        Command::Completions(options) => manual::completions(&options),
+        Command::Man(options) => manual::page(&options),
     }
 }
 

@@ -1,29 +1,37 @@
 //! `merge`: an adapter folded into a model's weights.
 
+use std::ops::Range;
+use std::path::PathBuf;
+
 use burn_boft::peft::LoadOptions;
 use burn_boft::tensors::file_name;
 use burn_boft::value::{AdapterLayer, SavedTensor};
+use serde_json::{Value, json};
 
-use crate::base::Base;
+use crate::base::{Base, OtherFiles};
 use crate::changes::{Added, Change, Changes};
 use crate::cli::Merge;
+use crate::copies;
 use crate::error::Error;
 use crate::header::Entry;
 use crate::labels;
 use crate::load::load;
 use crate::names::Names;
 use crate::rewrite::{check_output, rewrite};
-use crate::terminal::{note, plural, print, shown};
-use crate::tie::Head;
+use crate::terminal::{note, plural, report, shown};
+use crate::tie::{Head, Rotated};
 use crate::turn::Forward;
 
-pub fn run(options: &Merge) -> Result<(), Error> {
+pub fn run(options: &Merge, json: bool) -> Result<(), Error> {
     let names = Names::parse(&options.adapter.maps)?;
     let adapter = load(&options.adapter.adapter, &LoadOptions::new())?;
     let base = Base::open(&options.base)?;
     let head = Head::of(&base)?;
+    let names = names.for_model(&head);
     let mut changes = Changes::find(&adapter, &base, &names, &head)?;
-    head.untie(&base, &mut changes)?;
+    copies::check(&adapter, &base, &names, &head)?;
+    names.note().iter().for_each(|line| note(line));
+    head.untie(&base, &mut changes, Rotated::Alone)?;
     if changes.config.is_some() {
         note(
             "note: the model's head shares the tensor of its embedding, and the adapter changes one of the two; the \
@@ -33,18 +41,72 @@ pub fn run(options: &Merge) -> Result<(), Error> {
     if let Some(line) = labels::correct(&base, head.text(), &mut changes) {
         note(&line);
     }
+    if let Some(output) = options.output.as_ref().filter(|_| !options.dry_run) {
+        check_output(output, &base, &options.adapter.adapter)?;
+    }
+    // Looked for before the weights are written, since that takes long.
+    let others = base.other_files()?;
+    others.note().iter().for_each(|line| note(line));
     match &options.output {
         Some(output) if !options.dry_run => {
-            check_output(output, &base, &options.adapter.adapter)?;
-            rewrite(&base, &changes, output, &mut Forward::new(&adapter))?;
-            print(&format!(
-                "{}: {}\n",
-                output.display(),
-                counts(&changes, ["rotated", "replaced", "added"])
-            ))
+            let mut turn = Forward::new(&adapter);
+            rewrite(&base, &others.copied, &changes, output, &mut turn)?;
+            let counts = counts(&changes, ["rotated", "replaced", "added"]);
+            let text = format!("{}: {counts}\n", output.display());
+            report(
+                json,
+                &text,
+                &to_json(&base, &changes, Some(output), &others),
+            )
         }
-        _ => print(&table(&base, &changes)),
+        _ => {
+            let value = to_json(&base, &changes, None, &others);
+            report(json, &table(&base, &changes), &value)
+        }
     }
+}
+
+/// What has changed, or would change where there is no output.
+fn to_json(base: &Base, changes: &Changes, output: Option<&PathBuf>, others: &OtherFiles) -> Value {
+    let mut tensors = Vec::new();
+    for (key, change) in &changes.of {
+        let mut add = |change: &str, rows: Range<usize>, layer: Option<&AdapterLayer>| {
+            tensors.push(json!({
+                "tensor": key,
+                "change": change,
+                "rows": [rows.start, rows.end],
+                "block_size": layer.map(AdapterLayer::block_size),
+                "factors": layer.map(AdapterLayer::n_butterfly_factor),
+                "scale": layer.map(|layer| layer.scale().is_some()),
+            }));
+        };
+        match change {
+            Change::Rotate(parts) => {
+                let parts = parts.iter();
+                parts.for_each(|(rows, layer)| add("rotate", rows.clone(), Some(*layer)));
+            }
+            Change::Replace(parts) => {
+                let parts = parts.iter();
+                parts.for_each(|(rows, _)| add("replace", rows.clone(), None));
+            }
+            Change::New(tensor) => {
+                let rows = tensor.data().shape().first().copied().unwrap_or(1);
+                add("replace", 0..rows, None);
+            }
+        }
+    }
+    let added: Vec<_> = changes.added.keys().collect();
+    json!({
+        "base": base.path.display().to_string(),
+        "output": output.map(|path| path.display().to_string()),
+        "rotated": changes.rotations(),
+        "replaced": changes.replacements(),
+        "changes": tensors,
+        "added": added,
+        "idle": changes.idle,
+        "config_changed": changes.config.is_some(),
+        "left_behind": others.left_names(),
+    })
 }
 
 /// How many layers and tensors change, in words.

@@ -3,15 +3,69 @@
 use std::fs::{self, File};
 use std::io::{self, BufWriter, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf, is_separator};
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use burn_boft::peft::input;
 use tempfile::{Builder, TempDir, TempPath};
 
 use crate::error::Error;
 use crate::interrupt;
+use crate::terminal::note;
 
+/// How the temporary names start. What has such a name is locked for as long as a run works on it, so that what a killed run
+/// left can be told from it.
 const PREFIX: &str = ".burn-boft-";
 /// How many bytes of another file are copied between two checks for an interrupt.
 const COPIED: u64 = 64 << 20;
+
+/// Whether [`tidy`] removes what it finds.
+static CLEAN: AtomicBool = AtomicBool::new(false);
+
+/// Sets whether what killed runs left is removed.
+pub fn clean(on: bool) {
+    CLEAN.store(on, Ordering::Relaxed);
+}
+
+/// Says what killed runs left in a folder, and removes it if somebody asked for that.
+fn tidy(folder: &Path) {
+    // Where it cannot be read, writing into it says so.
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let paths = entries.map(|entry| entry.path());
+    let is_temporary = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default();
+        name.to_string_lossy().starts_with(PREFIX)
+    };
+    let mut left: Vec<_> = paths.filter(is_temporary).collect();
+    left.sort();
+    for path in left {
+        // Nobody else takes it while it is removed.
+        let Some(_lock) = lock(&path) else { continue };
+        let shown = path.display();
+        if !CLEAN.load(Ordering::Relaxed) {
+            note(&format!(
+                "note: {shown} was left by a run that was killed; --clean removes it"
+            ));
+            continue;
+        }
+        let removed = match path.is_dir() {
+            true => fs::remove_dir_all(&path),
+            false => fs::remove_file(&path),
+        };
+        match removed {
+            Ok(()) => note(&format!(
+                "note: removed {shown}, which a run that was killed had left"
+            )),
+            Err(error) => note(&format!("warning: {shown} cannot be removed: {error}")),
+        }
+    }
+}
+
+/// Locks a file or a folder for as long as the result lives. None where another run has it, or where the system locks none.
+fn lock(path: &Path) -> Option<File> {
+    let file = File::open(path).ok()?;
+    file.try_lock().ok()?;
+    Some(file)
+}
 
 /// What a result is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,9 +151,12 @@ impl OutputFile {
                 Kind::Device(BufWriter::new(file.map_err(Error::write(path))?))
             }
             false => {
+                tidy(parent(path));
                 let create = || temporary(0o666).tempfile_in(parent(path));
                 let file = interrupt::begin(create).map_err(Error::write(path))?;
                 let (file, temporary) = file.into_parts();
+                // Without a lock, which some file systems do not have, the file is only not found when it is left.
+                _ = file.try_lock();
                 Kind::Temporary(BufWriter::new(file), temporary)
             }
         };
@@ -147,15 +204,23 @@ impl OutputFile {
 pub struct OutputFolder {
     path: PathBuf,
     folder: TempDir,
+    /// Shows other runs that the folder is at work.
+    _lock: Option<File>,
 }
 
 impl OutputFolder {
     pub fn create(path: &Path) -> Result<Self, Error> {
         check_free(path, Form::Folder)?;
+        tidy(parent(path));
         let create = || temporary(0o777).tempdir_in(parent(path));
         let folder = interrupt::begin(create).map_err(Error::write(path))?;
+        let _lock = lock(folder.path());
         let path = path.to_path_buf();
-        Ok(Self { path, folder })
+        Ok(Self {
+            path,
+            folder,
+            _lock,
+        })
     }
 
     /// The temporary folder, for files to be written into.
@@ -187,7 +252,7 @@ impl OutputFolder {
 
     /// Copies a file into it.
     pub fn copy(&self, from: &Path, name: &Path) -> Result<(), Error> {
-        let mut source = File::open(from).map_err(Error::read(from))?;
+        let mut source = input::open(from).map_err(Error::read(from))?;
         let mut file = self.create_file(name)?;
         let shown = self.path.join(name);
         loop {
@@ -209,7 +274,11 @@ impl OutputFolder {
 
     /// Gives the folder its name.
     pub fn finish(self) -> Result<(), Error> {
-        let Self { path, folder } = self;
+        let Self {
+            path,
+            folder,
+            _lock,
+        } = self;
         sync(folder.path()).map_err(Error::write(&path))?;
         interrupt::complete(|| {
             // The system replaces an empty folder that appeared meanwhile, but not one with files.

@@ -4,10 +4,10 @@
 //! metadata.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::Path;
 
 use burn::tensor::{Bytes, DType, TensorData};
+use burn_boft::peft::input;
 use burn_boft::tensors::to_file;
 use burn_boft::value::{AdapterLayer, SavedTensor, TensorOwner, join};
 use burn_boft::{Adapter, AdapterConfig, Bias, LayerKind};
@@ -15,6 +15,7 @@ use burn_pack::{Reader, Tensor, Writer};
 use serde_json::{Map, Value, json};
 
 use crate::base::Base;
+use crate::conv1d;
 use crate::error::Error;
 use crate::output::OutputFile;
 
@@ -127,6 +128,12 @@ fn saved(adapter: &Adapter, base: Option<&Base>) -> Result<Vec<Tensor>, Error> {
                      the adapter to its model in Rust and save that"
                 )));
             }
+            ("weight", Some(2)) if conv1d::is_named(module) => {
+                return Err(Error::Settings(format!(
+                    "`{path}` has a name of GPT-2's layers, whose weights are stored the other way round; attach the adapter \
+                     to its model in Rust and save that"
+                )));
+            }
             (_, Some(2)) => TensorOwner::Linear,
             ("bias", None) => {
                 return Err(Error::Settings(format!(
@@ -178,7 +185,7 @@ pub fn read(
     base: Option<&Base>,
 ) -> Result<Adapter, Error> {
     let malformed = |reason: String| Error::malformed(path, format!("not a Burn record: {reason}"));
-    let bytes = fs::read(path).map_err(Error::read(path))?;
+    let bytes = input::read(path, u64::MAX).map_err(Error::read(path))?;
     let reader = Reader::from_bytes(Bytes::from_bytes_vec(bytes))
         .map_err(|error| malformed(error.to_string()))?;
     let object = |key: &str| -> Result<Option<Map<String, Value>>, Error> {

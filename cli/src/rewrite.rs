@@ -8,7 +8,7 @@ use burn_boft::tensors::{
     decode, encode, file_name, from_file, is_finite, is_float, part, to_file,
 };
 use burn_boft::value::{AdapterLayer, SavedTensor};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
@@ -17,12 +17,12 @@ use crate::changes::{Added, Change, Changes};
 use crate::error::Error;
 use crate::header::{self, Entry};
 use crate::output::{Form, OutputFile, OutputFolder, check_free, check_outside};
-use crate::tie;
+use crate::{terminal, tie};
 
 /// How many bytes are copied at a time.
 const COPIED: usize = 8 << 20;
 /// How many numbers are computed with at a time, unless a single row has more.
-const COMPUTED: usize = 2 << 20;
+pub const COMPUTED: usize = 2 << 20;
 
 /// Rotates rows of weights, or undoes that.
 pub trait Turn {
@@ -58,9 +58,10 @@ pub fn check_output(output: &Path, base: &Base, adapter: &Path) -> Result<(), Er
     check_outside(output, adapter)
 }
 
-/// Writes the model with its changes.
+/// Writes the model with its changes, and these other files of its folder.
 pub fn rewrite(
     base: &Base,
+    others: &[PathBuf],
     changes: &Changes,
     output: &Path,
     turn: &mut dyn Turn,
@@ -71,16 +72,14 @@ pub fn rewrite(
         .flat_map(|shard| &shard.header.entries)
         .map(|entry| entry.bytes)
         .sum();
-    let style = ProgressStyle::with_template("{wide_bar} {bytes}/{total_bytes} {eta}");
-    let progress = ProgressBar::new(bytes);
-    progress.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let progress = terminal::progress(bytes);
     let mut writer = Writer {
         changes,
         turn,
         progress,
     };
     let result = match base.is_folder() {
-        true => writer.folder(base, output),
+        true => writer.folder(base, others, output),
         false => OutputFile::create(output)
             .and_then(|file| writer.shard(base, &base.shards[0], true, file)),
     };
@@ -95,11 +94,9 @@ struct Writer<'a> {
 }
 
 impl Writer<'_> {
-    fn folder(&mut self, base: &Base, output: &Path) -> Result<(), Error> {
-        // Looked for before the weights are written, since that takes long.
-        let others = base.other_files()?;
+    fn folder(&mut self, base: &Base, others: &[PathBuf], output: &Path) -> Result<(), Error> {
         let folder = OutputFolder::create(output)?;
-        self.fill(base, &others, &folder)?;
+        self.fill(base, others, &folder)?;
         folder.finish()
     }
 
@@ -152,7 +149,8 @@ impl Writer<'_> {
         index
     }
 
-    /// Adds to a total of the index, if it has this one, by how much the output is larger.
+    /// Adds to a total of the index, if it has this one, by how much the output is larger. A total that is no count of
+    /// bytes, or would not be one afterwards, stays as it is.
     fn grow(
         &self,
         base: &Base,
@@ -162,7 +160,7 @@ impl Writer<'_> {
     ) {
         let Some((total, before)) = metadata
             .get_mut(total)
-            .and_then(|total| total.as_f64().map(|before| (total, before as u64)))
+            .and_then(|total| count(total).map(|before| (total, before)))
         else {
             return;
         };
@@ -176,7 +174,12 @@ impl Writer<'_> {
             let layout = added_layout(base, added);
             more += layout.map_or(0, |(dtype, shape)| measure(dtype, &shape));
         }
-        *total = Value::from((before + more).saturating_sub(less));
+        let after = before
+            .checked_add(more)
+            .and_then(|sum| sum.checked_sub(less));
+        if let Some(after) = after.filter(|_| more != less) {
+            *total = Value::from(after);
+        }
     }
 
     /// The precision and shape of a tensor in the output.
@@ -337,6 +340,16 @@ impl Writer<'_> {
         self.progress.inc(rows.len() as u64 * row_bytes(entry));
         Ok(())
     }
+}
+
+/// The count in a JSON number, which may be written as a float.
+fn count(number: &Value) -> Option<u64> {
+    let float = || {
+        let count = number.as_f64()?;
+        let is_count = count.fract() == 0.0 && (0.0..u64::MAX as f64).contains(&count);
+        is_count.then_some(count as u64)
+    };
+    number.as_u64().or_else(float)
 }
 
 /// The precision and shape of a new tensor.

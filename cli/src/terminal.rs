@@ -3,14 +3,20 @@
 use std::io::{self, ErrorKind, Write};
 use std::path::Path;
 
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::Value;
+
 use crate::error::Error;
 
 /// Writes a result. A reader who has seen enough and closed the pipe is no failure.
 pub fn print(text: &str) -> Result<(), Error> {
+    print_bytes(text.as_bytes())
+}
+
+/// Writes a result that is made of bytes, as [`print`] does.
+pub fn print_bytes(bytes: &[u8]) -> Result<(), Error> {
     let mut output = io::stdout().lock();
-    let written = output
-        .write_all(text.as_bytes())
-        .and_then(|()| output.flush());
+    let written = output.write_all(bytes).and_then(|()| output.flush());
     match written {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
             Err(Error::write(Path::new("standard output"))(error))
@@ -19,9 +25,23 @@ pub fn print(text: &str) -> Result<(), Error> {
     }
 }
 
+/// Writes a result as text, or as JSON.
+pub fn report(json: bool, text: &str, value: &Value) -> Result<(), Error> {
+    match json {
+        true => print(&format!("{value:#}\n")),
+        false => print(text),
+    }
+}
+
 /// Writes a line to the standard error. It is lost where nobody reads that.
 pub fn note(line: &str) {
     _ = writeln!(io::stderr(), "{}", shown(line));
+}
+
+/// A bar on the standard error, if that is a terminal, for work on so many bytes.
+pub fn progress(bytes: u64) -> ProgressBar {
+    let style = ProgressStyle::with_template("{wide_bar} {bytes} of {total_bytes}, {eta} left");
+    ProgressBar::new(bytes).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
 /// A name from a file, without the control characters that a terminal would obey.

@@ -4,8 +4,11 @@
 //! head's. An adapter that replaces one of the two must not change the other, so the merged model gets a tensor for
 //! each and a `config.json` that says so.
 
+use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 
+use burn_boft::LayerKind;
+use burn_boft::peft::input::{self, LONGEST_SETTINGS};
 use serde_json::{Map, Value};
 
 use crate::base::Base;
@@ -231,6 +234,16 @@ enum Tied {
     Unknown(String),
 }
 
+/// What the rotation of an embedding means for a head that shares its tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rotated {
+    /// The embedding is rotated and the head is not, as in the model that was trained. PEFT's own merge rotates the one tensor, and
+    /// so both.
+    Alone,
+    /// Both were rotated by that merge, and both are restored.
+    Together,
+}
+
 /// What a model's `config.json` says of its head.
 pub struct Head {
     path: PathBuf,
@@ -247,9 +260,12 @@ impl Head {
             true => base.path.join(FILE),
             false => base.path.with_file_name(FILE),
         };
-        let text = match std::fs::read_to_string(&path) {
+        let text = input::read(&path, LONGEST_SETTINGS).and_then(|bytes| {
+            String::from_utf8(bytes).map_err(|error| io::Error::new(ErrorKind::InvalidData, error))
+        });
+        let text = match text {
             Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(error) if error.kind() == ErrorKind::NotFound => String::new(),
             Err(error) => return Err(Error::read(&path)(error)),
         };
         let config: Option<Map<_, _>> = serde_json::from_str(&text).ok();
@@ -269,10 +285,24 @@ impl Head {
         &self.text
     }
 
+    /// Every `model_type` in the `config.json`: that of the model, and those of the models that it is made of.
+    pub fn model_types(&self) -> Vec<&str> {
+        let mut types = Vec::new();
+        if let Some(config) = &self.config {
+            collect_types(config, &mut types);
+        }
+        types
+    }
+
     /// Whether this is a tensor of the head that the file may lack, because it is the same as another.
     pub fn is_shared(&self, key: &str) -> bool {
         let shared = self.family.map_or(&[][..], |family| family.shared);
         self.tied == Tied::Yes && shared.iter().any(|(own, _)| *own == key)
+    }
+
+    /// Whether this is a tensor of a head that the file lacks, because the model has one tensor for it and the embedding.
+    pub fn is_tied(&self, key: &str) -> bool {
+        self.is_shared(key) || (self.tied == Tied::Yes && is_head(key))
     }
 
     /// Gives the merged model a head of its own, if the adapter changes the head or the embedding and the two are one.
@@ -280,10 +310,17 @@ impl Head {
     /// # Errors
     ///
     /// If the head changes or may change with the embedding, and cannot be given tensors of its own.
-    pub fn untie(&self, base: &Base, changes: &mut Changes) -> Result<(), Error> {
-        // Embeddings are saved and never rotated, so a rotated layer of that name is something else.
+    pub fn untie(&self, base: &Base, changes: &mut Changes, rotated: Rotated) -> Result<(), Error> {
+        // A rotated layer that is called like an embedding and is none is something else.
+        let changes_embedding = |change: &Change| match change {
+            Change::Rotate(parts) => {
+                let mut layers = parts.iter().map(|(_, layer)| layer.kind());
+                rotated == Rotated::Alone && layers.any(|kind| kind == Some(LayerKind::Embedding))
+            }
+            _ => true,
+        };
         let is_touched = |(key, change): &(&String, &Change)| {
-            is_head(key) || (!matches!(change, Change::Rotate(_)) && is_embedding(key, base))
+            is_head(key) || (changes_embedding(change) && is_embedding(key, base))
         };
         let added = changes.added.keys();
         let added = added.filter(|key| is_head(key) || is_embedding(key, base));
@@ -403,6 +440,13 @@ impl Head {
 enum Separate {
     Impossible(String),
     Error(Error),
+}
+
+fn collect_types<'a>(config: &'a Map<String, Value>, types: &mut Vec<&'a str>) {
+    types.extend(config.get("model_type").and_then(Value::as_str));
+    for part in config.values().filter_map(Value::as_object) {
+        collect_types(part, types);
+    }
 }
 
 fn family(config: &Map<String, Value>) -> Option<&'static Family> {

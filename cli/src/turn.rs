@@ -10,6 +10,7 @@ use burn_boft::value::AdapterLayer;
 use faer::Mat;
 use faer::linalg::solvers::DenseSolveCore;
 
+use crate::distance::Difference;
 use crate::rewrite::Turn;
 
 /// A block counts as singular where its largest entry times the largest of its inverse reaches this. Such an inverse is
@@ -104,48 +105,8 @@ pub struct Backward<'a> {
     adapter: &'a Adapter,
     device: Device,
     rotation: Option<(Rotation, Inverse)>,
+    /// How far the merged weights are from those that come out when the restored weights are merged again.
     pub difference: Difference,
-}
-
-/// How far the merged weights are from those that come out when the restored weights are merged again.
-#[derive(Debug, Default, Clone, Copy)]
-pub struct Difference {
-    /// The largest difference between two numbers.
-    absolute: f64,
-    /// `‖W'' − W'‖ / ‖W'‖` of the worst layer before this one, in Frobenius norms.
-    relative: f64,
-    /// The squares of both norms over the rows of this layer so far.
-    squares: [f64; 2],
-}
-
-impl Difference {
-    pub fn absolute(&self) -> f64 {
-        self.absolute
-    }
-
-    /// The difference of the worst layer, relative to its norm.
-    pub fn relative(&self) -> f64 {
-        match self.squares {
-            [difference, expected] if expected > 0.0 => {
-                self.relative.max((difference / expected).sqrt())
-            }
-            _ => self.relative,
-        }
-    }
-
-    /// Begins another layer.
-    fn next(&mut self) {
-        (self.relative, self.squares) = (self.relative(), [0.0; 2]);
-    }
-
-    fn widen(&mut self, found: Tensor<2>, expected: Tensor<2>) {
-        let difference = found - expected.clone();
-        let square = |tensor: Tensor<2>| tensor.square().sum().into_scalar::<f64>();
-        let absolute = difference.clone().abs().max().into_scalar::<f64>();
-        self.absolute = self.absolute.max(absolute);
-        self.squares[0] += square(difference);
-        self.squares[1] += square(expected);
-    }
 }
 
 /// What undoes a rotation: the transposed inverses of its blocks, a `[n, b, b]` tensor, or its transpose where it is
@@ -208,15 +169,12 @@ impl Turn for Backward<'_> {
     fn turn(&mut self, numbers: TensorData, rows: Range<usize>) -> Result<TensorData, String> {
         let (rotation, inverse) = self.rotation.as_ref().ok_or("has no rotation")?;
         let dtype = numbers.dtype();
-        let merged = tensor(numbers, &self.device, rotation.dtype);
-        let restored = rounded(
-            Self::restore(rotation, inverse, merged.clone(), rows.clone()),
-            dtype,
-        );
+        let merged = tensor(numbers.clone(), &self.device, rotation.dtype);
+        let restored = Self::restore(rotation, inverse, merged, rows.clone());
+        let restored = rounded(restored, dtype);
         let again = tensor(restored.clone(), &self.device, rotation.dtype);
         let again = rounded(rotation.apply(again, rows), dtype);
-        let again = tensor(again, &self.device, rotation.dtype);
-        self.difference.widen(again, merged);
+        self.difference.widen(&again, &numbers);
         Ok(restored)
     }
 }

@@ -4,24 +4,28 @@ use burn::tensor::DType;
 use burn_boft::Adapter;
 use burn_boft::peft::LoadOptions;
 use burn_boft::value::{SavedTensor, join};
+use serde_json::{Value, json};
 
 use crate::base::Base;
 use crate::changes::{Change, Changes};
 use crate::cli::Unmerge;
+use crate::distance::{self, Difference, between};
 use crate::error::Error;
 use crate::load::load;
 use crate::names::Names;
 use crate::rewrite::{check_output, rewrite};
-use crate::terminal::{plural, print};
-use crate::tie::Head;
+use crate::terminal::{note, plural, report};
+use crate::tie::{Head, Rotated};
 use crate::turn::Backward;
 
-pub fn run(options: &Unmerge) -> Result<(), Error> {
+pub fn run(options: &Unmerge, json: bool) -> Result<(), Error> {
     let names = Names::parse(&options.adapter.maps)?;
     let adapter = load(&options.adapter.adapter, &LoadOptions::new())?;
-    let base = Base::open(&options.merged)?;
-    let head = Head::of(&base)?;
-    let mut changes = Changes::find(&adapter, &base, &names, &head)?;
+    let merged = Base::open(&options.merged)?;
+    let head = Head::of(&merged)?;
+    let names = names.for_model(&head);
+    let mut changes = Changes::find(&adapter, &merged, &names, &head)?;
+    names.note().iter().for_each(|line| note(line));
     if !options.keep_saved {
         refuse_saved(&adapter)?;
     }
@@ -29,18 +33,75 @@ pub fn run(options: &Unmerge) -> Result<(), Error> {
         .of
         .retain(|_, change| matches!(change, Change::Rotate(_)));
     changes.added.clear();
-    head.untie(&base, &mut changes)?;
-    check_output(&options.output, &base, &options.adapter.adapter)?;
+    head.untie(&merged, &mut changes, Rotated::Together)?;
+    check_output(&options.output, &merged, &options.adapter.adapter)?;
+    let base = options.base.as_deref().map(Base::open).transpose()?;
+    if let Some(base) = &base {
+        check_base(base, &merged, options, &changes)?;
+    }
     let mut turn = Backward::new(&adapter);
-    rewrite(&base, &changes, &options.output, &mut turn)?;
-    let difference = turn.difference;
-    print(&format!(
-        "{}: {} restored; merging them again is off by at most {:.1e}, {:.1e} of a weight's norm\n",
-        options.output.display(),
-        plural(changes.rotations(), "layer"),
-        difference.absolute(),
-        difference.relative()
-    ))
+    let others = merged.other_files()?;
+    others.note().iter().for_each(|line| note(line));
+    rewrite(
+        &merged,
+        &others.copied,
+        &changes,
+        &options.output,
+        &mut turn,
+    )?;
+    let again = turn.difference;
+    let base = match &base {
+        Some(base) => {
+            let restored = Base::open(&options.output)?;
+            Some(between(&restored, base, changes.of.keys())?)
+        }
+        None => None,
+    };
+    let (output, count) = (options.output.display(), changes.rotations());
+    let restored = plural(count, "layer");
+    let mut text = format!(
+        "{output}: {restored} restored; merging the adapter into them again is off by at most {}",
+        in_words(&again)
+    );
+    if let (Some(difference), Some(path)) = (&base, &options.base) {
+        text.push_str(&format!(
+            "; they are off from {} by at most {}",
+            path.display(),
+            in_words(difference)
+        ));
+    }
+    let value = json!({
+        "output": output.to_string(),
+        "restored": count,
+        "merging_again": to_json(&again),
+        "base": base.as_ref().map(to_json),
+        "left_behind": others.left_names(),
+    });
+    report(json, &format!("{text}\n"), &value)
+}
+
+fn in_words(difference: &Difference) -> String {
+    let (absolute, relative) = (difference.absolute(), difference.relative());
+    format!("{absolute:.1e}, {relative:.1e} of a weight's norm")
+}
+
+fn to_json(difference: &Difference) -> Value {
+    json!({"absolute": difference.absolute(), "relative": difference.relative()})
+}
+
+/// Refuses a model from before the merge that has other layers, and an output that cannot be compared with it.
+fn check_base(
+    base: &Base,
+    merged: &Base,
+    options: &Unmerge,
+    changes: &Changes,
+) -> Result<(), Error> {
+    if options.output.exists() {
+        return Err(Error::Settings(
+            "--base needs an output that can be read again, not a device or a pipe".into(),
+        ));
+    }
+    distance::check(base, merged, changes.of.keys())
 }
 
 /// Refuses an adapter with saved tensors: it does not hold what the merge replaced by them.

@@ -35,6 +35,22 @@ fn a_model_file_that_is_cut_off_or_hostile_is_refused() {
         place.refused(),
         "base.safetensors: not a safetensors file: it announces a header of 1099511627776 bytes, and the whole file has 10"
     );
+    for (start, what) in [
+        (&b"GGUF\x03\0\0\0\0"[..], "of GGUF"),
+        (
+            b"PK\x03\x04\0\0\x08\x08",
+            "an archive, as PyTorch's pickles are",
+        ),
+        (b"\x89HDF\r\n\x1a\n", "of HDF5, as Keras writes it"),
+    ] {
+        fs::write(&base, start).unwrap();
+        assert_eq!(
+            place.refused(),
+            format!(
+                "base.safetensors: not a safetensors file: it is {what}; save the model as safetensors first"
+            )
+        );
+    }
     place.write_bytes(2, b"{]");
     assert!(
         place.refused().starts_with(

@@ -10,13 +10,16 @@ mod inspect;
 #[cfg(unix)]
 mod interrupts;
 mod labels;
+mod limits;
 #[cfg(target_os = "linux")]
 mod memory;
 mod merge;
 mod names;
 mod numbers;
+mod orientation;
 mod outputs;
 mod saved;
 mod terminal;
 mod tied;
 mod unmerge;
+mod valid;

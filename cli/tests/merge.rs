@@ -44,10 +44,15 @@ fn shards_keep_their_layout_and_other_files_are_copied() {
     }
     fs::write(base.join("adapter_config.json"), "{}").unwrap();
     fs::write(base.join("adapter_model.safetensors"), "").unwrap();
-    succeed(
+    let merge = run(
         folder.path(),
         &merge_command("base", case.adapter(), "merged"),
     );
+    assert_eq!(merge.code, 0, "{}", merge.stderr);
+    let note = "\nnote: left behind, as weights from before the merge, adapters or no files of a model: adapter_config.json, \
+                adapter_model.safetensors, consolidated.00.pth, diffusion_pytorch_model.bin, flax_model.msgpack, \
+                model-Q4.gguf, model.ckpt, model.onnx and 7 more; copy by hand what you need\n";
+    assert!(merge.stderr.ends_with(note), "{}", merge.stderr);
     let shards = [
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
@@ -77,6 +82,46 @@ fn shards_keep_their_layout_and_other_files_are_copied() {
     }
     assert_models(&found, &case.merged, TOLERANCE, "sharded");
     assert_eq!(names(folder.path()), ["base", "merged"]);
+}
+
+/// As sentence-transformers keeps the layers that come after its transformer.
+#[test]
+fn the_modules_of_a_sentence_transformer_are_copied_with_their_weights() {
+    let place = MergeFolder::new();
+    let model = place.path().join("model");
+    for folder in ["1_Pooling", "2_Dense", "onnx"] {
+        fs::create_dir_all(model.join(folder)).unwrap();
+    }
+    write(&model.join("model.safetensors"), &place.base);
+    let modules = serde_json::json!([
+        {"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        {"idx": 2, "path": "2_Dense", "type": "sentence_transformers.models.Dense"},
+    ]);
+    write_json(&model.join("modules.json"), &modules);
+    for file in [
+        "1_Pooling/config.json",
+        "2_Dense/pytorch_model.bin",
+        "onnx/model.onnx",
+    ] {
+        fs::write(model.join(file), file).unwrap();
+    }
+    let merge = run(place.path(), &merge_command("model", "adapter", "merged"));
+    assert_eq!(
+        (merge.code, merge.stderr.as_str()),
+        (
+            0,
+            "note: left behind, as weights from before the merge, adapters or no files of a model: onnx/model.onnx; copy by \
+             hand what you need\n"
+        )
+    );
+    let merged = place.path().join("merged");
+    let dense = fs::read_to_string(merged.join("2_Dense/pytorch_model.bin")).unwrap();
+    assert_eq!(dense, "2_Dense/pytorch_model.bin");
+    assert_eq!(
+        names(&merged),
+        ["1_Pooling", "2_Dense", "model.safetensors", "modules.json"]
+    );
 }
 
 #[test]

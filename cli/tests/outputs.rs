@@ -173,3 +173,80 @@ fn a_full_disk_leaves_nothing_behind() {
         assert_eq!(names(place.path()), kept, "{command}");
     }
 }
+
+#[cfg(unix)]
+#[test]
+fn what_a_killed_run_left_is_named_and_removed_on_demand() {
+    let place = MergeFolder::new();
+    let path = place.path();
+    fs::create_dir(path.join(".burn-boft-dead")).unwrap();
+    fs::write(path.join(".burn-boft-dead/model.safetensors"), "half").unwrap();
+    fs::write(path.join(".burn-boft-file"), "half").unwrap();
+    // Another run is at work on this one.
+    fs::write(path.join(".burn-boft-live"), "half").unwrap();
+    let live = fs::File::open(path.join(".burn-boft-live")).unwrap();
+    live.lock().unwrap();
+    let merge = |output: &str, more: &[&str]| {
+        let arguments = merge_command("base.safetensors", "adapter", output);
+        let run = run(path, &[&arguments[..], more].concat());
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        run.stderr
+    };
+    assert_eq!(
+        merge("a.safetensors", &[]),
+        "note: ./.burn-boft-dead was left by a run that was killed; --clean removes it\n\
+         note: ./.burn-boft-file was left by a run that was killed; --clean removes it\n"
+    );
+    assert_eq!(
+        merge("b.safetensors", &["--clean"]),
+        "note: removed ./.burn-boft-dead, which a run that was killed had left\n\
+         note: removed ./.burn-boft-file, which a run that was killed had left\n"
+    );
+    assert_eq!(merge("c.safetensors", &[]), "");
+    assert_eq!(
+        names(path),
+        [
+            ".burn-boft-live",
+            "a.safetensors",
+            "adapter",
+            "b.safetensors",
+            "base.safetensors",
+            "c.safetensors"
+        ]
+    );
+}
+
+/// 1.8e19 bytes are more than any disk has, and a number that the tool must not make smaller.
+#[test]
+fn a_total_that_is_too_large_to_correct_stays_as_it_is() {
+    let case = Case::open("cases/boft-mlp-bias-all-saved");
+    let folder = tempfile::tempdir().unwrap();
+    let index = "model.safetensors.index.json";
+    write_sharded(&case, &folder.path().join("base"));
+    // A head of other sizes changes the total.
+    let base = folder.path().join("base");
+    let mut second = read(&base.join("model-00001-of-00002.safetensors"));
+    second.insert("classifier.weight".into(), Tensor::random(&[2, 16], 1));
+    second.insert("classifier.bias".into(), Tensor::random(&[2], 2));
+    write(&base.join("model-00001-of-00002.safetensors"), &second);
+    for (total, expected) in [
+        (serde_json::json!(u64::MAX), serde_json::json!(u64::MAX)),
+        (serde_json::json!(1e25), serde_json::json!(1e25)),
+        (serde_json::json!(-3), serde_json::json!(-3)),
+        (
+            serde_json::json!(1.8e19),
+            serde_json::json!(18_000_000_000_000_000_204u64),
+        ),
+    ] {
+        let mut json = read_json(&base.join(index));
+        json["metadata"]["total_size"] = total.clone();
+        write_json(&base.join(index), &json);
+        succeed(
+            folder.path(),
+            &merge_command("base", case.adapter(), "merged"),
+        );
+        let found = read_json(&folder.path().join("merged").join(index));
+        assert_eq!(found["metadata"]["total_size"], expected, "{total}");
+        fs::remove_dir_all(folder.path().join("merged")).unwrap();
+    }
+}

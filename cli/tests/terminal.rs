@@ -22,7 +22,10 @@ fn wrong_options_are_refused_in_one_line() {
     );
     assert_eq!(
         place.refused_with(&["--map", "fc"]),
-        "--map fc: a rule is `dinov2` or <regex>=<replacement>"
+        "--map fc: a rule is <regex>=<replacement>, `none`, or one of the model types dinov2, dinov2_with_registers, \
+         audio-spectrogram-transformer, beit, deit, ijepa, vit, vit_mae, vit_msn, vivit, swin, dinov3_vit, minimax, mixtral, \
+         phimoe, aria, aya_vision, gemma3, got_ocr2, internvl, llava, llava_next, llava_next_video, llava_onevision, \
+         mistral3, paligemma, vipllava, qwen2_5_vl, qwen2_vl, gpt_neox"
     );
     assert!(
         place
@@ -159,4 +162,61 @@ fn a_full_standard_output_is_a_failure_and_a_closed_one_is_not() {
     drop(reader);
     let inspect = ["inspect", "adapter"];
     assert_eq!(run_into(writer.into(), &inspect), (Some(0), String::new()));
+}
+
+#[test]
+fn every_command_prints_its_result_as_json() {
+    let case = Case::open("cases/boft-mlp-bias-only-saved");
+    let folder = case.folder();
+    let json = |arguments: &str| -> serde_json::Value {
+        let arguments = arguments.replace("ADAPTER", case.adapter());
+        let printed = succeed(folder.path(), &arguments.split(' ').collect::<Vec<_>>());
+        serde_json::from_str(&printed).unwrap()
+    };
+    let merge = "--json merge --base base.safetensors --adapter ADAPTER";
+    let planned = json(&format!("{merge} --dry-run"));
+    let merged = json(&format!("{merge} --output merged.safetensors"));
+    assert_eq!(planned["output"], json!(null));
+    assert_eq!(merged["output"], "merged.safetensors");
+    assert_eq!(planned["changes"], merged["changes"]);
+    assert_eq!([&merged["rotated"], &merged["replaced"]], [2, 4]);
+    assert_eq!(
+        merged["changes"][3],
+        json!({
+            "tensor": "fc1.weight", "change": "rotate", "rows": [0, 20], "block_size": 4, "factors": 1, "scale": true
+        })
+    );
+    let unmerged = json(
+        "unmerge --merged merged.safetensors --adapter ADAPTER --keep-saved --output restored.safetensors --json",
+    );
+    assert_eq!(unmerged["restored"], 2);
+    assert_eq!(unmerged["base"], json!(null));
+    let converted = json("convert ADAPTER --to peft --output again --json");
+    assert_eq!([&converted["layers"], &converted["saved_tensors"]], [2, 4]);
+    let lora = json("convert ADAPTER --to-lora 2 --base base.safetensors --output lora --json");
+    assert_eq!(lora["layers"][1]["path"], "fc2");
+    assert!(lora["layers"][1]["left_out_of_change"].as_f64() > Some(0.0));
+    assert_eq!(json("inspect ADAPTER --json")["layers"][0]["path"], "fc1");
+}
+
+#[test]
+fn the_command_line_describes_itself_to_shells_and_to_the_manual() {
+    let folder = tempfile::tempdir().unwrap();
+    let printed = |arguments: &[&str]| succeed(folder.path(), arguments);
+    for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
+        let script = printed(&["completions", shell]);
+        assert!(script.contains("keep-saved"), "{shell}: {script}");
+    }
+    let page = printed(&["man"]);
+    assert!(page.contains(".TH burn-boft 1"), "{page}");
+    let page = printed(&["man", "unmerge"]);
+    assert!(page.contains(".TH burn-boft-unmerge 1"), "{page}");
+    assert!(
+        page.contains("keep\\-saved") && page.contains("json"),
+        "{page}"
+    );
+    assert_eq!(
+        refused(folder.path(), &["man", "fold"]),
+        "there is no command `fold`; there are merge, unmerge, inspect, convert, completions, man, help"
+    );
 }

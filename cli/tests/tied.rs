@@ -172,14 +172,36 @@ fn a_head_and_an_embedding_that_are_both_trained_are_both_written() {
     assert_eq!(config, text(UNTIED));
 }
 
+/// PEFT's forward pass rotates what the embedding gives, and the head has the numbers of the base. Its merge rotates the one tensor
+/// of both, which is another model.
+#[test]
+fn a_head_that_shares_the_embedding_keeps_its_numbers_when_the_embedding_is_rotated() {
+    let model = Model::llama(&text(TIED));
+    model.save(&[]);
+    let config = read_json(&model.path().join("adapter/adapter_config.json"));
+    let key = "base_model.model.model.embed_tokens.oft_embedding_R.weight".to_string();
+    let adapter = [(key, Tensor::random(&[2, 6], 5))];
+    write_adapter(&model.path().join("adapter"), &config, &adapter.into());
+    let (merged, config) = model.merge();
+    assert_ne!(merged["model.embed_tokens.weight"], embedding(2));
+    assert_eq!(merged["lm_head.weight"], embedding(2));
+    assert_eq!(config, text(UNTIED));
+
+    let unmerge = "unmerge --merged out --adapter adapter --output back";
+    succeed(model.path(), &unmerge.split(' ').collect::<Vec<_>>());
+    let back = model.path().join("back");
+    let shard = names(&back).into_iter().find(|name| {
+        name.ends_with(".safetensors")
+            && read(&back.join(name)).contains_key("model.embed_tokens.weight")
+    });
+    let found = read(&back.join(shard.unwrap()));
+    assert!(difference(&found["model.embed_tokens.weight"], &embedding(2)) < TOLERANCE);
+}
+
 #[test]
 fn the_model_type_says_what_the_configuration_does_not() {
     let gpt2 = [("transformer.wte.weight", embedding(2))];
-    let model = Model::new(
-        Some(r#"{"model_type": "gpt2"}"#),
-        "transformer.c_proj",
-        &gpt2,
-    );
+    let model = Model::new(Some(r#"{"model_type": "gpt2"}"#), "transformer.proj", &gpt2);
     model.save(&[("transformer.wte.weight", embedding(4))]);
     let (merged, config) = model.merge();
     assert_eq!(merged["lm_head.weight"], embedding(2));

@@ -121,6 +121,53 @@ fn the_error_that_is_reported_is_the_one_that_merging_again_makes() {
     );
 }
 
+#[test]
+fn the_distance_to_the_model_from_before_the_merge_is_measured_where_it_is_given() {
+    let mut case = Case::open("cases/boft-linear-m3-b4");
+    for tensor in case.base.values_mut() {
+        *tensor = tensor.cast(Dtype::BF16);
+    }
+    let folder = case.folder();
+    succeed(
+        folder.path(),
+        &merge_command("base.safetensors", case.adapter(), "merged.safetensors"),
+    );
+    let unmerge = |base: &str, output: &str| {
+        let command = format!(
+            "unmerge --merged merged.safetensors --adapter {} --base {base} --output {output}",
+            case.adapter()
+        );
+        run(folder.path(), &command.split(' ').collect::<Vec<_>>())
+    };
+    let printed = unmerge("base.safetensors", "restored.safetensors").stdout;
+    let restored = &read(&folder.path().join("restored.safetensors"))["layer.weight"];
+    let pairs = || {
+        restored
+            .numbers
+            .iter()
+            .zip(&case.base["layer.weight"].numbers)
+    };
+    let expected = pairs().map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    assert!(expected > 0.0, "rounding to bf16 leaves an error");
+    let (_, found) = printed
+        .split_once("they are off from base.safetensors by at most ")
+        .unwrap();
+    let found: f64 = found.split(',').next().unwrap().parse().unwrap();
+    assert!(
+        (found / expected - 1.0).abs() < 0.06,
+        "{printed} {expected}"
+    );
+
+    let mut other = case.base.clone();
+    other.insert("layer.weight".into(), Tensor::random(&[3, 4], 1));
+    write(&folder.path().join("other.safetensors"), &other);
+    let refused = unmerge("other.safetensors", "none.safetensors");
+    assert_eq!(refused.code, 2);
+    let line = "error: other.safetensors: `layer.weight` is [3, 4], and ";
+    assert!(refused.stderr.starts_with(line), "{}", refused.stderr);
+    assert!(!folder.path().join("none.safetensors").exists());
+}
+
 /// A folder of shards comes out with the numbers of the one file, and with everything else it holds.
 #[test]
 fn shards_are_restored_as_the_one_file_is() {

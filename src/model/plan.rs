@@ -14,7 +14,7 @@ use super::walk::{Parameter, Walk, walk};
 use crate::config::{AdapterConfig, LayerKind, Selection, TargetModules};
 use crate::ops::is_quantized;
 use crate::rotation::{ButterflyPlan, Method, Rotation};
-use crate::select::{Decision, Selector, endings};
+use crate::select::{Decision, Selector, endings, longest};
 
 /// Shows what [`inject`](crate::inject()) would do, without doing it.
 ///
@@ -310,7 +310,8 @@ fn unknown_modules_to_save(selection: &Selection, walk: &Walk) -> Vec<Misfit> {
         let holders = walk.modules.iter().filter(|module| module.holds_parameters);
         holders.map(|module| module.path.as_str())
     };
-    let known: HashSet<_> = modules().flat_map(endings).collect();
+    let longest = longest(&selection.modules_to_save);
+    let known: HashSet<_> = modules().flat_map(|path| endings(path, longest)).collect();
     let names = selection.modules_to_save.iter();
     let unknown = names.filter(|name| name.is_empty() || !known.contains(name.as_str()));
     let misfit = |name: &String| Misfit::UnknownModuleToSave {

@@ -14,7 +14,8 @@
 //! | `init_weights` | `init`, without the seed |
 //! | `target_modules`, `exclude_modules`, `layers_to_transform`, `layers_pattern` | the same in `selection` |
 //! | `modules_to_save`, `bias` | the same in `selection`; `boft_only` and `oft_only` are `Bias::AdapterOnly` |
-//! | `fan_in_fan_out`, `inference_mode`, `module_dropout` | nothing: they change no result of PEFT 0.16 and later |
+//! | `fan_in_fan_out` | nothing where it is false; refused where it is true |
+//! | `inference_mode`, `module_dropout` | nothing: they change no result of PEFT 0.16 and later |
 //!
 //! PEFT's files: `src/peft/tuners/boft/config.py` and `src/peft/tuners/oft/config.py`.
 //!
@@ -22,7 +23,7 @@
 //! belongs fails later and elsewhere, or not at all. Ranges, such as that of the dropout, are checked with the model,
 //! by `rotation`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use serde::de::{self, Deserialize, Deserializer};
 use serde::ser::{Error as _, Serialize, Serializer};
@@ -114,6 +115,13 @@ pub enum ConfigError {
          merge it with that version, or train it anew"
     )]
     OldOft,
+    /// Layers whose weights are stored as `[d_input, d_output]`, such as transformers' `Conv1D`. PEFT's OFT and BOFT adapt none,
+    /// and set the field to false where they adapt an `nn.Linear`.
+    #[error(
+        "`fan_in_fan_out` is true, which is for weights stored as [d_input, d_output], such as those of GPT-2's Conv1D, and \
+         neither PEFT's OFT and BOFT nor this program adapts those; set it to false if the layers are nn.Linear"
+    )]
+    FanInFanOut,
 }
 
 /// Settings read from PEFT's JSON.
@@ -130,7 +138,7 @@ pub(super) struct Settings {
 /// Reads PEFT's settings.
 ///
 /// A setting that neither PEFT 0.21.2 nor an older OFT has is ignored with a warning, as PEFT ignores it, so that files
-/// of later versions load. Settings that change no result, such as `fan_in_fan_out`, are passed over without one.
+/// of later versions load. Settings that change no result, such as `inference_mode`, are passed over without one.
 ///
 /// # Errors
 ///
@@ -143,6 +151,9 @@ pub(super) struct Settings {
 pub(super) fn read(object: &Map<String, Value>) -> Result<Settings, ConfigError> {
     let fields = Fields(object);
     let format = fields.format()?;
+    if fields.flag("fan_in_fan_out", false)? {
+        return Err(ConfigError::FanInFanOut);
+    }
     let config = match format {
         Format::Boft => read_boft(&fields)?.into(),
         Format::Oft => read_oft(&fields)?.into(),
@@ -390,12 +401,8 @@ impl Fields<'_> {
         const MODULES: &str = "null, a string or a list of strings";
         let mut modules_to_save = self.read("modules_to_save", Vec::new(), MODULES, names)?;
         // PEFT extends the list on each load, so files repeat themselves.
-        let mut seen = Vec::new();
-        modules_to_save.retain(|name| {
-            let new = !seen.contains(name);
-            seen.push(name.clone());
-            new
-        });
+        let mut seen = HashSet::new();
+        modules_to_save.retain(|name| seen.insert(name.clone()));
         Ok(Selection {
             target_modules: self.read("target_modules", None, MODULES, |value| {
                 modules(value, TargetModules::from)
@@ -965,6 +972,12 @@ mod tests {
             (
                 json!({"init_weights": "gaussian"}),
                 "`init_weights` is \"gaussian\", not true or false",
+            ),
+            (
+                json!({"fan_in_fan_out": true}),
+                "`fan_in_fan_out` is true, which is for weights stored as [d_input, d_output], such as those of GPT-2's \
+                 Conv1D, and neither PEFT's OFT and BOFT nor this program adapts those; set it to false if the layers are \
+                 nn.Linear",
             ),
         ] {
             assert_eq!(refused(fields), expected);

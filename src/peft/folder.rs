@@ -1,7 +1,6 @@
 //! [`Folder`]: what an adapter's folder holds, before anybody understands it.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::TensorData;
@@ -9,6 +8,7 @@ use safetensors::tensor::{SafeTensors, TensorView};
 use serde_json::{Map, Value};
 
 use super::error::{LoadError, NameError, SaveError, Unrepresentable};
+use super::input::{self, LONGEST_HEADER, LONGEST_SETTINGS};
 use super::keys::{CONFIG_FILE, TENSORS_FILE};
 use super::pair;
 use crate::tensors::{decode, encode, file_name, to_file};
@@ -152,7 +152,7 @@ pub fn read_settings(path: impl AsRef<Path>) -> Result<Map<String, Value>, LoadE
         true => path.join(CONFIG_FILE),
         false => path.to_path_buf(),
     };
-    match fs::read(&path) {
+    match input::read(&path, LONGEST_SETTINGS) {
         Ok(bytes) => parse_settings(path, &bytes),
         Err(source) => Err(LoadError::Io { path, source }),
     }
@@ -174,10 +174,21 @@ fn parse_settings(path: PathBuf, bytes: &[u8]) -> Result<Map<String, Value>, Loa
 pub(super) fn read(folder: &Path) -> Result<(Folder, Vec<Wrong>), LoadError> {
     let (config, bytes) = pair::read(folder)?;
     let settings = parse_settings(folder.join(CONFIG_FILE), &config)?;
+    let path = || folder.join(TENSORS_FILE);
     let malformed = |source| LoadError::Safetensors {
-        path: folder.join(TENSORS_FILE),
+        path: path(),
         source,
     };
+    if let Some(length) = bytes.first_chunk() {
+        // A length beyond the file is a header that is not there, which the crate reports.
+        let length = u64::from_le_bytes(*length).min(bytes.len() as u64);
+        input::check_length("its header", length, LONGEST_HEADER).map_err(|source| {
+            LoadError::Io {
+                path: path(),
+                source,
+            }
+        })?;
+    }
     let (_, header) = SafeTensors::read_metadata(&bytes).map_err(malformed)?;
     let metadata = header.metadata().clone().unwrap_or_default();
     let file = SafeTensors::deserialize(&bytes).map_err(malformed)?;

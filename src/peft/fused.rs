@@ -25,8 +25,11 @@ use crate::value::mismatch::{Mismatch, PartsError, Wrong};
 ///   cannot be told, so nothing is read.
 pub(super) fn to_model_names(
     names: &KeyMap,
-    layers: &mut Vec<AdapterLayer>,
-    tensors: &mut Vec<SavedTensor>,
+    (layers, tensors, copies): (
+        &mut Vec<AdapterLayer>,
+        &mut Vec<SavedTensor>,
+        &mut Vec<SavedTensor>,
+    ),
     mismatch: &mut Mismatch,
 ) -> Result<(), KeyMapError> {
     let mut renamer = Renamer {
@@ -36,6 +39,7 @@ pub(super) fn to_model_names(
     };
     *layers = renamer.rename(std::mem::take(layers))?;
     *tensors = renamer.rename(std::mem::take(tensors))?;
+    *copies = renamer.rename(std::mem::take(copies))?;
     Ok(())
 }
 

@@ -8,6 +8,7 @@
 //! | the same of an embedding | `<layer>.oft_embedding_R.weight` | `[n, b(b−1)/2]` |
 //! | a trained bias of an adapted layer | `<layer>.base_layer.bias` | `[d_output]` |
 //! | a part of a module to save, a bias of another layer | `<module>.<tensor>` | as in the model |
+//! | a copy of an embedding or head of the base | `<layer>.base_layer.weight`, or `<module>.weight` | as in the model |
 //!
 //! Older versions had `boft_P` beside BOFT's squares, and `oft_r` with `oft_s` instead of packed blocks.
 //!
@@ -72,6 +73,22 @@ pub(super) const OFT: [&str; 10] = [
 
 /// Where PEFT keeps the parameters of an adapted layer itself.
 const BASE_LAYER: &str = "base_layer";
+/// Modules that transformers calls embeddings, as the last component of their path: what a model embeds tokens with, and the
+/// head that gives them back. PEFT keeps a copy of their weights beside the adapter where one of them is a target, or where
+/// the vocabulary was resized.
+const EMBEDDINGS: [&str; 11] = [
+    "decoder",
+    "embed_in",
+    "embed_out",
+    "embed_tokens",
+    "embeddings",
+    "lm_head",
+    "shared",
+    "tok_embeddings",
+    "word_embedding",
+    "word_embeddings",
+    "wte",
+];
 /// The tensor that every embedding with an adapter has, since PEFT 0.19.
 pub(super) const EMBEDDING_ROTATION: &str = "oft_embedding_R.weight";
 
@@ -232,9 +249,20 @@ pub fn saved_key(module: &str, tensor: &str, is_adapted: bool) -> String {
 /// Whether PEFT's wrapper of a saved module put this path into the file.
 ///
 /// The wrapper holds the frozen module and a trained copy. With `bias = "all"`, PEFT collects every key that ends with
-/// `.bias`, and so the biases of both, beside the entries that `modules_to_save` means.
+/// `.bias`, and so the biases of both, beside the entries that `modules_to_save` means. Where the saved module is made of
+/// others, their names come after those of the wrapper: `pooler.modules_to_save.default.dense`.
 pub(super) fn is_stray(module: &str) -> bool {
-    matches!(split(module).1, "modules_to_save" | "original_module")
+    let mut components = module.split('.');
+    components.any(|name| matches!(name, "modules_to_save" | "original_module"))
+}
+
+/// Whether PEFT may keep a copy of this tensor of the base model beside an adapter.
+///
+/// # References
+///
+/// `get_peft_model_state_dict` in `src/peft/utils/save_and_load.py`, with `save_embedding_layers`.
+pub(super) fn is_copied(module: &str, tensor: &str) -> bool {
+    EMBEDDINGS.contains(&split(module).1) && matches!(tensor, "weight" | "bias")
 }
 
 #[cfg(test)]

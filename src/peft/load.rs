@@ -136,6 +136,7 @@ impl Adapter {
             config,
             layers,
             tensors,
+            copies,
         } = reader.read(files, &options.names, &mut findings)?;
         let Findings { report, mismatch } = findings;
         let is_strict = !options.allow_partial || !mismatch.wrong.is_empty();
@@ -152,6 +153,7 @@ impl Adapter {
             config,
             layers,
             tensors,
+            copies,
             about: Map::new(),
             promised: Some(promise),
         };

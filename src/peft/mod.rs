@@ -7,6 +7,7 @@ mod config_json;
 mod error;
 mod folder;
 mod fused;
+pub mod input;
 mod keys;
 mod legacy;
 mod load;

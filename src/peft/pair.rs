@@ -31,6 +31,7 @@ use same_file::Handle;
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::error::{LoadError, SaveError};
+use super::input::{self, LONGEST_SETTINGS};
 use super::keys::{CONFIG_FILE, PICKLE_FILE, TENSORS_FILE};
 
 /// How often a folder is read that somebody else is writing, and how long to wait in between: 0.4 s in all, beside the
@@ -82,8 +83,8 @@ fn try_read(folder: &Path) -> Result<Option<Pair>, LoadError> {
         move |source| LoadError::Io { path, source }
     };
     let (config_path, tensors_path) = (folder.join(CONFIG_FILE), folder.join(TENSORS_FILE));
-    let config = || fs::read(&config_path).map_err(failed(&config_path));
-    let mut file = match File::open(&tensors_path) {
+    let config = || input::read(&config_path, LONGEST_SETTINGS).map_err(failed(&config_path));
+    let mut file = match input::open(&tensors_path) {
         Ok(file) => file,
         Err(error) => {
             // A folder that is no adapter at all lacks its settings first.
@@ -99,7 +100,7 @@ fn try_read(folder: &Path) -> Result<Option<Pair>, LoadError> {
     file.read_to_end(&mut tensors)
         .map_err(failed(&tensors_path))?;
     let waiting = waiting_for(folder, &tensors);
-    match fs::read(&waiting) {
+    match input::read(&waiting, LONGEST_SETTINGS) {
         Ok(config) => return Ok(Some((config, tensors))),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(failed(&waiting)(error)),
@@ -154,7 +155,7 @@ pub(super) fn write(folder: &Path, config: &[u8], tensors: &[u8]) -> Result<(), 
 /// replaced. Other files of a save belong to nobody, since their writer would hold the lock. Where the file system has
 /// no locks they may be those of a writer at work, and stay.
 fn finish(folder: &Path, lock: &Lock) -> io::Result<()> {
-    let current = match fs::read(folder.join(TENSORS_FILE)) {
+    let current = match input::read(folder.join(TENSORS_FILE), u64::MAX) {
         Ok(tensors) => Some(waiting_for(folder, &tensors)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => return Err(error),

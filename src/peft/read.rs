@@ -13,7 +13,7 @@
 //!
 //! PEFT's file: `src/peft/utils/save_and_load.py`, `set_peft_model_state_dict`, read in PEFT 0.21.2.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use burn::tensor::{DType, TensorData};
 use serde_json::{Map, Value};
@@ -21,13 +21,16 @@ use serde_json::{Map, Value};
 use super::config_json::{self, ConfigError, Settings};
 use super::folder::Folder;
 use super::fused::to_model_names;
-use super::keys::{EMBEDDING_ROTATION, Format, Layout, Leaf, PREFIX, is_stray, key, leaf};
+use super::keys::{
+    EMBEDDING_ROTATION, Format, Layout, Leaf, PREFIX, is_copied, is_stray, key, leaf,
+};
 use super::legacy::{self, Squares};
 use super::scale;
-use crate::config::{AdapterConfig, Bias, LayerKind, Selection, TargetModules, is_saved};
+use crate::config::{AdapterConfig, Bias, LayerKind, Selection, TargetModules};
+use crate::select::{Saved, endings, longest};
 use crate::tensors::{from_values, is_finite, values, widened};
 use crate::value::LoadReport;
-use crate::value::keymap::{KeyMap, KeyMapError, ends_with};
+use crate::value::keymap::{KeyMap, KeyMapError};
 use crate::value::layer::{AdapterLayer, SavedTensor, block_size, check_sizes, pack};
 use crate::value::mismatch::{Mismatch, Missing, SizeError, Unexpected, Wrong};
 use crate::value::reconcile::{check_biases, reconcile};
@@ -40,6 +43,8 @@ pub(super) struct Parsed {
     pub(super) layers: Vec<AdapterLayer>,
     /// Biases and parts of saved modules under the model's names, in PyTorch's orientation.
     pub(super) tensors: Vec<SavedTensor>,
+    /// Copies of tensors of the base, in the same way.
+    pub(super) copies: Vec<SavedTensor>,
 }
 
 /// What reading found beside the adapter.
@@ -132,15 +137,24 @@ impl Reader {
         } = files;
         let selection = self.selection().clone();
         let adapted = adapted(tensors.keys());
+        let entries = Entries::new(&selection.modules_to_save);
         let mut sorted = Sorted::default();
         for (key, data) in tensors {
-            sorted.sort(key, data, self.layout, &selection, findings);
+            sorted.sort(key, data, self.layout, (selection.bias, &entries), findings);
         }
         let Sorted {
             slots,
             mut tensors,
+            mut copies,
+            wrapped,
             saved,
         } = sorted;
+        // PEFT puts `base_layer` into the path of adapted layers only.
+        for module in wrapped.iter().filter(|module| !slots.contains_key(*module)) {
+            let key = key(module, self.layout.rotation());
+            findings.mismatch.missing.push(Missing::Tensor { key });
+            tensors.retain(|tensor| tensor.module != *module);
+        }
         let slots = slots.into_iter();
         let mut layers: Vec<_> = slots
             .filter_map(|(path, slots)| self.layer(path, slots, findings))
@@ -153,12 +167,12 @@ impl Reader {
         report.warnings.extend(self.old_series);
         // A file without any layer is reported as that.
         if !adapted.is_empty() {
-            warn_of_lost(&selection, &adapted, &tensors, &saved, report);
+            warn_of_lost((&selection, &entries), &adapted, &tensors, &saved, report);
         }
         check_biases(&layers, &tensors, mismatch);
         scale::restore(&mut layers, &metadata);
         reconcile(&mut self.config, &layers, report);
-        to_model_names(names, &mut layers, &mut tensors, mismatch)?;
+        to_model_names(names, (&mut layers, &mut tensors, &mut copies), mismatch)?;
         let lost = lost_modules(&selection, &saved);
         let own = self.config.selection_mut();
         name_in_model(own, names, &layers, saved.iter().chain(lost))?;
@@ -166,6 +180,7 @@ impl Reader {
             config: self.config,
             layers,
             tensors,
+            copies,
         })
     }
 
@@ -256,6 +271,10 @@ struct Sorted {
     slots: BTreeMap<String, Slots>,
     /// Biases and parts of saved modules.
     tensors: Vec<SavedTensor>,
+    /// Copies of tensors of the base.
+    copies: Vec<SavedTensor>,
+    /// Modules that PEFT wrapped, by the keys of their own parameters.
+    wrapped: BTreeSet<String>,
     /// Names of modules to save that have tensors.
     saved: BTreeSet<String>,
 }
@@ -270,6 +289,7 @@ impl Sorted {
     /// | `boft_P` | it is left out: the permutation follows from the sizes |
     /// | a rotation of an embedding | it is the one of its layer in a file of OFT's today, and refused in any other |
     /// | `base_layer.bias` | it is a trained bias, unless the settings train none |
+    /// | another weight or bias of an embedding or head | it is a copy of the base's |
     /// | any other `base_layer.…` | it is unexpected: an adapter changes no base weight |
     /// | a bias in PEFT's wrapper of a saved module | it is left out where the settings train all biases |
     /// | a part of a module to save | it is kept |
@@ -288,7 +308,7 @@ impl Sorted {
         key: String,
         data: TensorData,
         layout: Layout,
-        selection: &Selection,
+        (bias, entries): (Bias, &Entries),
         Findings { report, mismatch }: &mut Findings,
     ) {
         let Some((module, leaf)) = leaf(&key) else {
@@ -315,24 +335,33 @@ impl Sorted {
                 }
                 (slots.rotation, slots.is_embedding) = (Some(data), true);
             }
-            Leaf::Base("bias") if selection.bias != Bias::None => self.save(module, "bias", data),
+            Leaf::Base("bias") if bias != Bias::None => {
+                self.wrapped.insert(module.to_string());
+                self.save(module, "bias", data);
+            }
+            Leaf::Base(name) if is_copied(module, name) => {
+                self.wrapped.insert(module.to_string());
+                self.copies.push(SavedTensor::new(module, name, data));
+            }
             Leaf::Base("bias") => return mismatch.unexpected.push(Unexpected::Bias { key }),
             Leaf::Base(_) => return mismatch.unexpected.push(Unexpected::BaseWeight { key }),
-            Leaf::Other("bias") if is_stray(module) && selection.bias == Bias::All => {
+            Leaf::Other("bias") if is_stray(module) && bias == Bias::All => {
                 return report.converted.push(format!(
                     "`{key}` is left out: a copy that PEFT keeps beside the module it saves"
                 ));
             }
-            Leaf::Other(name) => match saved_by(&selection.modules_to_save, module) {
-                Some(entry) => {
-                    self.saved.insert(entry);
+            Leaf::Other(name) => {
+                let saved_by = entries.of(module);
+                let is_trained = name == "bias" && bias == Bias::All;
+                if !saved_by.is_empty() || is_trained {
+                    self.saved.extend(saved_by);
                     self.save(module, name, data);
+                } else if is_copied(module, name) {
+                    self.copies.push(SavedTensor::new(module, name, data));
+                } else {
+                    return mismatch.unexpected.push(Unexpected::Unclaimed { key });
                 }
-                None if name == "bias" && selection.bias == Bias::All => {
-                    self.save(module, name, data);
-                }
-                None => return mismatch.unexpected.push(Unexpected::Unclaimed { key }),
-            },
+            }
         }
         report.applied.push(key);
     }
@@ -380,7 +409,7 @@ fn adapted<'a>(keys: impl Iterator<Item = &'a String>) -> BTreeSet<String> {
 /// - An entry of `modules_to_save` without tensors.
 /// - Trained biases where the file has none. PEFT 0.20 and older did not save those of OFT, nor BOFT's for `boft_only`.
 fn warn_of_lost(
-    selection: &Selection,
+    (selection, entries): (&Selection, &Entries),
     adapted: &BTreeSet<String>,
     tensors: &[SavedTensor],
     saved: &BTreeSet<String>,
@@ -388,10 +417,11 @@ fn warn_of_lost(
 ) {
     let warnings = &mut report.warnings;
     if let Some(TargetModules::Names(names)) = &selection.target_modules {
-        let is_lost = |name: &&String| {
-            !adapted.iter().any(|path| ends_with(path, name))
-                && saved_by(&selection.modules_to_save, name).is_none()
-        };
+        let longest = longest(names);
+        let adapted = adapted.iter().flat_map(|path| endings(path, longest));
+        let adapted: HashSet<_> = adapted.collect();
+        let is_lost =
+            |name: &&String| !adapted.contains(name.as_str()) && entries.of(name).is_empty();
         warnings.extend(names.iter().filter(is_lost).map(|name| {
             format!("`target_modules` names `{name}`, and the file has no adapter of it")
         }));
@@ -402,9 +432,8 @@ fn warn_of_lost(
             format!("`modules_to_save` names `{name}`, and the file has nothing of it")
         }),
     );
-    let is_trained = |tensor: &SavedTensor| {
-        tensor.name == "bias" && saved_by(&selection.modules_to_save, &tensor.module).is_none()
-    };
+    let is_trained =
+        |tensor: &SavedTensor| tensor.name == "bias" && entries.of(&tensor.module).is_empty();
     if selection.bias != Bias::None && !tensors.iter().any(is_trained) {
         warnings.push(
             "the configuration trains biases, and the file has none: the layers have none, or PEFT 0.20 or older \
@@ -424,27 +453,61 @@ fn lost_modules<'a>(
 ) -> impl Iterator<Item = &'a String> {
     /// PEFT names both where it trains a classifier, and a model has one.
     const HEADS: [&str; 2] = ["classifier", "score"];
-    let is_found = |name: &str| saved.iter().any(|path| path.ends_with(name));
-    let has_head = HEADS.into_iter().any(is_found);
+    // A name ends a path where it starts the path read backwards, and then stands directly before it in their order.
+    fn backwards(text: &str) -> String {
+        text.chars().rev().collect()
+    }
+    let paths: BTreeSet<_> = saved.iter().map(|path| backwards(path)).collect();
+    let is_found = move |name: &str| {
+        let name = backwards(name);
+        let next = paths.range(name.clone()..).next();
+        next.is_some_and(|path| path.starts_with(&name))
+    };
+    let has_head = HEADS.into_iter().any(&is_found);
     let names = selection.modules_to_save.iter();
     names.filter(move |name| !(is_found(name) || has_head && HEADS.contains(&name.as_str())))
 }
 
-/// The entry of `modules_to_save` that a module of a file goes back to, spelt so that it matches at dots.
-///
-/// PEFT compares endings without regard to dots: its `head` saves `lm_head` too, and the entry is then `lm_head`.
-fn saved_by(modules_to_save: &[String], module: &str) -> Option<String> {
-    if let Some(name) = modules_to_save
-        .iter()
-        .find(|name| is_saved(std::slice::from_ref(*name), module))
-    {
-        return Some(name.clone());
+/// The entries of `modules_to_save`, indexed for many lookups by both rules of PEFT.
+struct Entries {
+    /// By the rule for what is not adapted, which compares between dots.
+    between_dots: Saved,
+    /// By the rule for what is saved, which compares endings without regard to dots.
+    names: HashSet<String>,
+    /// The lengths of the names.
+    lengths: BTreeSet<usize>,
+}
+
+impl Entries {
+    fn new(names: &[String]) -> Self {
+        Self {
+            between_dots: Saved::new(names),
+            names: names.iter().cloned().collect(),
+            lengths: names.iter().map(String::len).collect(),
+        }
     }
-    let ends = module.match_indices('.').map(|(dot, _)| dot);
-    ends.chain([module.len()])
-        .map(|end| &module[..end])
-        .find(|path| modules_to_save.iter().any(|name| path.ends_with(name)))
-        .map(str::to_string)
+
+    /// The entries that a module of a file goes back to, spelt so that they match at dots.
+    ///
+    /// PEFT's `head` saves `lm_head` too, and the entry is then `lm_head`.
+    fn of(&self, module: &str) -> Vec<String> {
+        let named: Vec<_> = self.between_dots.of(module).map(str::to_string).collect();
+        if !named.is_empty() || self.names.is_empty() {
+            return named;
+        }
+        let is_saved = |path: &&str| {
+            let lengths = self.lengths.range(..=path.len());
+            let mut endings = lengths.filter_map(|length| path.get(path.len() - length..));
+            endings.any(|ending| self.names.contains(ending))
+        };
+        let ends = module.match_indices('.').map(|(dot, _)| dot);
+        let mut paths = ends.chain([module.len()]).map(|end| &module[..end]);
+        paths
+            .find(is_saved)
+            .map(str::to_string)
+            .into_iter()
+            .collect()
+    }
 }
 
 /// OFT's packed blocks: the strict upper triangle of each, row by row, as in an [`AdapterLayer`].

@@ -4,8 +4,8 @@
 //! are. A layer that the model fuses is written as several layers: each has the whole rotation, which acts on the input that
 //! they share, and its part of the scale.
 //!
-//! Biases and saved modules are written as they are: an adapter keeps them in PyTorch's orientation. Nothing of a base
-//! weight is written, and no permutation, which follows from the sizes: PEFT 0.11 and 0.12 stored `boft_P`, `[m, d, d]`
+//! Biases and saved modules are written as they are: an adapter keeps them in PyTorch's orientation. Of base weights only the
+//! copies are written that a file of PEFT's had, and no permutation, which follows from the sizes: PEFT 0.11 and 0.12 stored `boft_P`, `[m, d, d]`
 //! numbers for each layer, and leave it out since 0.13.
 //!
 //! PEFT's files: `src/peft/tuners/boft/layer.py` and `src/peft/tuners/oft/layer.py` for the shapes,
@@ -64,7 +64,7 @@ pub(super) fn tensors(
     }
     let layers = adapter.layers.iter();
     let adapted: BTreeSet<&str> = layers.map(|layer| layer.path.as_str()).collect();
-    for tensor in &adapter.tensors {
+    for tensor in adapter.tensors.iter().chain(&adapter.copies) {
         let paths = names.file_paths(&tensor.module)?;
         let parts = split(&tensor.data, paths.len());
         let parts = parts.ok_or_else(|| SaveError::Unrepresentable {

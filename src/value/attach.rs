@@ -10,19 +10,19 @@ use burn::tensor::TensorData;
 
 use super::Adapter;
 use super::keymap::{KeyMap, KeyMapError, join};
-use super::layer::AdapterLayer;
+use super::layer::{AdapterLayer, SavedTensor};
 use super::mismatch::{Mismatch, Missing, Unexpected, Wrong};
 use super::report::LoadReport;
 use crate::adapter::BoftAdapter;
 use crate::config::{Bias, LayerKind, Selection};
 use crate::model::{
-    InjectError, Misfit, Placement, Unsupported, Walk, nearest, quantized, trained, unload,
-    verdicts, walk,
+    InjectError, Misfit, Parameter, Placement, Unsupported, Walk, nearest, quantized, trained,
+    unload, verdicts, walk,
 };
 use crate::ops::is_quantized;
 use crate::rotation::{Method, Rotation, Values};
 use crate::select::{Decision, Selector};
-use crate::tensors::transposed;
+use crate::tensors::{is_float, is_same, transposed};
 
 /// Why [`Adapter::attach`](crate::Adapter::attach) refuses. The model passed in is unchanged.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -266,6 +266,16 @@ impl Adapter {
                 }
             }
         }
+        for tensor in &self.copies {
+            let path = join(&tensor.module, &tensor.name);
+            match places.get(&(tensor.module.as_str(), tensor.name.as_str())) {
+                None => fit.mismatch.unexpected.push(Unexpected::Parameter { path }),
+                Some(parameter) if !is_copy(parameter, tensor) => {
+                    fit.mismatch.wrong.push(Wrong::Copy { path });
+                }
+                Some(_) => {}
+            }
+        }
         fit.mismatch.sort_wrong();
     }
 
@@ -307,6 +317,18 @@ impl Adapter {
         }
         Ok(())
     }
+}
+
+/// Whether a parameter of the model has the numbers of this copy, as far as the coarser of their precisions tells.
+fn is_copy(parameter: &Parameter, copy: &SavedTensor) -> bool {
+    if !is_float(parameter.stored.dtype()) || !is_float(copy.data.dtype()) {
+        return false;
+    }
+    let data = match parameter.is_transposed() {
+        true => transposed(&copy.data),
+        false => Some(copy.data.clone()),
+    };
+    data.is_some_and(|data| is_same(&parameter.stored.data(), &data))
 }
 
 /// Missing layers of which as many are told with similar names.

@@ -11,11 +11,12 @@ use burn::tensor::TensorData;
 use serde_json::Map;
 
 use super::Adapter;
+use super::keymap::split;
 use super::layer::{AdapterLayer, SavedTensor};
 use crate::config::{AdapterConfig, Bias, LayerKind, Selection, TargetModules};
 use crate::model::{InjectError, Misfit, Parameter, Stored, Walk, trained, verdicts, walk};
 use crate::rotation::{Method, Rotation, named};
-use crate::select::{Decision, PatternError, Selector, endings};
+use crate::select::{Decision, PatternError, Selector};
 use crate::tensors::{from_values, is_float, transposed, values, widened};
 
 /// Why [`Adapter::extract`] refuses.
@@ -300,6 +301,7 @@ impl Found {
             config,
             layers: layers.collect::<Result<_, ExtractError>>()?,
             tensors,
+            copies: Vec::new(),
             about: Map::new(),
             promised: None,
         };
@@ -442,19 +444,37 @@ impl Found {
             .map(|(weight, ..)| weight.owner().to_string());
         let names: Vec<_> = adapted.collect();
         // A name selects every path that ends with it, a regular expression the paths that it spells.
-        let selects_others = self.walk.modules.iter().any(|module| {
-            let path = module.path.as_str();
-            !self.adapted.contains(path)
-                && !saved.saves(path)
-                && endings(path).any(|ending| self.adapted.contains(ending))
-        });
-        match selects_others {
+        match self.selects_others(saved) {
             false => TargetModules::Names(names),
             true => {
                 let escaped = names.iter().map(|name| name.replace('.', r"\."));
                 TargetModules::Regex(escaped.collect::<Vec<_>>().join("|"))
             }
         }
+    }
+
+    /// Whether the path of an adapted layer ends the path of a module that is neither adapted nor saved.
+    ///
+    /// Read backwards, it then starts that path, and what starts a path comes before it in their order, with nothing in
+    /// between that it does not start.
+    fn selects_others(&self, saved: &Selector) -> bool {
+        let modules = self.walk.modules.iter().map(|module| module.path.as_str());
+        let backwards = |path: &str| path.chars().rev().chain(['.']).collect::<String>();
+        let mut paths: Vec<_> = modules.map(|path| (backwards(path), path)).collect();
+        paths.sort();
+        let mut starts: Vec<&str> = Vec::new();
+        for (backwards, path) in &paths {
+            while starts
+                .pop_if(|start| !backwards.starts_with(*start))
+                .is_some()
+            {}
+            match self.adapted.contains(*path) {
+                true => starts.push(backwards),
+                false if !starts.is_empty() && !saved.saves(path) => return true,
+                false => {}
+            }
+        }
+        false
     }
 
     /// The adapted layers whose type does not say what they are: those that were adapted by way of
@@ -479,14 +499,22 @@ impl Found {
     /// never among them: `modules_to_save` cannot name the first, and PEFT does not wrap the second.
     fn trained_modules(&self) -> Vec<String> {
         let mut counts: HashMap<&str, (usize, usize)> = HashMap::new();
+        let mut count = |path, (more, more_trained)| {
+            let (total, trained) = counts.entry(path).or_default();
+            *total += more;
+            *trained += more_trained;
+            (*total, *trained)
+        };
         for parameter in self.walk.parameters.iter().filter(|p| !p.is_statistic()) {
             let trained = usize::from(parameter.stored.is_trainable());
-            let owner = parameter.owner();
-            let dots = owner.match_indices('.').map(|(dot, _)| dot);
-            for end in dots.chain([owner.len()]) {
-                let (total, of_which) = counts.entry(&owner[..end]).or_default();
-                *total += 1;
-                *of_which += trained;
+            count(parameter.owner(), (1, trained));
+        }
+        // Children come after their parents.
+        for module in self.walk.modules.iter().rev() {
+            let path = module.path.as_str();
+            let of_module = count(path, (0, 0));
+            if !path.is_empty() {
+                count(split(path).0, of_module);
             }
         }
         let mut chosen: Vec<String> = Vec::new();

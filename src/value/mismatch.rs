@@ -305,6 +305,15 @@ pub enum Wrong {
         /// Its shape in the file, as PyTorch has it.
         file: Vec<usize>,
     },
+    /// A copy of a tensor of the base that differs from the model's.
+    #[error(
+        "`{path}` has other numbers in the model than in the copy that the file keeps of the base; use the model that the \
+         adapter was trained on"
+    )]
+    Copy {
+        /// Its path in the model.
+        path: String,
+    },
     /// A saved tensor for a parameter that is quantized.
     #[error("`{path}` is quantized and would have to be rewritten")]
     Quantized {

@@ -41,6 +41,8 @@ pub struct Adapter {
     pub(crate) layers: Vec<AdapterLayer>,
     /// Biases and parts of saved modules, sorted by module and name.
     pub(crate) tensors: Vec<SavedTensor>,
+    /// Copies of embeddings and heads of the base, sorted in the same way.
+    pub(crate) copies: Vec<SavedTensor>,
     /// Settings that say where it comes from.
     pub(crate) about: Map<String, Value>,
     /// What the file promised, in its own names.
@@ -125,6 +127,7 @@ impl Adapter {
             config,
             layers,
             tensors,
+            copies: Vec::new(),
             about: Map::new(),
             promised: None,
         };
@@ -136,8 +139,9 @@ impl Adapter {
     /// same.
     pub(crate) fn sort(&mut self) {
         self.layers.sort_by(|a, b| a.path.cmp(&b.path));
-        self.tensors
-            .sort_by(|a, b| (&a.module, &a.name).cmp(&(&b.module, &b.name)));
+        for tensors in [&mut self.tensors, &mut self.copies] {
+            tensors.sort_by(|a, b| (&a.module, &a.name).cmp(&(&b.module, &b.name)));
+        }
     }
 
     /// The settings, with the model's names.
@@ -153,6 +157,22 @@ impl Adapter {
     /// The tensors that travel with the rotations: trained biases, and the modules to save.
     pub fn tensors(&self) -> &[SavedTensor] {
         &self.tensors
+    }
+
+    /// Tensors of the base model that PEFT keeps a copy of: embeddings and heads, where one of them is a target or where the
+    /// vocabulary was resized.
+    ///
+    /// They are not trained. PEFT puts them into the model that it loads the adapter into; here the model must have the
+    /// same numbers.
+    pub fn base_copies(&self) -> &[SavedTensor] {
+        &self.copies
+    }
+
+    /// Sets the copies of tensors of the base model, which [`Adapter::save`] writes along.
+    pub fn with_base_copies(mut self, copies: Vec<SavedTensor>) -> Self {
+        self.copies = copies;
+        self.sort();
+        self
     }
 
     /// The settings that say where the adapter comes from: the model that it is for, its revision, the task.

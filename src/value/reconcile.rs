@@ -8,6 +8,8 @@
 //! not load and leaves the configuration as it was, and `adjust_oft_parameters` in `src/peft/tuners/oft/layer.py`, both
 //! of PEFT 0.21.2.
 
+use std::collections::HashMap;
+
 use super::layer::{AdapterLayer, SavedTensor};
 use super::mismatch::{Mismatch, Wrong};
 use super::report::LoadReport;
@@ -26,9 +28,10 @@ pub(crate) fn check_biases(
     tensors: &[SavedTensor],
     mismatch: &mut Mismatch,
 ) {
+    let outputs = layers.iter().map(|layer| (&layer.path, layer.d_output));
+    let outputs: HashMap<_, _> = outputs.collect();
     for tensor in tensors {
-        let layer = layers.iter().find(|layer| layer.path == tensor.module);
-        if let Some(o) = layer.and_then(|layer| layer.d_output)
+        if let Some(Some(o)) = outputs.get(&tensor.module).copied()
             && tensor.name == "bias"
             && **tensor.data.shape() != [o]
         {

@@ -21,7 +21,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("linear", &["adapter"]),
     ("model", &["ops", "config", "select", "rotation", "adapter"]),
     ("value", &["ops", "tensors", "config", "select", "rotation", "adapter", "model"]),
-    ("peft", &["tensors", "config", "rotation", "value"]),
+    ("peft", &["tensors", "config", "select", "rotation", "value"]),
 ];
 
 /// The facts that have one home, in the library and in the tool.

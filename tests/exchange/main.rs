@@ -4,6 +4,7 @@
 mod common;
 
 mod checkpoints;
+mod copies;
 mod crashes;
 mod dinov2;
 mod extraction;

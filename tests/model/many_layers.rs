@@ -1,4 +1,6 @@
-//! Models of ten thousand layers.
+//! Models of ten thousand layers, and of modules that are nested two thousand deep.
+
+use std::time::Instant;
 
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
@@ -43,4 +45,47 @@ fn ten_thousand_layers_named_one_by_one_go_through_every_verb() {
     assert_eq!(numbers(&attached), numbers(&model));
     assert_eq!(numbers(&unload(attached)), numbers(&base));
     assert_ne!(numbers(&merge(model).unwrap()), numbers(&base));
+}
+
+/// A layer, and the next module below it.
+#[derive(Module, Debug)]
+struct Nest {
+    layer: Linear,
+    below: Vec<Nest>,
+}
+
+/// The path of a module is as long as its depth, so what looks at each ending of each path takes minutes, and otherwise it is two
+/// seconds. Burn itself goes through the modules by calls within calls, for which a thread of its own has room.
+#[test]
+fn modules_nested_two_thousand_deep_are_adapted_in_seconds() {
+    const DEPTH: usize = 2000;
+    let nest = || {
+        let device = Device::flex();
+        let layer = || LinearConfig::new(4, 3).init(&device);
+        let mut nest = Nest {
+            layer: layer(),
+            below: Vec::new(),
+        };
+        for _ in 1..DEPTH {
+            nest = Nest {
+                layer: layer(),
+                below: vec![nest],
+            };
+        }
+        let config = BoftConfig::new()
+            .with_target_modules(["layer"])
+            .with_init(Init::Random { seed: 2 });
+        let start = Instant::now();
+        let model = inject(nest.clone(), &config).unwrap();
+        let adapter = Adapter::extract(&model).unwrap();
+        assert_eq!(adapter.layers().len(), DEPTH);
+        let attached = adapter.attach(nest).unwrap();
+        assert_eq!(numbers(&attached), numbers(&model));
+        let time = start.elapsed();
+        assert!(time.as_secs() < 60, "{time:?}");
+        // Dropping is recursive too.
+        drop((model, attached));
+    };
+    let thread = std::thread::Builder::new().stack_size(1 << 30);
+    thread.spawn(nest).unwrap().join().unwrap();
 }

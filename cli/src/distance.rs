@@ -1,0 +1,123 @@
+//! How far two models are apart.
+
+use burn::tensor::{DType, Element, TensorData, bf16, f16};
+use burn_boft::tensors::{decode, file_name, from_file, is_float, values};
+
+use crate::base::Base;
+use crate::error::Error;
+use crate::rewrite::COMPUTED;
+
+/// How many numbers are widened at a time.
+const CHUNK: usize = 4096;
+
+/// How far weights are from others, over all rows that were compared.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Difference {
+    /// The largest difference between two numbers.
+    absolute: f64,
+    /// `‖A − B‖ / ‖B‖` of the worst weight before this one, in Frobenius norms.
+    relative: f64,
+    /// The squares of both norms over the rows of this weight so far.
+    squares: [f64; 2],
+}
+
+impl Difference {
+    pub fn absolute(&self) -> f64 {
+        self.absolute
+    }
+
+    /// The difference of the worst weight, relative to its norm.
+    pub fn relative(&self) -> f64 {
+        match self.squares {
+            [difference, expected] if expected > 0.0 => {
+                self.relative.max((difference / expected).sqrt())
+            }
+            _ => self.relative,
+        }
+    }
+
+    /// Begins another weight.
+    pub fn next(&mut self) {
+        (self.relative, self.squares) = (self.relative(), [0.0; 2]);
+    }
+
+    /// Compares rows of a weight with those that are expected.
+    pub fn widen(&mut self, found: &TensorData, expected: &TensorData) {
+        match (found.dtype(), expected.dtype()) {
+            (DType::F32, DType::F32) => self.widen_slices::<f32>(found, expected),
+            (DType::F16, DType::F16) => self.widen_slices::<f16>(found, expected),
+            (DType::BF16, DType::BF16) => self.widen_slices::<bf16>(found, expected),
+            _ => self.widen_values(values(found), values(expected)),
+        }
+    }
+
+    fn widen_slices<T: Element>(&mut self, found: &TensorData, expected: &TensorData) {
+        if let (Ok(found), Ok(expected)) = (found.as_slice::<T>(), expected.as_slice::<T>()) {
+            let wide = |numbers: &[T]| numbers.iter().map(|number| number.elem::<f64>()).collect();
+            for (found, expected) in found.chunks(CHUNK).zip(expected.chunks(CHUNK)) {
+                self.widen_values(wide(found), wide(expected));
+            }
+        }
+    }
+
+    fn widen_values(&mut self, found: Vec<f64>, expected: Vec<f64>) {
+        for (found, expected) in found.into_iter().zip(expected) {
+            let difference = found - expected;
+            self.absolute = self.absolute.max(difference.abs());
+            self.squares[0] += difference * difference;
+            self.squares[1] += expected * expected;
+        }
+    }
+}
+
+/// Refuses a model that has one of these tensors not at all, in another shape, or not as floats.
+pub fn check<'a>(
+    base: &Base,
+    like: &Base,
+    keys: impl Iterator<Item = &'a String>,
+) -> Result<(), Error> {
+    for key in keys {
+        let refuse = |why: String| Err(Error::tensor(&base.path, key, why));
+        let (Some((_, found)), Some((_, expected))) = (base.entry(key), like.entry(key)) else {
+            return refuse("is not there".into());
+        };
+        if found.shape != expected.shape {
+            let (found, expected, path) = (&found.shape, &expected.shape, like.path.display());
+            return refuse(format!("is {found:?}, and {expected:?} in {path}"));
+        }
+        if !from_file(found.dtype).is_some_and(is_float) {
+            let dtype = file_name(found.dtype);
+            return refuse(format!("is {dtype}, and only floats are compared"));
+        }
+    }
+    Ok(())
+}
+
+/// Compares tensors of a model with those of another, which has them in the same shapes.
+pub fn between<'a>(
+    found: &Base,
+    expected: &Base,
+    keys: impl Iterator<Item = &'a String>,
+) -> Result<Difference, Error> {
+    let mut difference = Difference::default();
+    for key in keys {
+        difference.next();
+        let Some((_, entry)) = expected.entry(key) else {
+            continue;
+        };
+        let count: usize = entry.shape.iter().product();
+        for start in (0..count).step_by(COMPUTED) {
+            let numbers = start..count.min(start + COMPUTED);
+            let part = |model: &Base| -> Result<TensorData, Error> {
+                let refuse = || Error::tensor(&model.path, key, "cannot be compared");
+                let (shard, entry) = model.entry(key).ok_or_else(refuse)?;
+                let width = entry.bytes / count as u64;
+                let mut bytes = vec![0; numbers.len() * width as usize];
+                shard.read(entry, numbers.start as u64 * width, &mut bytes)?;
+                decode(entry.dtype, &bytes, vec![numbers.len()]).ok_or_else(refuse)
+            };
+            difference.widen(&part(found)?, &part(expected)?);
+        }
+    }
+    Ok(difference)
+}

@@ -182,10 +182,9 @@ impl<'a> Finder<'a, '_> {
     /// own at the top. Anything else is in the file under another name.
     fn is_new_head(&self, module: &str, key: &str) -> bool {
         let keys = self.keys.get_or_init(|| Keys::of(self.base));
-        !self.adapted.contains(first(module))
-            && !keys.tops.contains(first(key))
-            && !keys.end_with(key)
-            && !(is_head(key) && keys.has_head)
+        let is_in_file = keys.tops.contains(first(key)) || keys.end_with(key);
+        let is_head_of_file = is_head(key) && keys.has_head;
+        !(self.adapted.contains(first(module)) || is_in_file || is_head_of_file)
     }
 
     /// Notes a change of a tensor. It is a problem if the tensor has one already and this is not for other rows of it.

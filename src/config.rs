@@ -660,6 +660,14 @@ impl AdapterConfig {
         }
     }
 
+    /// The radius of COFT, which BOFT does not have.
+    pub fn coft_radius(&self) -> Option<f64> {
+        match self {
+            Self::Boft(_) => None,
+            Self::Oft(config) => config.coft_radius,
+        }
+    }
+
     /// Whether one block serves all channels of a layer, which the settings of BOFT cannot say.
     pub fn block_share(&self) -> bool {
         match self {

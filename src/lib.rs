@@ -74,6 +74,7 @@
 mod adapter;
 mod cached;
 mod config;
+pub mod dialects;
 mod linear;
 pub mod model;
 pub mod ops;

@@ -137,6 +137,17 @@ impl Base {
         self.places.keys().map(String::as_str)
     }
 
+    /// The modules that have a weight, with its shape.
+    pub fn weighted_modules(&self) -> BTreeMap<String, Vec<usize>> {
+        let shards = self.shards.iter();
+        let entries = shards.flat_map(|shard| &shard.header.entries);
+        let module = |entry: &Entry| {
+            let module = entry.key.strip_suffix(".weight")?;
+            Some((module.to_string(), entry.shape.clone()))
+        };
+        entries.filter_map(module).collect()
+    }
+
     /// The files of the folder beside the weights.
     ///
     /// Weights in other formats, adapters, and what Git and downloads keep for themselves are left behind, except in the

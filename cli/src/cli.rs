@@ -8,7 +8,7 @@ use clap_complete::Shell;
 /// Inspects, merges, unmerges and converts OFT and BOFT adapters on disk.
 ///
 /// Models are safetensors files of any architecture, or folders with one or with shards and their index.
-/// Adapters are PEFT's folders.
+/// Adapters are PEFT's folders, or files of LyCORIS, OneTrainer and sd-scripts, which `formats` lists.
 #[derive(Debug, Parser)]
 #[command(name = "burn-boft", version)]
 pub struct Cli {
@@ -36,6 +36,8 @@ pub enum Command {
     Inspect(Inspect),
     /// Writes an adapter in another form: PEFT's folder, a Burn record, OFT, BOFT, LoRA
     Convert(Convert),
+    /// Lists the programs and formats whose adapters are read, and what becomes of each
+    Formats,
     /// Prints what a shell needs to complete commands and options
     Completions(Completions),
     /// Prints the manual page of the tool, or of one command
@@ -59,7 +61,7 @@ pub struct Man {
 /// The options of `convert`.
 #[derive(Debug, Args)]
 pub struct Convert {
-    /// The adapter: PEFT's folder, of any version since 0.14, or a Burn record (.bpk)
+    /// The adapter: PEFT's folder, of any version since 0.14, a Burn record (.bpk), or another program's .safetensors file
     pub input: PathBuf,
 
     /// The form to write
@@ -91,6 +93,11 @@ pub struct Convert {
     /// Rename the adapter's modules as for `merge`; with --to-lora, only to find them in the model
     #[arg(long = "map", value_name = "RULE")]
     pub maps: Vec<String>,
+
+    /// Of a file of another program, take only the modules whose names start with this, such as lora_unet_; with
+    /// --to sd-scripts, start the names in the output so
+    #[arg(long, value_name = "START")]
+    pub part: Option<String>,
 }
 
 /// The forms that an adapter can be converted to.
@@ -104,12 +111,14 @@ pub enum To {
     Oft,
     /// A Burn record of the injected parameters (.bpk)
     Record,
+    /// A file for sd-scripts, networks.oft_v2 or networks.boft; OneTrainer reads the first too. --part says how names start
+    SdScripts,
 }
 
 /// The options of `inspect`.
 #[derive(Debug, Args)]
 pub struct Inspect {
-    /// The adapter: PEFT's folder
+    /// The adapter: PEFT's folder, or a file of another program
     pub adapter: PathBuf,
 
     /// Draw the rotation angle of each layer into an SVG file, which must not exist yet
@@ -162,8 +171,8 @@ pub struct Merge {
 /// An adapter, and how its names become those of a model.
 #[derive(Debug, Args)]
 pub struct AdapterArgs {
-    /// The adapter: PEFT's folder
-    #[arg(long, value_name = "FOLDER")]
+    /// The adapter: PEFT's folder, or a file of another program
+    #[arg(long, value_name = "PATH")]
     pub adapter: PathBuf,
 
     /// Rename the adapter's modules to the model's: <regex>=<replacement> with $1 for groups, split at the
@@ -172,4 +181,8 @@ pub struct AdapterArgs {
     /// `none` turns them off
     #[arg(long = "map", value_name = "RULE")]
     pub maps: Vec<String>,
+
+    /// Of a file of another program, take only the modules whose names start with this, such as lora_unet_
+    #[arg(long, value_name = "START")]
+    pub part: Option<String>,
 }

@@ -1,63 +1,206 @@
 //! `convert`: an adapter in another form.
 
-use burn::tensor::TensorData;
+use std::path::Path;
+
+use burn::tensor::{Device, TensorData};
+use burn_boft::dialects::AdapterFile;
 use burn_boft::peft::{LoadOptions, read_settings};
 use burn_boft::tensors::{from_values, values};
-use burn_boft::value::{AdapterLayer, join};
-use burn_boft::{Adapter, AdapterConfig, BoftConfig, Cayley, LayerKind, OftConfig};
+use burn_boft::value::{AdapterLayer, Axis, join};
+use burn_boft::{Adapter, AdapterConfig, BoftConfig, Cayley, KeyMap, LayerKind, OftConfig};
 use serde_json::json;
 
 use crate::base::Base;
 use crate::cli::{Convert, To};
 use crate::conv1d::Orientation;
 use crate::error::Error;
-use crate::load::load;
+use crate::load::{Given, load, place};
 use crate::names::Names;
 use crate::output::{Form, OutputFolder, check_free, check_outside};
 use crate::terminal::{plural, report};
 use crate::tie::Head;
-use crate::{lora, record};
+use crate::{lora, record, sd_scripts};
 
 pub fn run(options: &Convert, json: bool) -> Result<(), Error> {
     let names = Names::parse(&options.maps)?;
     let base = options.base.as_deref().map(Base::open).transpose()?;
     let form = match options.to {
-        Some(To::Record) => Form::File,
+        Some(To::Record | To::SdScripts) => Form::File,
         _ => Form::Folder,
     };
     check_free(&options.output, form)?;
     check_outside(&options.output, &options.input)?;
+    let given = is_tensors(&options.input).then(|| Given::open(&options.input));
+    let input = match given.transpose()? {
+        Some(Given::File(file)) => return of_file(options, file, base.as_ref(), names, json),
+        Some(Given::Folder(folder)) => folder,
+        None => options.input.clone(),
+    };
+    if options.part.is_some() && options.to != Some(To::SdScripts) {
+        let refused = "--part is for files of other programs".to_string();
+        return Err(Error::Settings(refused));
+    }
     if let Some(rank) = options.to_lora {
-        let adapter = read(options, Names::default(), base.as_ref())?;
+        let adapter = read(options, &input, Names::default(), base.as_ref())?;
         let base = base.ok_or_else(|| needs_base("--to-lora"))?;
         return lora::write(&adapter, &base, names, rank as usize, &options.output, json);
     }
-    let adapter = read(options, names, base.as_ref())?;
-    let adapter = match options.to {
-        Some(To::Oft) => to_oft(&adapter)?,
-        Some(To::Boft) => to_boft(&adapter, base.as_ref())?,
-        Some(To::Peft) => with_kinds(adapter, base.as_ref())?,
-        _ => adapter,
-    };
-    match options.to {
-        Some(To::Record) => record::write(&adapter, base.as_ref(), &options.output)?,
-        _ => {
-            let folder = OutputFolder::create(&options.output)?;
-            adapter
-                .save(folder.temporary())
-                .map_err(|error| folder.named(error.into()))?;
-            folder.finish()?;
-        }
+    let adapter = read(options, &input, names, base.as_ref())?;
+    if options.to == Some(To::SdScripts) {
+        let base = base.ok_or_else(|| needs_base("--to sd-scripts"))?;
+        return to_sd_scripts(options, &adapter, &base, json);
     }
+    let adapter = write(options, adapter, base.as_ref())?;
+    tell(options, &adapter, None, json)
+}
+
+/// Converts a file of another program.
+fn of_file(
+    options: &Convert,
+    file: AdapterFile,
+    base: Option<&Base>,
+    names: Names,
+    json: bool,
+) -> Result<(), Error> {
+    let base = base.ok_or_else(|| needs_base("a file of another program"))?;
+    if options.config.is_some() {
+        let refused = "--config is for a record; the file has no use for it".to_string();
+        return Err(Error::Settings(refused));
+    }
+    let adapter = place(file, options.part.as_deref(), base, &names)?;
+    if let Some(rank) = options.to_lora {
+        let (names, rank) = (Names::default(), rank as usize);
+        return lora::write(&adapter, base, names, rank, &options.output, json);
+    }
+    let mut layers = adapter.layers().iter();
+    if let Some(layer) = layers.find(|layer| layer.axis() == Axis::Output) {
+        return Err(Error::Settings(format!(
+            "`{}` rotates its outputs, and every form but a LoRA rotates inputs: no rotation of the inputs does the same; merge \
+             it, or convert it with --to-lora",
+            layer.path()
+        )));
+    }
+    if options.to == Some(To::SdScripts) {
+        let refused = "--to sd-scripts takes PEFT's folder; convert the file to PEFT first";
+        return Err(Error::Settings(refused.into()));
+    }
+    let written = write(options, adapter.clone(), Some(base))?;
+    let error = match options.to {
+        Some(To::Record) => None,
+        _ => {
+            let (after, _) = Adapter::load(&options.output)?;
+            Some(difference(&adapter, &after, base)?)
+        }
+    };
+    tell(options, &written, error, json)
+}
+
+/// Writes an adapter as sd-scripts stores it. The exact map is that of BOFT there, also for OFT.
+fn to_sd_scripts(
+    options: &Convert,
+    adapter: &Adapter,
+    base: &Base,
+    json: bool,
+) -> Result<(), Error> {
+    let head = Head::of(base)?;
+    let orientation = Orientation::of(base, &head);
+    let config = || adapter.config().clone();
+    let known = match adapter.config() {
+        AdapterConfig::Oft(oft) if oft.cayley == Cayley::Exact => to_boft(adapter, Some(base))?,
+        AdapterConfig::Oft(_) => assemble(adapter, config(), |layer| {
+            let kind = Some(Place::find(layer, base, &orientation)?.kind);
+            let skew = layer.skew().clone();
+            Ok(AdapterLayer::new(layer.path(), kind, skew, None)?)
+        })?,
+        AdapterConfig::Boft(_) => assemble(adapter, config(), |layer| {
+            Place::find(layer, base, &orientation)?.layer(layer)
+        })?,
+    };
+    let start = options.part.as_deref().unwrap_or("lora_unet_");
+    sd_scripts::write(&known, start, &options.output)?;
+    let file = AdapterFile::read(&options.output)?;
+    let after = file.adapter(&base.weighted_modules(), &KeyMap::new())?;
+    let error = difference(adapter, &after, base)?;
+    tell(options, &known, Some(error), json)
+}
+
+/// The largest difference between two numbers of the rotations or the scales of two adapters for one model. Where there is no
+/// scale, it is ones.
+fn difference(before: &Adapter, after: &Adapter, base: &Base) -> Result<f64, Error> {
+    let head = Head::of(base)?;
+    let orientation = Orientation::of(base, &head);
+    let mut largest = 0.0f64;
+    for (a, b) in before.layers().iter().zip(after.layers()) {
+        let place = Place::find(a, base, &orientation)?;
+        let widths = [place.d_input, place.d_output];
+        let numbers = |adapter: &Adapter, layer: &AdapterLayer| -> Result<Vec<f64>, Error> {
+            let blocks = adapter.rotation(layer, widths, &Device::flex())?;
+            let mut all = blocks.map_or(Vec::new(), |blocks| values(&blocks.values().into_data()));
+            let ones = || vec![1.0; place.d_output];
+            all.extend(layer.scale().map_or_else(ones, values));
+            Ok(all)
+        };
+        let (one, other) = (numbers(before, a)?, numbers(after, b)?);
+        if a.path() != b.path() || one.len() != other.len() {
+            let reason = "was written and is read back as another layer";
+            return Err(Error::malformed(Path::new(b.path()), reason));
+        }
+        let differences = one.iter().zip(&other).map(|(x, y)| (x - y).abs());
+        largest = differences.fold(largest, f64::max);
+    }
+    Ok(largest)
+}
+
+/// Says what has been written, and how far it is from the input where that was measured.
+fn tell(
+    options: &Convert,
+    adapter: &Adapter,
+    difference: Option<f64>,
+    json: bool,
+) -> Result<(), Error> {
     let (output, layers) = (options.output.display(), adapter.layers().len());
-    let text = format!("{output}: {}\n", plural(layers, "layer"));
+    let mut text = format!("{output}: {}", plural(layers, "layer"));
+    if let Some(difference) = difference {
+        text.push_str(&format!(
+            "; their rotations and scales differ from those of the input by {difference:.1e}"
+        ));
+    }
     let value = json!({
         "output": output.to_string(),
         "method": adapter.config().to_string(),
         "layers": layers,
         "saved_tensors": adapter.tensors().len(),
+        "difference": difference,
     });
-    report(json, &text, &value)
+    report(json, &format!("{text}\n"), &value)
+}
+
+/// Writes an adapter in the form that is asked for, and returns it in that form.
+fn write(options: &Convert, adapter: Adapter, base: Option<&Base>) -> Result<Adapter, Error> {
+    let adapter = match options.to {
+        Some(To::Oft) => to_oft(&adapter)?,
+        Some(To::Boft) => to_boft(&adapter, base)?,
+        Some(To::Peft) => with_kinds(adapter, base)?,
+        _ => adapter,
+    };
+    if options.to == Some(To::Record) {
+        record::write(&adapter, base, &options.output)?;
+        return Ok(adapter);
+    }
+    let folder = OutputFolder::create(&options.output)?;
+    adapter
+        .save(folder.temporary())
+        .map_err(|error| folder.named(error.into()))?;
+    folder.finish()?;
+    Ok(adapter)
+}
+
+/// Whether a path is named as a file of tensors. A file of any other name is a record.
+fn is_tensors(path: &Path) -> bool {
+    let is_named = path
+        .extension()
+        .is_some_and(|extension| extension == "safetensors");
+    is_named && path.is_file()
 }
 
 fn needs_base(what: &str) -> Error {
@@ -67,8 +210,12 @@ fn needs_base(what: &str) -> Error {
 }
 
 /// Reads the adapter, which is a folder or a record.
-fn read(options: &Convert, names: Names, base: Option<&Base>) -> Result<Adapter, Error> {
-    let input = &options.input;
+fn read(
+    options: &Convert,
+    input: &Path,
+    names: Names,
+    base: Option<&Base>,
+) -> Result<Adapter, Error> {
     if input.is_file() {
         let settings = options.config.as_deref().map(read_settings).transpose()?;
         return record::read(input, settings, base);

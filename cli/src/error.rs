@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use burn_boft::dialects::{DialectError, WriteError};
 use burn_boft::peft::{LoadError, SaveError};
 use burn_boft::value::Mismatch;
 use thiserror::Error;
@@ -34,6 +35,10 @@ pub enum Error {
     #[error(transparent)]
     Adapter(#[from] LoadError),
 
+    /// An adapter in a file of another program that cannot be read or placed.
+    #[error(transparent)]
+    Dialect(#[from] DialectError),
+
     /// An adapter and a model that do not fit each other, with each reason on a line of its own.
     #[error("{}", .0.join("\n"))]
     Fit(Vec<String>),
@@ -61,6 +66,10 @@ pub enum Error {
     /// Tensors that do not make an adapter.
     #[error(transparent)]
     Mismatch(#[from] Mismatch),
+
+    /// An adapter that sd-scripts cannot compute.
+    #[error(transparent)]
+    SdScripts(#[from] WriteError),
 
     /// An adapter that PEFT's format cannot hold.
     #[error(transparent)]

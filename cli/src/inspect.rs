@@ -1,8 +1,10 @@
 //! `inspect`: shows what an adapter is, and how far it rotates each layer.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use burn::tensor::Device;
+use burn_boft::dialects::{AdapterFile, FileLayer};
 use burn_boft::peft::{LoadOptions, read_settings};
 use burn_boft::value::{AdapterLayer, LayerMeasure};
 use burn_boft::{Adapter, LayerKind, TargetModules};
@@ -11,7 +13,7 @@ use serde_json::{Value, json};
 use crate::cli::Inspect;
 use crate::error::Error;
 use crate::layers;
-use crate::load::load;
+use crate::load::{Given, load};
 use crate::output::{Form, check_free};
 use crate::plot;
 use crate::terminal::{plural, report, shown};
@@ -20,16 +22,10 @@ pub fn run(options: &Inspect, json: bool) -> Result<(), Error> {
     if let Some(path) = &options.plot {
         check_free(path, Form::File)?;
     }
-    let adapter = load(&options.adapter, &LoadOptions::new())?;
-    let settings = read_settings(&options.adapter)?;
-    let about = About::new(&adapter, &settings);
-    let measures = adapter.measure(&Device::flex());
-    let mut rows: Vec<_> = adapter
-        .layers()
-        .iter()
-        .zip(measures)
-        .map(|(layer, measure)| Row::new(layer, measure))
-        .collect();
+    let (about, mut rows) = match Given::open(&options.adapter)? {
+        Given::Folder(folder) => of_folder(&folder)?,
+        Given::File(file) => of_file(&file),
+    };
     rows.sort_by(|a, b| layers::compare(&a.measure.path, &b.measure.path));
     if let Some(path) = &options.plot {
         let angles: Vec<_> = rows
@@ -41,8 +37,116 @@ pub fn run(options: &Inspect, json: bool) -> Result<(), Error> {
     report(json, &to_text(&about, &rows), &to_json(&about, &rows))
 }
 
+/// What an adapter in PEFT's folder is.
+fn of_folder(folder: &Path) -> Result<(About, Vec<Row>), Error> {
+    let adapter = load(folder, &LoadOptions::new())?;
+    let about = Folder::new(&adapter, &read_settings(folder)?);
+    let measures = adapter.measure(&Device::flex());
+    let layers = adapter.layers().iter().zip(measures);
+    let rows = layers
+        .map(|(layer, measure)| Row::new(layer, layer.kind(), measure.stored_by_peft, measure));
+    Ok((About::Folder(about), rows.collect()))
+}
+
+/// What an adapter in a file of another program is.
+fn of_file(file: &AdapterFile) -> (About, Vec<Row>) {
+    let measures = file.measure(&Device::flex());
+    let layers = file.layers().iter().zip(measures);
+    let rows =
+        layers.map(|(layer, measure)| Row::new(layer.layer(), None, layer.stored(), measure));
+    (About::File(Dialects::new(file)), rows.collect())
+}
+
+/// A line above the table of layers: what, and which.
+type Line = (&'static str, String);
+
 /// What holds for the whole adapter.
-struct About {
+enum About {
+    Folder(Folder),
+    File(Dialects),
+}
+
+impl About {
+    /// The lines above the table of layers, in pairs of what and which, those of these counts among them.
+    fn lines(&self, counts: [Line; 2]) -> Vec<Line> {
+        match self {
+            Self::Folder(folder) => folder.lines(counts),
+            Self::File(file) => file.lines(counts),
+        }
+    }
+
+    fn to_json(&self) -> Value {
+        match self {
+            Self::Folder(folder) => folder.to_json(),
+            Self::File(file) => file.to_json(),
+        }
+    }
+}
+
+/// What holds for a file of another program.
+struct Dialects {
+    names: Vec<&'static str>,
+    program: String,
+    axis: &'static str,
+    key_styles: Vec<String>,
+    /// The bounds of the layers, from the smallest to the largest.
+    alphas: Vec<f64>,
+    notes: Vec<String>,
+}
+
+impl Dialects {
+    fn new(file: &AdapterFile) -> Self {
+        let mut alphas: Vec<_> = file.layers().iter().filter_map(FileLayer::alpha).collect();
+        alphas.sort_by(f64::total_cmp);
+        alphas.dedup();
+        let dialects = file.dialects();
+        Self {
+            // A file has dialects of one program, which rotate one axis.
+            axis: dialects
+                .first()
+                .map_or("-", |dialect| dialect.axis().name()),
+            names: dialects.iter().map(|dialect| dialect.name()).collect(),
+            program: file.program(),
+            key_styles: file.key_styles(),
+            alphas,
+            notes: file.notes().to_vec(),
+        }
+    }
+
+    fn lines(&self, counts: [Line; 2]) -> Vec<Line> {
+        // Files hold f32 at most.
+        let rounded = |alpha: &f64| *alpha as f32;
+        let alpha = match &self.alphas[..] {
+            [] => "none".to_string(),
+            [alpha] => rounded(alpha).to_string(),
+            [low, .., high] => format!("{} to {}", rounded(low), rounded(high)),
+        };
+        let mut lines = vec![
+            ("dialect", self.names.join(", ")),
+            ("program", self.program.clone()),
+            ("rotates", format!("{}s", self.axis)),
+            ("names", self.key_styles.join(", ")),
+            ("alpha", alpha),
+        ];
+        lines.extend(counts);
+        lines.extend(self.notes.iter().map(|line| ("unusual", line.clone())));
+        lines
+    }
+
+    fn to_json(&self) -> Value {
+        json!({
+            "dialects": self.names,
+            "program": self.program,
+            "rotates": self.axis,
+            "key_styles": self.key_styles,
+            "alpha": self.alphas,
+            "unusual": self.notes,
+        })
+    }
+}
+
+/// What holds for an adapter in PEFT's folder.
+struct Folder {
     method: String,
     targets: Vec<String>,
     base_model: Option<String>,
@@ -50,7 +154,33 @@ struct About {
     tensors: usize,
 }
 
-impl About {
+impl Folder {
+    fn lines(&self, counts: [Line; 2]) -> Vec<Line> {
+        let unknown = || "-".to_string();
+        let mut lines = vec![
+            ("method", self.method.clone()),
+            ("targets", short_list(&self.targets)),
+            (
+                "base model",
+                self.base_model.clone().unwrap_or_else(unknown),
+            ),
+            ("PEFT", self.peft_version.clone().unwrap_or_else(unknown)),
+        ];
+        lines.extend(counts);
+        lines.push(("saved beside", plural(self.tensors, "tensor")));
+        lines
+    }
+
+    fn to_json(&self) -> Value {
+        json!({
+            "method": self.method,
+            "targets": self.targets.join(", "),
+            "base_model": self.base_model,
+            "peft_version": self.peft_version,
+            "saved_tensors": self.tensors,
+        })
+    }
+
     fn new(adapter: &Adapter, json: &serde_json::Map<String, Value>) -> Self {
         let text = |key: &str| json.get(key).and_then(Value::as_str).map(str::to_string);
         Self {
@@ -74,14 +204,22 @@ struct Row {
     block_size: usize,
     blocks: usize,
     factors: usize,
+    /// How many numbers the file has for it.
+    stored: usize,
     measure: LayerMeasure,
 }
 
 impl Row {
-    fn new(layer: &AdapterLayer, measure: LayerMeasure) -> Self {
+    fn new(
+        layer: &AdapterLayer,
+        kind: Option<LayerKind>,
+        stored: usize,
+        measure: LayerMeasure,
+    ) -> Self {
         let [factors, blocks, _] = layer.skew().shape().dims::<3>();
         Self {
-            kind: layer.kind().map_or("-", LayerKind::name),
+            kind: kind.map_or("-", LayerKind::name),
+            stored,
             block_size: layer.block_size(),
             blocks,
             factors,
@@ -99,25 +237,17 @@ fn to_text(about: &About, rows: &[Row]) -> String {
         .max()
         .unwrap_or(0)
         .max(5);
-    let head = [
-        ("method", about.method.clone()),
-        ("targets", short_list(&about.targets)),
-        (
-            "base model",
-            about.base_model.clone().unwrap_or_else(unknown),
-        ),
-        ("PEFT", about.peft_version.clone().unwrap_or_else(unknown)),
+    let head = about.lines([
         ("layers", rows.len().to_string()),
         (
             "parameters",
             format!(
                 "{} stored, {} effective",
-                sum(|row| row.measure.stored_by_peft),
+                sum(|row| row.stored),
                 sum(|row| row.measure.effective)
             ),
         ),
-        ("saved beside", plural(about.tensors, "tensor")),
-    ];
+    ]);
     let mut text: String = head
         .iter()
         .map(|(what, value)| format!("{what:12}  {}\n", shown(value)))
@@ -149,7 +279,7 @@ fn to_text(about: &About, rows: &[Row]) -> String {
             scale_range.map_or_else(unknown, |(low, high)| format!("{low:.4} to {high:.4}"));
         text.push_str(&format!(
             "{:width$}  {:6}  {:>5}  {:>6}  {:>7}  {:>9}  {:>9}  {skew_norm:>8.4}  {orthogonality_defect:>9.2e}  {largest_angle:>9.4}  {scale}\n",
-            shown(path), row.kind, row.block_size, row.blocks, row.factors, row.measure.stored_by_peft, row.measure.effective
+            shown(path), row.kind, row.block_size, row.blocks, row.factors, row.stored, row.measure.effective
         ));
     }
     text
@@ -187,7 +317,7 @@ fn to_json(about: &About, rows: &[Row]) -> Value {
                 "block_size": row.block_size,
                 "blocks": row.blocks,
                 "factors": row.factors,
-                "stored": row.measure.stored_by_peft,
+                "stored": row.stored,
                 "effective": row.measure.effective,
                 "skew_norm": row.measure.skew_norm,
                 "orthogonality_defect": row.measure.orthogonality_defect,
@@ -196,16 +326,15 @@ fn to_json(about: &About, rows: &[Row]) -> Value {
             })
         })
         .collect();
-    json!({
-        "method": about.method,
-        "targets": about.targets.join(", "),
-        "base_model": about.base_model,
-        "peft_version": about.peft_version,
-        "stored": rows.iter().map(|row| row.measure.stored_by_peft).sum::<usize>(),
-        "effective": rows.iter().map(|row| row.measure.effective).sum::<usize>(),
-        "saved_tensors": about.tensors,
-        "layers": layers,
-    })
+    let mut json = about.to_json();
+    json["stored"] = rows.iter().map(|row| row.stored).sum::<usize>().into();
+    json["effective"] = rows
+        .iter()
+        .map(|row| row.measure.effective)
+        .sum::<usize>()
+        .into();
+    json["layers"] = layers.into();
+    json
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ mod distance;
 mod error;
 mod families;
 mod find;
+mod formats;
 mod header;
 mod inspect;
 mod interrupt;
@@ -24,6 +25,7 @@ mod output;
 mod plot;
 mod record;
 mod rewrite;
+mod sd_scripts;
 mod terminal;
 mod tie;
 mod turn;
@@ -44,7 +46,7 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             note(
-                "error: name a command: merge, unmerge, inspect or convert; burn-boft --help says what they do",
+                "error: name a command: merge, unmerge, inspect, convert or formats; burn-boft --help says what they do",
             );
             return ExitCode::from(2);
         }
@@ -73,6 +75,7 @@ fn run(command: Command, json: bool) -> Result<(), Error> {
         Command::Unmerge(options) => unmerge::run(&options, json),
         Command::Inspect(options) => inspect::run(&options, json),
         Command::Convert(options) => convert::run(&options, json),
+        Command::Formats => formats::run(json),
         Command::Completions(options) => manual::completions(&options),
         Command::Man(options) => manual::page(&options),
     }

@@ -3,7 +3,6 @@
 use std::ops::Range;
 use std::path::PathBuf;
 
-use burn_boft::peft::LoadOptions;
 use burn_boft::tensors::file_name;
 use burn_boft::value::{AdapterLayer, SavedTensor};
 use serde_json::{Value, json};
@@ -15,7 +14,7 @@ use crate::copies;
 use crate::error::Error;
 use crate::header::Entry;
 use crate::labels;
-use crate::load::load;
+use crate::load::load_for;
 use crate::names::Names;
 use crate::rewrite::{check_output, rewrite};
 use crate::terminal::{note, plural, report, shown};
@@ -24,8 +23,8 @@ use crate::turn::Forward;
 
 pub fn run(options: &Merge, json: bool) -> Result<(), Error> {
     let names = Names::parse(&options.adapter.maps)?;
-    let adapter = load(&options.adapter.adapter, &LoadOptions::new())?;
     let base = Base::open(&options.base)?;
+    let (adapter, names) = load_for(&options.adapter, &base, names)?;
     let head = Head::of(&base)?;
     let names = names.for_model(&head);
     let mut changes = Changes::find(&adapter, &base, &names, &head)?;

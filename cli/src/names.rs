@@ -88,6 +88,11 @@ impl Names {
         self.own
     }
 
+    /// The rules, for names that are read with them.
+    pub fn key_map(&self) -> &KeyMap {
+        &self.own
+    }
+
     /// Where a module of the adapter is in the file: the first of its names that the file has a tensor for, or else
     /// the name that the rules give it. What the rules of `--map` find goes before what the type of the model finds.
     pub fn place(&self, module: &str, tensor: &str, base: &Base) -> Result<Place, Error> {

@@ -7,7 +7,7 @@ use burn::tensor::{DType, TensorData};
 use burn_boft::tensors::{
     decode, encode, file_name, from_file, is_finite, is_float, part, to_file,
 };
-use burn_boft::value::{AdapterLayer, SavedTensor};
+use burn_boft::value::{AdapterLayer, Axis, SavedTensor};
 use indicatif::ProgressBar;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
@@ -29,7 +29,8 @@ pub trait Turn {
     /// Prepares for the rows of a layer of these widths, `[d_input, d_output]`.
     fn start(&mut self, layer: &AdapterLayer, widths: [usize; 2]) -> Result<(), String>;
 
-    /// The rotated rows, in the precision that they came in. `rows` counts from the first row of the layer.
+    /// The rotated rows, in the precision that they came in. `rows` counts from the first row of the layer, and where the
+    /// outputs are rotated, they are whole spans.
     fn turn(&mut self, numbers: TensorData, rows: Range<usize>) -> Result<TensorData, String>;
 }
 
@@ -313,7 +314,12 @@ impl Writer<'_> {
             .start(layer, [d_input, rows.len()])
             .map_err(refuse)?;
         let row = row_bytes(entry);
-        let step = (COMPUTED / d_input).max(1);
+        // Rows that are rotated among themselves stay together.
+        let together = match layer.axis() {
+            Axis::Input => 1,
+            Axis::Output => layer.span(),
+        };
+        let step = (COMPUTED / d_input / together).max(1) * together;
         for start in (0..rows.len()).step_by(step) {
             let part = start..rows.len().min(start + step);
             let mut bytes = vec![0; part.len() * row as usize];

@@ -6,7 +6,7 @@ use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use burn_boft::Adapter;
 use burn_boft::ops::{Blocks, Direction, Side};
 use burn_boft::tensors::{from_values, values};
-use burn_boft::value::AdapterLayer;
+use burn_boft::value::{AdapterLayer, Axis};
 use faer::Mat;
 use faer::linalg::solvers::DenseSolveCore;
 
@@ -17,7 +17,7 @@ use crate::rewrite::Turn;
 /// mostly rounding errors.
 const SINGULAR: f64 = 1e6;
 
-/// `W' = diag(s)·W·Rᵀ` in PyTorch's orientation, row by row.
+/// `W' = diag(s)·W·Rᵀ` in PyTorch's orientation, row by row, or `diag(s)·R·W` where the outputs are rotated.
 pub struct Forward<'a> {
     adapter: &'a Adapter,
     device: Device,
@@ -29,6 +29,8 @@ struct Rotation {
     /// None where blocks of one channel do not rotate.
     blocks: Option<Blocks>,
     scale: Option<Tensor<1>>,
+    axis: Axis,
+    block_size: usize,
     dtype: DType,
 }
 
@@ -47,6 +49,8 @@ impl Rotation {
         Ok(Self {
             blocks,
             scale,
+            axis: layer.axis(),
+            block_size: layer.block_size(),
             dtype: layer.skew().dtype(),
         })
     }
@@ -56,9 +60,21 @@ impl Rotation {
         self.scale.clone().map(|scale| scale.slice([rows]))
     }
 
+    /// The blocks that rotate these rows among themselves, where the outputs are rotated. The rows are whole spans.
+    fn of_rows(&self, blocks: &Blocks, rows: &Range<usize>) -> Blocks {
+        blocks.part(rows.start / self.block_size..rows.end / self.block_size)
+    }
+
     fn apply(&self, weight: Tensor<2>, rows: Range<usize>) -> Tensor<2> {
-        let scale = self.scale(rows);
-        match (&self.blocks, scale) {
+        let weight = match (&self.blocks, self.axis) {
+            (Some(blocks), Axis::Output) => {
+                self.of_rows(blocks, &rows)
+                    .rotate(weight, Side::Left, Direction::Forward)
+            }
+            _ => weight,
+        };
+        let blocks = self.blocks.as_ref().filter(|_| self.axis == Axis::Input);
+        match (blocks, self.scale(rows)) {
             (Some(blocks), scale) => blocks.weight(weight, scale, Side::Right),
             (None, Some(scale)) => weight * scale.unsqueeze_dim::<2>(1),
             (None, None) => weight,
@@ -130,12 +146,16 @@ impl<'a> Backward<'a> {
         rows: Range<usize>,
     ) -> Tensor<2> {
         let [count, d_input] = weight.dims();
-        let weight = match rotation.scale(rows) {
+        let weight = match rotation.scale(rows.clone()) {
             Some(scale) => weight / scale.unsqueeze_dim::<2>(1),
             None => weight,
         };
         match (&rotation.blocks, inverse) {
             (None, _) => weight,
+            (Some(blocks), _) if rotation.axis == Axis::Output => {
+                let blocks = rotation.of_rows(blocks, &rows);
+                blocks.rotate(weight, Side::Left, Direction::Back)
+            }
             (Some(blocks), None) => blocks.rotate(weight, Side::Right, Direction::Forward),
             (Some(_), Some(blocks)) => {
                 let [n, b, _] = blocks.dims();

@@ -2,7 +2,6 @@
 
 use burn::tensor::DType;
 use burn_boft::Adapter;
-use burn_boft::peft::LoadOptions;
 use burn_boft::value::{SavedTensor, join};
 use serde_json::{Value, json};
 
@@ -11,7 +10,7 @@ use crate::changes::{Change, Changes};
 use crate::cli::Unmerge;
 use crate::distance::{self, Difference, between};
 use crate::error::Error;
-use crate::load::load;
+use crate::load::load_for;
 use crate::names::Names;
 use crate::rewrite::{check_output, rewrite};
 use crate::terminal::{note, plural, report};
@@ -20,8 +19,8 @@ use crate::turn::Backward;
 
 pub fn run(options: &Unmerge, json: bool) -> Result<(), Error> {
     let names = Names::parse(&options.adapter.maps)?;
-    let adapter = load(&options.adapter.adapter, &LoadOptions::new())?;
     let merged = Base::open(&options.merged)?;
+    let (adapter, names) = load_for(&options.adapter, &merged, names)?;
     let head = Head::of(&merged)?;
     let names = names.for_model(&head);
     let mut changes = Changes::find(&adapter, &merged, &names, &head)?;

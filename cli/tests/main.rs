@@ -5,6 +5,7 @@ mod broken_models;
 mod convert_folders;
 mod convert_loras;
 mod convert_records;
+mod dialects;
 mod files;
 mod inspect;
 #[cfg(unix)]

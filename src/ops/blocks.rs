@@ -196,6 +196,24 @@ impl Blocks {
         }
     }
 
+    /// The rotation of some neighbouring spans alone: blocks `range` of every factor.
+    ///
+    /// # Panics
+    ///
+    /// - If the blocks are not those of whole spans, `2^(m−1)` blocks each.
+    pub fn part(&self, range: std::ops::Range<usize>) -> Self {
+        let [m, ..] = self.values.dims();
+        let each = 1 << (m - 1);
+        assert!(
+            range.start.is_multiple_of(each) && range.end.is_multiple_of(each),
+            "part: blocks {range:?} are not whole spans of {each}"
+        );
+        Self {
+            values: self.values.clone().slice_dim(1, range),
+            ..*self
+        }
+    }
+
     /// The blocks, a `[m, n, b, b]` tensor.
     pub fn values(&self) -> Tensor<4> {
         self.values.clone()

@@ -146,6 +146,11 @@ pub enum Unrepresentable {
          adapter to its model and extract it there"
     )]
     UnknownKind,
+    /// A rotation of the outputs.
+    #[error(
+        "it rotates the outputs of its layer, and PEFT rotates inputs; no rotation of the inputs does the same, so merge it"
+    )]
+    OutputAxis,
     /// An embedding in BOFT.
     #[error("BOFT adapts no embedding, and OFT does")]
     Embedding,

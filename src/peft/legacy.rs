@@ -18,7 +18,7 @@ use super::keys::{Layout, key};
 use super::scale;
 use crate::config::{Block, BoftConfig};
 use crate::tensors::{from_values, values, widened};
-use crate::value::layer::{AdapterLayer, check_sizes, pack};
+use crate::value::layer::{AdapterLayer, Axis, check_sizes, pack};
 use crate::value::mismatch::{SizeError, Wrong};
 
 /// What the report says of a stored permutation.
@@ -101,6 +101,7 @@ impl Squares {
             path: path.to_string(),
             // That version wrote (out, 1) for convolutions as well.
             kind: None,
+            axis: Axis::Input,
             block_size: b,
             block_share: self.block_share,
             d_output: Some(scale.len()),

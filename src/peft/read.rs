@@ -31,7 +31,7 @@ use crate::select::{Saved, endings, longest};
 use crate::tensors::{from_values, is_finite, values, widened};
 use crate::value::LoadReport;
 use crate::value::keymap::{KeyMap, KeyMapError};
-use crate::value::layer::{AdapterLayer, SavedTensor, block_size, check_sizes, pack};
+use crate::value::layer::{AdapterLayer, Axis, SavedTensor, block_size, check_sizes, pack};
 use crate::value::mismatch::{Mismatch, Missing, SizeError, Unexpected, Wrong};
 use crate::value::reconcile::{check_biases, reconcile};
 
@@ -565,6 +565,7 @@ fn read_oft(
     Ok(AdapterLayer {
         path,
         kind,
+        axis: Axis::Input,
         block_size: b,
         block_share,
         d_output: None,
@@ -620,6 +621,7 @@ fn read_boft(path: String, r: &TensorData, s: Option<&TensorData>) -> Result<Ada
     Ok(AdapterLayer {
         path,
         kind: scale.as_ref().and_then(|(_, kind)| *kind),
+        axis: Axis::Input,
         block_size: b,
         block_share: false,
         d_output: scale.as_ref().map(|(scale, _)| scale.len()),

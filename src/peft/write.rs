@@ -22,7 +22,7 @@ use crate::rotation::Method;
 use crate::tensors::{from_values, split, values};
 use crate::value::Adapter;
 use crate::value::keymap::{KeyMap, KeyMapError, join};
-use crate::value::layer::{AdapterLayer, unpack};
+use crate::value::layer::{AdapterLayer, Axis, unpack};
 use crate::value::reconcile::expected_block_size;
 
 /// The tensors of an adapter as PEFT writes them, by their keys.
@@ -221,7 +221,7 @@ impl Stored {
     }
 }
 
-/// Refuses sizes that PEFT would not make of the configuration: it builds the layers first, from the configuration, and
+/// Refuses what PEFT would not make of the configuration: rotations of outputs, and sizes of which it builds other ones. It builds the layers first, from the configuration, and
 /// then fails to copy tensors of other shapes into them.
 ///
 /// This crate reads sizes from the tensors and could read such a file. It is refused all the same, because a folder
@@ -249,9 +249,13 @@ pub(super) fn check_sizes(
 ///
 /// # Errors
 ///
+/// - [`Unrepresentable::OutputAxis`]: the layer rotates its outputs, and PEFT builds rotations of inputs.
 /// - [`Unrepresentable::Factors`]: the layer has another number of factors.
 /// - [`Unrepresentable::BlockSize`]: the layer has another block size, after the adjustment that PEFT's OFT makes.
 fn check_layer(config: &AdapterConfig, layer: &AdapterLayer) -> Result<(), Unrepresentable> {
+    if layer.axis == Axis::Output {
+        return Err(Unrepresentable::OutputAxis);
+    }
     let method = Method::unchecked(config);
     let (m, settings) = (layer.n_butterfly_factor(), method.n_butterfly_factor());
     // Of OFT, several factors have no place in the file at all.

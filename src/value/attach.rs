@@ -388,8 +388,8 @@ impl Fit {
     fn layer(&mut self, layer: &AdapterLayer, method: &Method, kind: LayerKind, shape: &[usize]) {
         let path = &layer.path;
         let (d_input, d_output) = kind.axes(shape);
-        let butterfly = layer.check_kind(kind);
-        match butterfly.and_then(|()| layer.butterfly(d_input, d_output)) {
+        let fits = layer.check_axis().and_then(|()| layer.check_kind(kind));
+        match fits.and_then(|()| layer.butterfly(d_input, d_output)) {
             Ok(butterfly) => {
                 let rotation = method.with_sizes(kind, butterfly, layer.scale.is_some());
                 let values = Values {

@@ -12,7 +12,7 @@ use serde_json::Map;
 
 use super::Adapter;
 use super::keymap::split;
-use super::layer::{AdapterLayer, SavedTensor};
+use super::layer::{AdapterLayer, Axis, SavedTensor};
 use crate::config::{AdapterConfig, Bias, LayerKind, Selection, TargetModules};
 use crate::model::{InjectError, Misfit, Parameter, Stored, Walk, trained, verdicts, walk};
 use crate::rotation::{Method, Rotation, named};
@@ -606,6 +606,7 @@ fn layer(
     AdapterLayer {
         path: path.to_string(),
         kind: Some(rotation.kind()),
+        axis: Axis::Input,
         block_size: sizes.block_size(),
         block_share: sizes.block_share() && share,
         d_output: Some(sizes.d_output()),

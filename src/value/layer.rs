@@ -8,6 +8,26 @@ use crate::ops::upper_triangle;
 use crate::rotation::{ButterflyPlan, fits};
 use crate::tensors::{is_float, transposed, widened};
 
+/// Which axis of a weight an adapter rotates.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Axis {
+    /// The inputs, as PEFT and this crate do: `W' = diag(s)·W·Rᵀ` for a `[d_output, d_input]` weight.
+    #[default]
+    Input,
+    /// The outputs, as LyCORIS does: `W' = diag(s)·R·W` for a `[d_output, …]` weight.
+    Output,
+}
+
+impl Axis {
+    /// The name in messages and tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Input => "input",
+            Self::Output => "output",
+        }
+    }
+}
+
 /// One adapted layer of an [`Adapter`](crate::Adapter): its rotation, and its scale where it has one.
 ///
 /// The rotation is stored as the strict upper triangles of `Q` row by row: in a block of `b` channels, `Q[i, j]` with `i < j` is
@@ -18,6 +38,8 @@ pub struct AdapterLayer {
     pub(crate) path: String,
     /// The kind of the layer, where it is known.
     pub(crate) kind: Option<LayerKind>,
+    /// The axis that is rotated.
+    pub(crate) axis: Axis,
     /// Channels per block, `b`. It is 1 where the skew has no numbers.
     pub(crate) block_size: usize,
     /// Whether the one stored block of each factor serves all.
@@ -99,12 +121,50 @@ impl AdapterLayer {
         Ok(Self {
             path,
             kind,
+            axis: Axis::Input,
             block_size: b,
             block_share: false,
             d_output: scale.as_ref().map(TensorData::num_elements),
             skew: skew.convert_dtype(dtype),
             scale: scale.map(|scale| scale.convert_dtype(dtype)),
         })
+    }
+
+    /// The same numbers for a rotation of the outputs, `W' = diag(s)·R·W` in PyTorch's orientation.
+    ///
+    /// Only a merge computes it. Such a layer is not attached or saved in PEFT's format, which both rotate inputs.
+    ///
+    /// # Errors
+    ///
+    /// [`Mismatch`]: the scale does not have a number for every channel that the blocks rotate.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use burn::tensor::TensorData;
+    /// use burn_boft::LayerKind;
+    /// use burn_boft::value::{AdapterLayer, FitError};
+    ///
+    /// let skew = TensorData::new(vec![0.1f32; 6 * 6], [1, 6, 6]);
+    /// let layer = AdapterLayer::new("query", Some(LayerKind::Linear), skew, None)?.with_output_axis()?;
+    /// assert_eq!((layer.d_input(), layer.d_output()), (None, Some(24)));
+    /// assert_eq!(layer.check_fit(&[24, 7]), Ok(LayerKind::Linear));
+    /// assert_eq!(layer.check_fit(&[32, 7]), Err(FitError::Rotated { adapter: 24, layer: 32 }));
+    /// # Ok::<(), burn_boft::value::Mismatch>(())
+    /// ```
+    pub fn with_output_axis(mut self) -> Result<Self, Mismatch> {
+        let d = self.skew.shape()[1].saturating_mul(self.block_size);
+        if let Some(scale) = self.scale.as_ref().filter(|_| self.d_output != Some(d)) {
+            return Err(Wrong::Layer {
+                path: self.path,
+                shape: scale.shape().to_vec(),
+                dtype: scale.dtype().name(),
+                reason: SizeError::Outputs { rotated: d },
+            }
+            .into());
+        }
+        (self.axis, self.d_output) = (Axis::Output, Some(d));
+        Ok(self)
     }
 
     /// The layer's dotted path in the model.
@@ -115,6 +175,11 @@ impl AdapterLayer {
     /// The kind of the layer, where the file tells: OFT's does not tell a linear layer from a convolution.
     pub fn kind(&self) -> Option<LayerKind> {
         self.kind
+    }
+
+    /// Which axis of the weight it rotates.
+    pub fn axis(&self) -> Axis {
+        self.axis
     }
 
     /// Channels per block, `b`. Blocks of one channel do not rotate.
@@ -132,13 +197,20 @@ impl AdapterLayer {
         self.block_share
     }
 
-    /// Length of the rotated axis, `d`, unless a shared block leaves it open.
-    pub fn d_input(&self) -> Option<usize> {
-        let blocks = self.skew.shape()[1];
-        (!self.block_share).then(|| blocks.saturating_mul(self.block_size))
+    /// Neighbouring channels that the rotation mixes among themselves, `b·2^(m−1)`.
+    pub fn span(&self) -> usize {
+        self.block_size << (self.n_butterfly_factor() - 1)
     }
 
-    /// Output channels, `o`, where the adapter tells: one with a scale does.
+    /// Length of the rotated input axis, `d`, unless a shared block leaves it open. A rotation of the outputs does not
+    /// tell the inputs.
+    pub fn d_input(&self) -> Option<usize> {
+        let blocks = self.skew.shape()[1];
+        let is_told = self.axis == Axis::Input && !self.block_share;
+        is_told.then(|| blocks.saturating_mul(self.block_size))
+    }
+
+    /// Output channels, `o`, where the adapter tells: one with a scale does, and one that rotates them.
     pub fn d_output(&self) -> Option<usize> {
         self.d_output
     }
@@ -200,6 +272,18 @@ impl AdapterLayer {
         Ok(kind)
     }
 
+    /// Refuses a rotation of the outputs, where a model computes with rotations of inputs.
+    ///
+    /// # Errors
+    ///
+    /// [`FitError::OutputAxis`]
+    pub(crate) fn check_axis(&self) -> Result<(), FitError> {
+        match self.axis {
+            Axis::Input => Ok(()),
+            Axis::Output => Err(FitError::OutputAxis),
+        }
+    }
+
     /// Refuses a layer of another kind. An adapter of OFT's from a file fits a linear layer and a convolution, for which PEFT
     /// writes the same tensors.
     pub(crate) fn check_kind(&self, layer: LayerKind) -> Result<(), FitError> {
@@ -217,7 +301,16 @@ impl AdapterLayer {
     /// - [`FitError::Inputs`]: the blocks cover another number of inputs.
     /// - [`FitError::Blocks`]: a shared block, or the span of the factors, does not divide the inputs.
     /// - [`FitError::Outputs`]: the scale has another number of outputs. Without a scale, any number fits.
+    /// - [`FitError::Rotated`]: the blocks rotate another number of outputs.
     fn check_widths(&self, d_input: usize, d_output: usize) -> Result<(), FitError> {
+        if self.axis == Axis::Output {
+            let adapter = self.d_output.unwrap_or(0);
+            let layer = d_output;
+            return match adapter == layer && d_input > 0 {
+                true => Ok(()),
+                false => Err(FitError::Rotated { adapter, layer }),
+            };
+        }
         let (b, m) = (self.block_size, self.n_butterfly_factor());
         if let Some(adapter) = self.d_input().filter(|d| *d != d_input) {
             let layer = d_input;
@@ -239,7 +332,8 @@ impl AdapterLayer {
         }
     }
 
-    /// The sizes of the rotation in a layer of these widths.
+    /// The sizes of the rotation in a layer of these widths. Where it rotates the outputs, they take the place of the
+    /// inputs.
     ///
     /// # Errors
     ///
@@ -254,11 +348,15 @@ impl AdapterLayer {
         }
         self.check_widths(d_input, d_output)?;
         let (b, m) = (self.block_size, self.n_butterfly_factor());
-        let sizes = ButterflyPlan::new((d_input, d_output), b, m);
+        let (rotated, other) = match self.axis {
+            Axis::Input => (d_input, d_output),
+            Axis::Output => (d_output, d_input),
+        };
+        let sizes = ButterflyPlan::new((rotated, other), b, m);
         let sizes = sizes.ok_or(FitError::Blocks {
             n_butterfly_factor: m,
             block_size: b,
-            d_input,
+            d_input: rotated,
         })?;
         Ok(sizes.with_block_share(self.block_share))
     }

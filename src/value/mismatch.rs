@@ -126,6 +126,12 @@ pub enum Unexpected {
         /// The key in the file.
         key: String,
     },
+    /// A tensor of a file that is not PEFT's, which belongs to no layer that the file has.
+    #[error("`{key}`: it is no part of a layer of OFT or BOFT")]
+    NoLayer {
+        /// The key in the file.
+        key: String,
+    },
     /// A tensor of the other method.
     #[error("`{key}`: {found} tensor in {expected} adapter")]
     Method {
@@ -381,6 +387,12 @@ pub enum SizeError {
         /// Channels per block, `b`.
         block_size: usize,
     },
+    /// A scale for other outputs than those that are rotated.
+    #[error("the blocks rotate {rotated} outputs")]
+    Outputs {
+        /// The outputs that the blocks rotate.
+        rotated: usize,
+    },
     /// The radius of old COFT cannot be computed.
     #[error(
         "the radius of a shared block depends on the number of blocks, which the file does not hold"
@@ -457,6 +469,19 @@ pub enum FitError {
         /// Those that the layer has.
         layer: usize,
     },
+    /// A layer with another number of outputs than the blocks rotate.
+    #[error(": it rotates {adapter} outputs, the layer has {layer}")]
+    Rotated {
+        /// The outputs that the adapter rotates.
+        adapter: usize,
+        /// Those that the layer has.
+        layer: usize,
+    },
+    /// A rotation of the outputs, where inputs are rotated.
+    #[error(
+        " rotates the outputs of the layer, and only rotations of inputs are attached; merge it with the tool `burn-boft`"
+    )]
+    OutputAxis,
     /// Blocks that do not rotate, with a scale.
     #[error(
         ": its blocks of one channel do not rotate, and a scale alone is not attached; merge it with the tool \

@@ -19,7 +19,7 @@ use serde_json::{Map, Value};
 pub use attach::AttachError;
 pub use extract::ExtractError;
 pub use keymap::{KeyMap, KeyMapError, Place, Transformers, join};
-pub use layer::{AdapterLayer, SavedTensor, TensorOwner};
+pub use layer::{AdapterLayer, Axis, SavedTensor, TensorOwner};
 pub use measure::LayerMeasure;
 pub use mismatch::{FitError, Mismatch, Missing, PartsError, SizeError, Unexpected, Wrong};
 pub use report::LoadReport;
@@ -199,7 +199,7 @@ impl Adapter {
     }
 
     /// The rotation of one of the layers, for a weight of `d_input` by `d_output`; none where blocks of one channel do
-    /// not rotate.
+    /// not rotate. It is of the axis that [`AdapterLayer::axis`] says.
     ///
     /// It is computed on `device` with the settings of this adapter, within the COFT radius if there is one and without
     /// the scale.

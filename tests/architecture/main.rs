@@ -22,6 +22,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("model", &["ops", "config", "select", "rotation", "adapter"]),
     ("value", &["ops", "tensors", "config", "select", "rotation", "adapter", "model"]),
     ("peft", &["tensors", "config", "select", "rotation", "value"]),
+    ("dialects", &["tensors", "config", "rotation", "value"]),
 ];
 
 /// The facts that have one home, in the library and in the tool.
@@ -39,9 +40,9 @@ const FACTS: &[Fact] = &[
         homes: &["src/model/walk.rs"],
     },
     Fact {
-        what: "how PEFT names tensors",
+        what: "how files name tensors",
         marks: &["\"boft_R", "\"oft_R", "\"base_model.model.", "\"base_layer"],
-        homes: &["src/peft/keys.rs"],
+        homes: &["src/peft/keys.rs", "src/dialects/"],
     },
     Fact {
         what: "that kernels exist",
@@ -284,7 +285,7 @@ fn a_made_up_source_that_breaks_every_rule_is_caught() {
             "src/peft/mod.rs:3: `AdapterConfig::Oft` belongs to src/config.rs, src/rotation.rs, \
              src/peft/config_json.rs, cli/src/convert.rs: which method a configuration is",
             "src/peft/mod.rs:6: `ModuleMapper for` belongs to src/model/walk.rs: how a module is traversed",
-            "src/peft/mod.rs:4: `oft_R` belongs to src/peft/keys.rs: how PEFT names tensors",
+            "src/peft/mod.rs:4: `oft_R` belongs to src/peft/keys.rs, src/dialects/: how files name tensors",
             "src/value/layer.rs:2: `dyn Any` has no place: a value whose type is found out at run time",
         ]
     );

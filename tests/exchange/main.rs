@@ -6,6 +6,7 @@ mod common;
 mod checkpoints;
 mod copies;
 mod crashes;
+mod dialects;
 mod dinov2;
 mod extraction;
 mod impossible_sizes;

@@ -46,7 +46,7 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             note(
-                "error: name a command: merge, unmerge, inspect, convert or formats; burn-boft --help says what they do",
+                "error: name a command: merge, unmerge, inspect or convert; burn-boft --help says what they do",
             );
             return ExitCode::from(2);
         }

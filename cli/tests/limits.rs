@@ -109,22 +109,6 @@ fn place_adapter(place: &MergeFolder, name: &str) {
 }
 
 #[test]
-fn an_adapter_that_is_a_file_is_refused_with_what_to_name() {
-    let place = MergeFolder::new();
-    let line = "adapter/adapter_model.safetensors: not a folder; PEFT keeps an adapter in a folder with adapter_config.json \
-                and adapter_model.safetensors, so name that";
-    let file = "adapter/adapter_model.safetensors";
-    assert_eq!(refused(place.path(), &["inspect", file]), line);
-    assert_eq!(
-        refused(
-            place.path(),
-            &merge_command("base.safetensors", file, "out.safetensors")
-        ),
-        line
-    );
-}
-
-#[test]
 fn headers_and_settings_longer_than_any_real_one_are_refused() {
     let place = MergeFolder::new();
     let long = |bytes: usize| " ".repeat(bytes);

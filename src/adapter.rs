@@ -3,6 +3,7 @@
 use burn::module::{
     Flag, Module, ModuleMapper, ModuleVisitor, Param, ParamId, Reparameterization, Reparameterizer,
 };
+use burn::tensor::ops::ConvOptions;
 use burn::tensor::{DType, Device, Distribution, FloatDType, Tensor};
 
 use crate::cached::CachedBlocks;
@@ -186,6 +187,26 @@ impl BoftAdapter {
             .linear(input, base, self.scale(), bias, route)
     }
 
+    /// Applies the adapted convolution.
+    ///
+    /// # Shapes
+    ///
+    /// - input: `[n, c·groups, h, w]`
+    /// - base: `[o, c, kh, kw]`, which may be quantized
+    /// - bias: `[o]`
+    /// - result: `[n, o, h', w']`
+    pub(crate) fn conv2d(
+        &self,
+        input: Tensor<4>,
+        base: Tensor<4>,
+        bias: Option<Tensor<1>>,
+        options: ConvOptions<2>,
+    ) -> Tensor<4> {
+        let base = ops::dequantized(base);
+        self.training_blocks()
+            .conv2d(input, base, self.scale(), bias, options)
+    }
+
     /// A `[m, n]` tensor with ones for the blocks that this step replaces by the identity; none if it replaces none.
     ///
     /// As in PEFT, one factor is drawn uniformly, and `floor(p·n)` of its blocks are drawn uniformly.
@@ -301,16 +322,16 @@ impl burn::module::ModuleDisplayDefault for Rotation {
 impl burn::module::ModuleDisplay for Rotation {}
 
 /// Attaches one adapter to one parameter, as Burn's `apply_reparameterization` asks for it.
-pub(crate) struct Attach(pub(crate) Option<BoftAdapter>);
+pub(crate) struct Attach<R>(pub(crate) Option<R>);
 
-impl Reparameterizer for Attach {
-    type Reparam = BoftAdapter;
+impl<R: Reparameterization> Reparameterizer for Attach<R> {
+    type Reparam = R;
 
     fn reparameterize<const D: usize>(
         &mut self,
         _path: &str,
         param: Param<Tensor<D>>,
-    ) -> (Param<Tensor<D>>, Option<BoftAdapter>) {
+    ) -> (Param<Tensor<D>>, Option<R>) {
         (param, self.0.take())
     }
 }

@@ -72,8 +72,10 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod adapter;
+mod batch;
 mod cached;
 mod config;
+mod conv;
 pub mod dialects;
 mod linear;
 pub mod model;
@@ -89,6 +91,7 @@ pub use config::{
     AdapterConfig, Bias, Block, BoftConfig, Cayley, Init, LayerKind, OftConfig, Selection,
     TargetModules,
 };
+pub use conv::{Conv2d as BoftConv2d, Conv2dConfig as BoftConv2dConfig};
 pub use linear::{Linear as BoftLinear, LinearConfig as BoftLinearConfig};
 #[cfg(feature = "train")]
 pub use model::AdapterCheckpointer;
@@ -98,7 +101,7 @@ pub use model::{
 };
 pub use rotation::{ButterflyPlan, RotationError};
 pub use select::PatternError;
-pub use value::{Adapter, KeyMap, Transformers};
+pub use value::{Adapter, AdapterBank, KeyMap, Transformers};
 
 /// The README's example, compiled.
 #[cfg(doctest)]

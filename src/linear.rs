@@ -6,6 +6,7 @@ use burn::nn::{self, Initializer, LinearLayout};
 use burn::tensor::{Device, Tensor, assert_shape};
 
 use crate::adapter::BoftAdapter;
+use crate::batch::BatchAdapter;
 
 /// The configuration of a [`BoftLinear`](Linear). It has the fields, defaults and initial values of
 /// [`burn::nn::LinearConfig`].
@@ -79,11 +80,15 @@ impl Linear {
     /// # Panics
     ///
     /// - If the last axis of `input` is not `d_input`.
+    /// - If an [`AdapterBank`](crate::AdapterBank) made the model for a batch, and the first axis is not its requests.
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Tensor<D> {
         let base = self.weight.base();
         let [d_input, _] = base.dims();
         assert_shape!(input, [.., d_input]);
         let bias = self.bias.as_ref().map(Param::val);
+        if let Some(batch) = self.weight.reparameterization::<BatchAdapter>() {
+            return batch.linear(input, base, bias);
+        }
         match self.weight.reparameterization::<BoftAdapter>() {
             Some(adapter) => adapter.linear(input, base, bias),
             None => burn::tensor::module::linear(input, self.weight.val(), bias),

@@ -5,7 +5,9 @@
 mod common;
 
 use burn::tensor::{DType, Device, Tensor};
-use burn_boft::ops::{Blocks, Direction, Route, Side};
+use burn_boft::ops::{
+    Blocks, Direction, PerRequest, Route, Side, linear_requests, rotate_requests,
+};
 use common::{Matrix, Sizes, assert_close, drift, host, kernel_devices, noise, rotation, tensor};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -314,6 +316,93 @@ fn sizes_without_a_kernel_take_the_portable_version() {
                 Way::Rotate(Side::Right, Direction::Forward),
             ];
             compare(&case, &ways, DType::F32, &device).unwrap();
+        }
+    }
+}
+
+/// Spans that the kernels serve, one of blocks of odd size, and one that is too long.
+const REQUESTS: [Sizes; 4] = [
+    Sizes { d: 48, b: 4, m: 3 },
+    Sizes { d: 20, b: 2, m: 2 },
+    Sizes { d: 21, b: 7, m: 1 },
+    Sizes { d: 256, b: 4, m: 6 },
+];
+
+/// Three rotations for five requests, which take one of them, another one or none.
+#[test]
+fn every_request_is_rotated_by_its_own_rotation() {
+    const CHOICES: [Option<usize>; 5] = [Some(2), None, Some(0), Some(2), Some(1)];
+    for (sizes, tokens) in REQUESTS.into_iter().zip([1, 37, 3, 2]) {
+        let case = |seed| Case {
+            sizes,
+            d_output: 11,
+            tokens: CHOICES.len() * tokens,
+            strided: true,
+            seed,
+        };
+        let (d, o, rows) = (sizes.d, 11, CHOICES.len() * tokens);
+        let x = Matrix::new(rows, d, case(1).numbers(rows * d, 0));
+        let w = Matrix::new(d, o, case(1).numbers(d * o, 1));
+        let cases = [2, 3, 4].map(case);
+        let rotations = cases.each_ref().map(|case| rotation(sizes, &case.skew()));
+        // Request 2 takes no scale, request 3 no bias.
+        let [scaled, biased] = [2, 3].map(|without| {
+            let choices = CHOICES.into_iter().enumerate();
+            choices
+                .map(|(i, choice)| choice.filter(|_| i != without))
+                .collect::<Vec<_>>()
+        });
+        let (mut rotated, mut output) = (Vec::new(), Vec::new());
+        for row in 0..rows {
+            let request = row / tokens;
+            let line = Matrix::new(1, d, x.values[row * d..][..d].to_vec());
+            let line = CHOICES[request].map_or(line.clone(), |i| line.matmul(&rotations[i]));
+            rotated.extend(&line.values);
+            for (column, value) in line.matmul(&w).values.into_iter().enumerate() {
+                let scale = scaled[request].map_or(1.0, |i| cases[i].scale()[column]);
+                let bias = biased[request].map_or(0.0, |i| cases[i].numbers(o, 5)[column]);
+                output.push(value * scale + bias);
+            }
+        }
+        for (name, device) in kernel_devices() {
+            for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
+                if !device.supports_dtype(dtype) {
+                    continue;
+                }
+                let wide = if dtype == DType::F64 {
+                    dtype
+                } else {
+                    DType::F32
+                };
+                let spans = cases.each_ref().map(|case| {
+                    let skew = tensor(&case.skew(), sizes.skew_shape(), wide, &device);
+                    Blocks::cayley(skew, sizes.b).spans()
+                });
+                let vectors = |index, dtype| {
+                    let numbers = |case: &Case| match index {
+                        3 => case.scale(),
+                        _ => case.numbers(o, index),
+                    };
+                    let vectors = cases.iter();
+                    let vectors = vectors.map(|case| tensor(&numbers(case), [o], dtype, &device));
+                    vectors.collect::<Vec<_>>()
+                };
+                let to = (dtype, &device);
+                let input = case(1).matrix(&x.values, [rows, d], to);
+                let weight = case(1).matrix(&w.values, [d, o], to);
+                let rotations = PerRequest::new(spans.to_vec(), CHOICES.to_vec());
+                let actual = rotate_requests(input.clone(), rotations.clone());
+                let what = format!("{sizes:?} in {dtype:?} on {name}");
+                assert_close(&what, &host(actual), &rotated, tolerances(dtype)[0]);
+                let actual = linear_requests(
+                    input,
+                    weight,
+                    rotations,
+                    PerRequest::new(vectors(3, wide), scaled.clone()),
+                    PerRequest::new(vectors(5, dtype), biased.clone()),
+                );
+                assert_close(&what, &host(actual), &output, tolerances(dtype)[0]);
+            }
         }
     }
 }

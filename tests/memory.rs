@@ -8,7 +8,8 @@ use burn::module::{Module, ParamGroup, Quantizer};
 use burn::tensor::quantization::{Calibration, QuantValue};
 use burn::tensor::{Device, Tensor};
 use burn_boft::{
-    Adapter, BoftAdapter, BoftConfig, BoftLinear, BoftLinearConfig, Init, inject, summary,
+    Adapter, AdapterBank, BoftAdapter, BoftConfig, BoftLinear, BoftLinearConfig, Init, inject,
+    summary,
 };
 use common::host;
 use common::models::rows;
@@ -98,6 +99,41 @@ fn adapters_on_clones_share_the_base_and_serve_threads_at_once() {
         served.flatten().collect()
     });
     assert_eq!(served, expected);
+}
+
+/// An adapter in a bank takes its own numbers, and a model for a batch of all of them none at all.
+#[test]
+fn a_bank_holds_the_base_once_and_of_each_adapter_its_own_numbers() {
+    let _measuring = MEASURING.lock();
+    let base = Model::new(&Device::flex());
+    let adapters: Vec<_> = (0..=ADAPTERS as u64)
+        .map(|seed| Adapter::extract(&inject(base.clone(), config(seed)).unwrap()).unwrap())
+        .collect();
+    let mut bank = AdapterBank::new(base.clone()).unwrap();
+    let first = bank.add(&adapters[0]).unwrap();
+    // 8 numbers for each input, since spans are of 8 channels, and one for each output.
+    let own = bank.memory(first).unwrap();
+    assert_eq!(own, 4 * (8 * (256 + 384) + 384 + 128));
+
+    let before = MEMORY.current_usage();
+    let ids: Vec<_> = adapters[1..].iter().map(|a| bank.add(a).unwrap()).collect();
+    let each = (MEMORY.current_usage() - before) / ADAPTERS;
+    println!(
+        "{each} bytes for an adapter of {own} on a base of {}",
+        bytes(&base)
+    );
+    assert!(each >= own && each < own + 4_000, "{each} for {own}");
+
+    let before = MEMORY.current_usage();
+    let requests: Vec<_> = ids.iter().copied().map(Some).collect();
+    let model = bank.model(&requests).unwrap();
+    let batch = MEMORY.current_usage() - before;
+    println!("{batch} bytes for a batch of {ADAPTERS} adapters");
+    assert!(batch < ADAPTERS * own / 10, "{batch}");
+    drop(model);
+    let held = MEMORY.current_usage();
+    ids.into_iter().for_each(|id| assert!(bank.remove(id)));
+    assert!(held - MEMORY.current_usage() >= ADAPTERS * own);
 }
 
 /// Between its two passes, a training step keeps what the backward pass reads. Of a packed weight it must not keep the

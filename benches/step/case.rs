@@ -26,6 +26,12 @@ pub enum Case {
     LlmLinear8192,
     /// One 4096 × 4096 projection, 1 token, without gradients.
     Decode,
+    /// One 4096 × 4096 projection, 64 requests of 1 token, without gradients.
+    #[value(name = "serve-linear")]
+    ServeLinear,
+    /// DINOv2-S, 64 requests of an image of 56², 17 tokens each, without gradients.
+    #[value(name = "serve-dinov2-s")]
+    ServeDinov2S,
     /// Four 3×3 convolutions, 4 feature maps of 64 channels and 56².
     Conv,
     /// An LSTM of width 256, 16 sequences of 64 tokens.
@@ -46,6 +52,7 @@ impl Case {
     pub fn methods(self) -> Vec<Method> {
         match self {
             Self::Decode => Method::inference(),
+            Self::ServeLinear | Self::ServeDinov2S => Method::serving(),
             Self::Conv | Self::Lstm | Self::LstmRotateOnce => Method::training(false),
             _ => Method::training(true),
         }
@@ -55,7 +62,16 @@ impl Case {
     pub fn floor(self) -> Method {
         match self {
             Self::Decode => Method::Plain,
+            Self::ServeLinear | Self::ServeDinov2S => Method::Merged,
             _ => Method::Frozen,
+        }
+    }
+
+    /// How many requests a step serves, if the case is about serving.
+    pub fn requests(self) -> Option<usize> {
+        match self {
+            Self::ServeLinear | Self::ServeDinov2S => Some(REQUESTS),
+            _ => None,
         }
     }
 
@@ -84,10 +100,20 @@ impl Case {
             Self::Decode => projection(1),
             Self::Lstm => recurrent(false),
             Self::LstmRotateOnce => recurrent(true),
+            Self::ServeLinear => {
+                Loaded::new(Projection::new(WIDTH, &device), [REQUESTS, 1, 1, WIDTH], to)
+            }
+            Self::ServeDinov2S => {
+                let model: Dinov2Model = network::dinov2_s(&device);
+                Loaded::new(model, [REQUESTS, 3, 56, 56], to)
+            }
             Self::Conv => Loaded::new(Convolutions::new(&device), [4, 64, 56, 56], to),
         }
     }
 }
+
+/// The requests of a batch.
+const REQUESTS: usize = 64;
 
 /// The width of a projection.
 const WIDTH: usize = 4096;

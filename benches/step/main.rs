@@ -63,7 +63,8 @@ fn run(cli: &Cli) -> Result<(), String> {
     let known = |name: &String| {
         let mut methods = Method::training(true)
             .into_iter()
-            .chain(Method::inference());
+            .chain(Method::inference())
+            .chain(Method::serving());
         methods.any(|method| method.to_string() == *name)
     };
     if let Some(name) = cli.methods.iter().find(|name| !known(name)) {
@@ -123,6 +124,9 @@ fn measure(case: Case, cli: &Cli, device: &Device) -> Result<Vec<Row>, String> {
             ratio_to_frozen: floor.map(|floor| times.median() / floor),
             peak_mib: on_host.then_some(times.peak_mib),
             trainable: step.trainable,
+            requests_per_s: case
+                .requests()
+                .map(|requests| requests as f64 / times.median() * 1e3),
         })
         .collect())
 }
@@ -137,7 +141,14 @@ fn print_table(case: Case, rows: &[Row]) {
     println!("\n{} (ratio to {})", case.name(), case.floor());
     println!(
         "{:<24} {:>9} {:>9} {:>9} {:>9} {:>7} {:>9} {:>10}",
-        "method", "median ms", "min", "max", "cold", "ratio", "peak MiB", "trainable"
+        "method",
+        "median ms",
+        "min",
+        "max",
+        "cold",
+        "ratio",
+        "peak MiB",
+        case.requests().map_or("trainable", |_| "requests/s")
     );
     for row in rows {
         let optional = |value: Option<f64>, digits: usize| {
@@ -152,7 +163,8 @@ fn print_table(case: Case, rows: &[Row]) {
             row.cold_ms,
             optional(row.ratio_to_frozen, 3),
             optional(row.peak_mib, 0),
-            row.trainable
+            row.requests_per_s
+                .map_or_else(|| row.trainable.to_string(), |rate| format!("{rate:.0}"))
         );
     }
 }

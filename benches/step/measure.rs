@@ -27,6 +27,8 @@ pub struct Row {
     /// The most memory that a step adds to what the models hold; none if this process cannot count it, as on a GPU.
     pub peak_mib: Option<f64>,
     pub trainable: usize,
+    /// Requests that are served in a second; none if the case is not about serving.
+    pub requests_per_s: Option<f64>,
 }
 
 /// The times of one method, in milliseconds.

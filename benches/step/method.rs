@@ -11,7 +11,9 @@ use burn::optim::{AdamWConfig, GradientsParams};
 use burn::tensor::quantization::{Calibration, QuantValue};
 use burn::tensor::{Device, Tensor};
 use burn_boft::ops::Blocks;
-use burn_boft::{AdapterConfig, BoftAdapter, BoftConfig, Init, OftConfig, inject, merge};
+use burn_boft::{
+    Adapter, AdapterBank, AdapterConfig, BoftAdapter, BoftConfig, Init, OftConfig, inject, merge,
+};
 
 use crate::network::Network;
 
@@ -40,17 +42,22 @@ pub enum Method {
     Merged,
     /// Inference with adapters attached.
     Attached,
+    /// Inference with a bank of so many adapters, which the requests of the batch use in turns. A step makes the model for
+    /// the batch and runs it.
+    Bank(usize),
     /// The Cayley map of every layer alone, forward and backward, with blocks of 4 and 2 factors.
     Cayley,
 }
 
-/// What a model's linear layers are.
+/// What the layers of a model are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layer {
-    /// `BoftLinear`, or a convolution.
+    /// `BoftLinear` or `BoftConv2d`.
     Own,
     /// Burn's `nn::Linear`, which can only ask for the rotated weight.
-    Burn,
+    Linear,
+    /// Burn's `nn::Conv2d`, likewise.
+    Conv2d,
 }
 
 const RANK: usize = 8;
@@ -68,15 +75,17 @@ impl Method {
         ];
         if linear {
             methods.extend([
-                boft(1, 4, Layer::Burn),
-                boft(2, 4, Layer::Burn),
-                boft(4, 4, Layer::Burn),
-                boft(2, 8, Layer::Burn),
+                boft(1, 4, Layer::Linear),
+                boft(2, 4, Layer::Linear),
+                boft(4, 4, Layer::Linear),
+                boft(2, 8, Layer::Linear),
                 Self::Lora,
                 Self::FrozenQuantized,
                 Self::BoftQuantized,
                 Self::LoraQuantized,
             ]);
+        } else {
+            methods.push(boft(2, 4, Layer::Conv2d));
         }
         methods.extend([
             Self::Oft,
@@ -93,8 +102,22 @@ impl Method {
         vec![Self::Plain, Self::Attached, Self::Merged]
     }
 
+    /// The methods of a case that serves a batch of requests.
+    pub fn serving() -> Vec<Self> {
+        let banks = [1, 8, 64].map(Self::Bank);
+        [Self::Plain, Self::Merged, Self::Attached]
+            .into_iter()
+            .chain(banks)
+            .collect()
+    }
+
     fn config(self, targets: &[&str]) -> AdapterConfig {
-        let init = Init::Random { seed: 3 };
+        self.seeded(targets, 3)
+    }
+
+    /// The configuration with random numbers of this seed.
+    fn seeded(self, targets: &[&str], seed: u64) -> AdapterConfig {
+        let init = Init::Random { seed };
         let targets: Vec<String> = targets.iter().map(|target| target.to_string()).collect();
         match self {
             Self::Oft => OftConfig::new()
@@ -123,9 +146,10 @@ impl Method {
         let model = match self {
             Self::Frozen => model.no_grad(),
             Self::Full => model.unfreeze(),
-            Self::Plain => model.valid(),
+            Self::Plain | Self::Bank(_) => model.valid(),
             Self::Boft {
-                layer: Layer::Burn, ..
+                layer: Layer::Linear | Layer::Conv2d,
+                ..
             } => {
                 let config = self.config(N::TARGETS);
                 model.apply_reparameterization(OnWeights {
@@ -167,6 +191,27 @@ impl Method {
             Self::Plain | Self::Merged | Self::Attached => {
                 let (model, input) = (model, input.without_autodiff());
                 Box::new(move || {
+                    std::hint::black_box(model.forward(input.clone(), false));
+                    device.sync().expect("the device finishes its work");
+                })
+            }
+            Self::Bank(count) => {
+                let mut bank = AdapterBank::new(model).map_err(|error| error.to_string())?;
+                let adapters = (0..count).map(|seed| {
+                    let config = self.seeded(N::TARGETS, seed as u64);
+                    let adapted = inject(bank.base().clone(), config).map_err(|e| e.to_string())?;
+                    Adapter::extract(&adapted).map_err(|error| error.to_string())
+                });
+                let adapters = adapters.collect::<Result<Vec<_>, String>>()?;
+                let ids = adapters
+                    .iter()
+                    .map(|adapter| bank.add(adapter).map_err(|e| e.to_string()));
+                let ids = ids.collect::<Result<Vec<_>, String>>()?;
+                let input = input.without_autodiff();
+                let requests = ids.into_iter().map(Some).cycle().take(input.dims()[0]);
+                let requests: Vec<_> = requests.collect();
+                Box::new(move || {
+                    let model = bank.model(&requests).expect("the bank has the adapters");
                     std::hint::black_box(model.forward(input.clone(), false));
                     device.sync().expect("the device finishes its work");
                 })
@@ -277,7 +322,7 @@ fn skews<N: Module>(model: &N) -> Vec<(Tensor<3>, usize)> {
     collect.skews
 }
 
-/// Adapters under another name, so that `BoftLinear` treats its weight as `nn::Linear` does.
+/// Adapters under another name, so that a layer of our own treats its weight as Burn's layer does.
 struct OnWeights {
     config: AdapterConfig,
     targets: &'static [&'static str],
@@ -289,8 +334,35 @@ struct OnWeight {
 }
 
 #[derive(Module, Debug)]
-struct Holder {
-    layer: nn::Linear,
+enum Holder {
+    Linear(nn::Linear),
+    Conv2d(nn::conv::Conv2d),
+}
+
+impl Holder {
+    /// A layer of Burn's with a weight of this shape.
+    fn new<const D: usize>(weight: Tensor<D>) -> Option<Self> {
+        let device = weight.device();
+        match *weight.dims().as_slice() {
+            [d_input, d_output] => {
+                let layer = nn::LinearConfig::new(d_input, d_output).init(&device);
+                Some(Self::Linear(layer))
+            }
+            [channels_out, channels_in, height, width] => {
+                let layer =
+                    nn::conv::Conv2dConfig::new([channels_in, channels_out], [height, width]);
+                Some(Self::Conv2d(layer.init(&device)))
+            }
+            _ => None,
+        }
+    }
+
+    fn adapter(&self) -> Option<&BoftAdapter> {
+        match self {
+            Self::Linear(layer) => layer.weight.reparameterization(),
+            Self::Conv2d(layer) => layer.weight.reparameterization(),
+        }
+    }
 }
 
 impl Reparameterization for OnWeight {
@@ -312,22 +384,18 @@ impl Reparameterizer for OnWeights {
         let param = param.set_require_grad(false);
         let layer = path.strip_suffix(".weight").unwrap_or_default();
         let is_target = self.targets.iter().any(|target| layer.ends_with(target));
-        if D != 2 || !is_target {
+        let holder = is_target.then(|| Holder::new(param.val())).flatten();
+        let Some(holder) = holder else {
             return (param, None);
-        }
-        let weight = Param::from_tensor(param.val().reshape([param.dims()[0] as i32, -1]));
-        let holder = Holder {
-            layer: nn::Linear { weight, bias: None },
         };
-        let config = self.config.clone();
-        let holder = match config {
-            AdapterConfig::Boft(config) => inject(holder, config.with_target_modules(["layer"])),
-            AdapterConfig::Oft(config) => inject(holder, config.with_target_modules(["layer"])),
+        let holder = match self.config.clone() {
+            AdapterConfig::Boft(config) => inject(holder, config.with_target_modules(".*")),
+            AdapterConfig::Oft(config) => inject(holder, config.with_target_modules(".*")),
             _ => unreachable!("there are two methods"),
         };
         let holder = holder.expect("the sizes fit, as they did on the layers of our own");
-        let adapter = holder.layer.weight.reparameterization::<BoftAdapter>();
-        (param, adapter.cloned().map(|adapter| OnWeight { adapter }))
+        let adapter = holder.adapter().cloned();
+        (param, adapter.map(|adapter| OnWeight { adapter }))
     }
 }
 
@@ -338,7 +406,8 @@ impl Display for Method {
                 write!(f, "boft-m{m}-b{b}")?;
                 match layer {
                     Layer::Own => Ok(()),
-                    Layer::Burn => f.write_str("-on-linear"),
+                    Layer::Linear => f.write_str("-on-linear"),
+                    Layer::Conv2d => f.write_str("-on-conv2d"),
                 }
             }
             Self::Frozen => f.write_str("frozen"),
@@ -351,6 +420,7 @@ impl Display for Method {
             Self::Plain => f.write_str("plain"),
             Self::Merged => f.write_str("merged"),
             Self::Attached => f.write_str("boft-m2-b4"),
+            Self::Bank(adapters) => write!(f, "bank-{adapters}"),
             Self::Cayley => f.write_str("cayley-m2-b4"),
         }
     }

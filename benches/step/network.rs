@@ -1,11 +1,10 @@
 //! What a step computes: the models of the cases, and their inputs.
 
 use burn::module::{Module, ModuleVisitor, Param};
-use burn::nn::conv::{Conv2d, Conv2dConfig};
 use burn::nn::{Lstm, LstmConfig, PaddingConfig2d};
 use burn::tensor::activation::relu;
 use burn::tensor::{Device, Distribution, Tensor};
-use burn_boft::{BoftLinear, BoftLinearConfig, rotate_once};
+use burn_boft::{BoftConv2d, BoftConv2dConfig, BoftLinear, BoftLinearConfig, rotate_once};
 use dinov2::model::{Dinov2Config, Dinov2Model};
 
 /// A model under test.
@@ -62,13 +61,13 @@ impl Network for Projection {
 /// Four 3×3 convolutions of a ResNet, each followed by ReLU: 64→64, 64→128 with stride 2, 128→128 twice.
 #[derive(Module, Debug)]
 pub struct Convolutions {
-    conv: Vec<Conv2d>,
+    conv: Vec<BoftConv2d>,
 }
 
 impl Convolutions {
     pub fn new(device: &Device) -> Self {
         let conv = |[channels_in, channels_out]: [usize; 2], stride: usize| {
-            Conv2dConfig::new([channels_in, channels_out], [3, 3])
+            BoftConv2dConfig::new([channels_in, channels_out], [3, 3])
                 .with_stride([stride; 2])
                 .with_padding(PaddingConfig2d::Explicit(1, 1, 1, 1))
                 .init(device)

@@ -6,15 +6,20 @@ use std::time::Instant;
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::Device;
-use burn_boft::{Adapter, BoftConfig, candidates, inject, merge, plan, summary, unload};
+use burn_boft::{
+    Adapter, AdapterBank, BoftConfig, candidates, inject, merge, plan, summary, unload,
+};
 use clap::Parser;
 
-/// Measures plan, inject, extract, attach, summary, candidates, unload and merge on models of small layers.
+/// Measures the verbs on a model, and those of a bank, on models of square layers.
 #[derive(Parser)]
 struct Cli {
     /// Numbers of layers.
     #[arg(long, value_delimiter = ',', default_values_t = [1_000, 10_000])]
     layers: Vec<usize>,
+    /// Channels of a layer.
+    #[arg(long, default_value_t = 8)]
+    width: usize,
     /// Times that each verb takes its turn; the median counts.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
@@ -25,7 +30,10 @@ struct Stack {
     layers: Vec<Linear>,
 }
 
-const VERBS: [&str; 8] = [
+/// The requests of a batch that a bank makes a model for.
+const REQUESTS: usize = 64;
+
+const VERBS: [&str; 11] = [
     "plan",
     "inject",
     "extract",
@@ -34,6 +42,9 @@ const VERBS: [&str; 8] = [
     "candidates",
     "unload",
     "merge",
+    "bank add",
+    "bank model",
+    "bank remove",
 ];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -41,7 +52,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let columns = cli
         .layers
         .iter()
-        .map(|&layers| medians(layers, cli.rounds))
+        .map(|&layers| medians([layers, cli.width], cli.rounds))
         .collect::<Result<Vec<_>, _>>()?;
     print!("{:<12}", "ms");
     for layers in &cli.layers {
@@ -51,7 +62,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for (row, verb) in VERBS.iter().enumerate() {
         print!("{verb:<12}");
         for column in &columns {
-            print!(" {:>16.1}", column[row]);
+            print!(" {:>16.3}", column[row]);
         }
         println!();
     }
@@ -59,16 +70,20 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 }
 
 /// The median milliseconds of every verb.
-fn medians(layers: usize, rounds: u32) -> Result<[f64; 8], Box<dyn std::error::Error>> {
+fn medians(
+    [layers, width]: [usize; 2],
+    rounds: u32,
+) -> Result<[f64; VERBS.len()], Box<dyn std::error::Error>> {
     let device = Device::flex();
-    let stack = (0..layers).map(|_| LinearConfig::new(8, 6).init(&device));
+    let stack = (0..layers).map(|_| LinearConfig::new(width, width).init(&device));
     let base = Stack {
         layers: stack.collect(),
     };
     // Named one by one, which asks the most of the matching rules.
     let names = (0..layers).map(|layer| format!("layers.{layer}"));
     let config = BoftConfig::new().with_target_modules(names.collect::<Vec<_>>());
-    let mut times = [const { Vec::new() }; 8];
+    let mut bank = AdapterBank::new(base.clone())?;
+    let mut times = [const { Vec::new() }; VERBS.len()];
     for _ in 0..rounds {
         let mut take = |verb: usize, start: Instant| times[verb].push(start.elapsed());
         let start = Instant::now();
@@ -95,6 +110,15 @@ fn medians(layers: usize, rounds: u32) -> Result<[f64; 8], Box<dyn std::error::E
         let start = Instant::now();
         merge(model)?;
         take(7, start);
+        let start = Instant::now();
+        let id = bank.add(&adapter)?;
+        take(8, start);
+        let start = Instant::now();
+        bank.model(&[Some(id); REQUESTS])?;
+        take(9, start);
+        let start = Instant::now();
+        bank.remove(id);
+        take(10, start);
     }
     Ok(times.map(|mut times| {
         times.sort();

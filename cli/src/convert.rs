@@ -112,7 +112,7 @@ fn to_sd_scripts(
             let skew = layer.skew().clone();
             Ok(AdapterLayer::new(layer.path(), kind, skew, None)?)
         })?,
-        AdapterConfig::Boft(_) => assemble(adapter, config(), |layer| {
+        _ => assemble(adapter, config(), |layer| {
             Place::find(layer, base, &orientation)?.layer(layer)
         })?,
     };

@@ -91,6 +91,7 @@ impl Placement {
                 trainable: Some(adapter.is_none() && trained.contains(path.full())),
                 numbers: tensors.remove(path.full()).map(Numbers::Data),
                 adapter,
+                batch: None,
             }
         };
         rewrite(model, edit, |path| statistics_move(path, &trained))

@@ -34,4 +34,4 @@ pub(crate) use inject::Placement;
 pub(crate) use misfit::{it_has, nearest};
 pub(crate) use plan::{quantized, trained};
 pub(crate) use report::{defect, norm};
-pub(crate) use walk::{Parameter, Stored, Walk, walk};
+pub(crate) use walk::{Edit, Parameter, Path, Stored, Walk, rewrite, walk};

@@ -14,6 +14,7 @@ use burn::module::{Flag, Module, ModuleMapper, ModuleVisitor, Param, ParamId, Re
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use crate::adapter::{Attach, BoftAdapter, rotation_of_level};
+use crate::batch::BatchAdapter;
 use crate::rotation::{Rotation, Values};
 
 /// Burn's container type for the parameters that a reparameterization adds.
@@ -530,6 +531,8 @@ pub(crate) struct Edit {
     pub(crate) numbers: Option<Numbers>,
     /// The adapter that is attached: what it computes, and the numbers that it starts with.
     pub(crate) adapter: Option<(Rotation, Values)>,
+    /// The adapters of a batch that are attached instead of one.
+    pub(crate) batch: Option<BatchAdapter>,
 }
 
 /// New numbers of a parameter.
@@ -583,6 +586,7 @@ impl<E: FnMut(&Path) -> Edit, S: FnMut(&Path) -> Option<bool>> ModuleMapper for 
             trainable,
             numbers,
             adapter,
+            batch,
         } = (self.edit)(&self.path);
         let param = match numbers {
             // Burn's `map` would make a leaf of it.
@@ -599,6 +603,9 @@ impl<E: FnMut(&Path) -> Edit, S: FnMut(&Path) -> Option<bool>> ModuleMapper for 
             Some(trainable) => param.set_require_grad(trainable),
             None => param,
         };
+        if let Some(batch) = batch {
+            return param.apply_reparameterization(Attach(Some(batch)));
+        }
         let Some((rotation, values)) = adapter else {
             return param;
         };

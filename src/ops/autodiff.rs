@@ -11,6 +11,7 @@
 //! | [`Weight`] | the blocks, the scale, its output | the base itself |
 //! | [`PackedProduct`] | the packed weight | the floats of every quantized weight at once |
 //! | [`Scaled`] | its output, for a trained scale | the output before it was scaled |
+//! | [`Conv2d`] | the same as `Linear` | a gradient of the shape of the weight, where there is a kernel |
 //! | [`Linear`] | its input, base, blocks, scale and bias; the output for a trained scale; the rotated weight if small | a gradient of the shape of the weight |
 //!
 //! Tensors are shared, so what is kept costs memory only if nobody else keeps it: an output is usually the input that
@@ -42,11 +43,13 @@ use burn::backend::{
     tensor::{FloatTensor, QuantizedTensor},
 };
 use burn::tensor::DType;
+use burn::tensor::ops::ConvOptions;
 
 use super::backend::{BoftBackend, OptionalTensor};
 use super::butterfly::{Direction, Side};
+use super::conv;
 use super::linear::{Channels, along, away_from_zero, channel_sum, packed_product_backward};
-use super::precision::cast;
+use super::precision::{cast, reshape};
 use super::route::keeps_weight;
 
 impl<B: BoftBackend, C: CheckpointStrategy> BoftBackend for Autodiff<B, C> {
@@ -130,6 +133,28 @@ impl<B: BoftBackend, C: CheckpointStrategy> BoftBackend for Autodiff<B, C> {
                 let nodes = [i, w, b, s, bias.node()];
                 let bias = Some(bias.into_primitive());
                 rotated_linear::<B, C, 5>(nodes, input, weight, blocks, scale, bias)
+            }
+        }
+    }
+
+    fn boft_conv2d(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        blocks: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
+        bias: OptionalTensor<Self>,
+        options: ConvOptions<2>,
+    ) -> FloatTensor<Self> {
+        let [i, w, b, s] = [input.node(), weight.node(), blocks.node(), scale.node()];
+        let operands = (input, weight, blocks, scale);
+        match bias {
+            OptionalTensor::Absent => {
+                rotated_conv2d::<B, C, 4>([i, w, b, s], operands, None, options)
+            }
+            OptionalTensor::Present(bias) => {
+                let nodes = [i, w, b, s, bias.node()];
+                let bias = Some(bias.into_primitive());
+                rotated_conv2d::<B, C, 5>(nodes, operands, bias, options)
             }
         }
     }
@@ -345,6 +370,56 @@ struct ChannelState<B: Backend> {
     bias: Option<FloatTensor<B>>,
     /// Kept only for the gradient of the scale. The operation after the layer usually keeps it anyway.
     output: Option<FloatTensor<B>>,
+    /// Where the channels of the output are.
+    outputs: Outputs,
+}
+
+/// Where the channels of an output are.
+#[derive(Clone, Copy, Debug)]
+enum Outputs {
+    /// The columns of a `[tokens, o]` matrix.
+    Columns,
+    /// The second axis of a `[n, o, h, w]` tensor.
+    Planes,
+}
+
+impl Outputs {
+    /// `Σ dy ⊙ y` and `Σ dy` of every channel, in f32 or wider.
+    fn sums<B: BoftBackend>(
+        self,
+        gradient: FloatTensor<B>,
+        output: FloatTensor<B>,
+    ) -> (FloatTensor<B>, FloatTensor<B>) {
+        match self {
+            Self::Columns => B::boft_channel_sums(gradient, output, Channels::Columns),
+            Self::Planes => {
+                let [n, o, ..] = output.shape().dims::<4>();
+                let (gradient, output) = (planes::<B>(gradient), planes::<B>(output));
+                let (products, sums) = B::boft_channel_sums(gradient, output, Channels::Rows);
+                let total =
+                    |sums| channel_sum::<B>(reshape::<B, 2>(sums, [n, o]), Channels::Columns);
+                (total(products), total(sums))
+            }
+        }
+    }
+
+    /// `Σ dy` of every channel, in the precision of the gradient.
+    fn sum<B: Backend>(self, gradient: FloatTensor<B>) -> FloatTensor<B> {
+        match self {
+            Self::Columns => channel_sum::<B>(gradient, Channels::Columns),
+            Self::Planes => {
+                let [n, o, ..] = gradient.shape().dims::<4>();
+                let sums = channel_sum::<B>(planes::<B>(gradient), Channels::Rows);
+                channel_sum::<B>(reshape::<B, 2>(sums, [n, o]), Channels::Columns)
+            }
+        }
+    }
+}
+
+/// The planes of a `[n, o, h, w]` tensor as the rows of a matrix.
+fn planes<B: Backend>(tensor: FloatTensor<B>) -> FloatTensor<B> {
+    let [n, o, h, w] = tensor.shape().dims::<4>();
+    reshape::<B, 2>(tensor, [n * o, h * w])
 }
 
 /// Computes the layer and enters it into the graph, with the nodes that [`Linear`] lists.
@@ -392,6 +467,7 @@ fn rotated_linear<B: BoftBackend, C: CheckpointStrategy, const N: usize>(
                     scale,
                     bias,
                     output: keeps_output.then(|| output.clone()),
+                    outputs: Outputs::Columns,
                 },
             };
             prep.finish(state, output)
@@ -448,7 +524,7 @@ impl<B: BoftBackend> ChannelState<B> {
     ///
     /// # Shapes
     ///
-    /// - gradient: `[tokens, o]`
+    /// - gradient: that of the output, `[tokens, o]` or `[n, o, h, w]`
     fn gradients(
         &mut self,
         gradient: &FloatTensor<B>,
@@ -458,7 +534,7 @@ impl<B: BoftBackend> ChannelState<B> {
         let gradient = gradient.clone();
         match (scale, self.output.take()) {
             (Some(scale), Some(output)) => {
-                let sums = B::boft_channel_sums(gradient, output, Channels::Columns);
+                let sums = self.outputs.sums::<B>(gradient, output);
                 if let Some(node) = bias {
                     let dtype = self.bias.as_ref().map_or(sums.1.dtype(), |b| b.dtype());
                     gradients.register::<B>(node, cast::<B>(sums.1.clone(), dtype));
@@ -468,8 +544,7 @@ impl<B: BoftBackend> ChannelState<B> {
             }
             _ => {
                 if let Some(node) = bias {
-                    let sum = channel_sum::<B>(gradient, Channels::Columns);
-                    gradients.register::<B>(node, sum);
+                    gradients.register::<B>(node, self.outputs.sum::<B>(gradient));
                 }
             }
         }
@@ -493,6 +568,165 @@ impl<B: BoftBackend> LinearState<B> {
         });
         let effective = B::float_swap_dims(effective, 0, 1);
         B::boft_product(gradient, effective, OptionalTensor::Absent)
+    }
+}
+
+/// [`BoftBackend::boft_conv2d`] in the graph. Its parents are the input, the weight, the blocks, the scale and, if there
+/// is one, the bias.
+///
+/// A convolution is a linear layer on patches, the `c·kh·kw` numbers that the kernel covers at one place, so its
+/// gradients are those of [`Linear`], with the weight on the other side:
+///
+/// ```text
+/// d patch = W'ᵀ·dy      dx = the sum of all d patch where they overlap      G = Σ patch·d patchᵀ
+/// ```
+///
+/// A trained base takes its gradient, `dW'`, from the backend's convolution.
+#[derive(Debug)]
+struct Conv2d;
+
+/// Input, weight, blocks and scale.
+type Operands<B> = (
+    FloatTensor<B>,
+    FloatTensor<B>,
+    FloatTensor<B>,
+    FloatTensor<B>,
+);
+
+/// What the backward pass reads.
+#[derive(Clone, Debug)]
+struct Conv2dState<B: Backend> {
+    /// The node of the input.
+    input: NodeId,
+    /// The base, of which the rotated weight is made again where it was not kept.
+    weight: FloatTensor<B>,
+    /// `diag(s)·W·Rᵀ`, where it is kept.
+    effective: Option<FloatTensor<B>>,
+    blocks: FloatTensor<B>,
+    channels: ChannelState<B>,
+    options: ConvOptions<2>,
+}
+
+/// Computes the convolution and enters it into the graph, with the nodes that [`Conv2d`] lists.
+///
+/// # Shapes
+///
+/// - input: `[n, c·groups, h, w]`
+/// - weight: `[o, c, kh, kw]`
+/// - scale, bias: `[o]`
+/// - result: `[n, o, h', w']`
+fn rotated_conv2d<B: BoftBackend, C: CheckpointStrategy, const N: usize>(
+    nodes: [NodeGuard; N],
+    (input, weight, blocks, scale): Operands<Autodiff<B, C>>,
+    bias: Option<FloatTensor<B>>,
+    options: ConvOptions<2>,
+) -> FloatTensor<Autodiff<B, C>> {
+    let keeps_output = scale.is_tracked();
+    let (weight, blocks) = (weight.into_primitive(), blocks.into_primitive());
+    let scale = scale.into_primitive();
+    let effective = rotated_kernel::<B>(weight.clone(), blocks.clone(), scale.clone());
+    let output = conv::convolve::<B>(
+        input.primitive().clone(),
+        effective.clone(),
+        bias.clone(),
+        options.clone(),
+    );
+    let [n, _, h, w] = output.shape().dims::<4>();
+    let [o, c, kh, kw] = weight.shape().dims::<4>();
+    match Conv2d.prepare::<C>(nodes).compute_bound().stateful() {
+        OpsKind::Tracked(mut prep) => {
+            let state = Conv2dState {
+                input: prep.checkpoint(&input),
+                weight,
+                effective: keeps_weight(n * h * w, [c * kh * kw, o]).then_some(effective),
+                blocks,
+                channels: ChannelState {
+                    scale,
+                    bias,
+                    output: keeps_output.then(|| output.clone()),
+                    outputs: Outputs::Planes,
+                },
+                options,
+            };
+            prep.finish(state, output)
+        }
+        OpsKind::UnTracked(prep) => prep.finish(output),
+    }
+}
+
+/// The rotated and scaled weight of a convolution, `diag(s)·W·Rᵀ` for the weight as an `[o, c·kh·kw]` matrix.
+///
+/// # Shapes
+///
+/// - weight: `[o, c, kh, kw]`; so is the result
+/// - scale: `[o]`
+fn rotated_kernel<B: BoftBackend>(
+    weight: FloatTensor<B>,
+    blocks: FloatTensor<B>,
+    scale: FloatTensor<B>,
+) -> FloatTensor<B> {
+    let shape = weight.shape().dims::<4>();
+    let rotated = B::boft_weight(conv::matrix::<B>(weight), blocks, scale, Side::Right);
+    reshape::<B, 4>(rotated, shape)
+}
+
+impl<B: BoftBackend, const N: usize> Backward<B, N> for Conv2d {
+    type State = Conv2dState<B>;
+
+    fn backward(
+        self,
+        ops: Ops<Self::State, N>,
+        gradients: &mut Gradients,
+        checkpointer: &mut Checkpointer,
+    ) {
+        let mut parents = ops.parents.into_iter();
+        let [input_node, weight_node, blocks_node, scale_node, bias_node] =
+            [(); 5].map(|()| parents.next().flatten().map(|node| node.id));
+        let Conv2dState {
+            input,
+            weight,
+            effective,
+            blocks,
+            mut channels,
+            options,
+        } = ops.state;
+        let gradient = gradients.consume::<B>(&ops.node);
+        channels.gradients(&gradient, [scale_node, bias_node], gradients);
+        if [input_node, weight_node, blocks_node]
+            .iter()
+            .all(Option::is_none)
+        {
+            return;
+        }
+
+        let scale = channels.scale;
+        let effective =
+            effective.unwrap_or_else(|| rotated_kernel::<B>(weight, blocks.clone(), scale.clone()));
+        let input: FloatTensor<B> = checkpointer.retrieve_node_output(input);
+        if let Some(node) = weight_node {
+            let gradient = B::conv2d_weight_backward(
+                input.clone(),
+                effective.clone(),
+                gradient.clone(),
+                options.clone(),
+            );
+            let shape = gradient.shape().dims::<4>();
+            let gradient = conv::matrix::<B>(gradient);
+            let gradient = weight_gradient::<B>(gradient, blocks.clone(), scale, Side::Right);
+            gradients.register::<B>(node, reshape::<B, 4>(gradient, shape));
+        }
+        let input_gradient = match blocks_node {
+            Some(node) => {
+                let (input_gradient, blocks_gradient) =
+                    B::boft_conv2d_backward(input, effective, blocks, gradient, options);
+                gradients.register::<B>(node, blocks_gradient);
+                Some(input_gradient)
+            }
+            None => input_node.map(|_| B::conv2d_x_backward(input, effective, gradient, options)),
+        };
+        if let (Some(node), Some(gradient)) = (input_node, input_gradient) {
+            gradients.register::<B>(node, gradient);
+        }
     }
 }
 
@@ -548,6 +782,7 @@ fn scaled<B: BoftBackend, C: CheckpointStrategy, const N: usize>(
                 scale,
                 bias,
                 output: keeps_output.then(|| output.clone()),
+                outputs: Outputs::Columns,
             };
             prep.finish(ScaledState { channels, dtype }, output)
         }

@@ -11,17 +11,20 @@
 #[cfg(feature = "cubecl")]
 use burn::backend::fusion::custom::TensorSpec;
 use burn::backend::{
-    Backend, DispatchDevice, ExtensionType, backend_extension,
+    Backend, BackendTensor, Dispatch, DispatchAutodiffContext, DispatchDevice, DispatchTensor,
+    DispatchTensorKind, ExtensionType, TensorMetadata, backend_extension,
     tensor::{FloatTensor, QuantizedTensor},
 };
 #[cfg(feature = "cubecl")]
 use burn::tensor::Shape;
+use burn::tensor::ops::ConvOptions;
 
 use super::butterfly::{Direction, Side};
 use super::linear::Channels;
+use super::precision::reshape;
 #[cfg(feature = "cubecl")]
 use super::precision::widened;
-use super::{butterfly, cayley, linear};
+use super::{butterfly, cayley, conv, linear, requests};
 
 /// A tensor that an operation may do without.
 ///
@@ -52,6 +55,55 @@ impl<B: Backend> OptionalTensor<B> {
             Self::Present(tensor) => Some(tensor),
             Self::Absent => None,
         }
+    }
+}
+
+/// Any number of tensors.
+///
+/// It stands in for `Vec<FloatTensor<Self>>`, which `#[backend_extension]` does not support as an argument. Its
+/// conversion is what [`ExtensionType`] derives for one tensor, for each of them.
+#[derive(Debug, Clone)]
+pub struct Tensors<B: Backend>(pub Vec<FloatTensor<B>>);
+
+impl<B: Backend> From<Vec<FloatTensor<B>>> for Tensors<B> {
+    fn from(tensors: Vec<FloatTensor<B>>) -> Self {
+        Self(tensors)
+    }
+}
+
+impl<B: Backend> ExtensionType<B> for Tensors<B> {
+    type Target = Tensors<Dispatch>;
+
+    fn map_to_dispatch<F>(self, map_kind: F, autodiff: DispatchAutodiffContext) -> Self::Target
+    where
+        F: Fn(BackendTensor<B>) -> DispatchTensorKind,
+    {
+        let tensors = self.0.into_iter().map(|tensor| DispatchTensor {
+            kind: map_kind(BackendTensor::Float(tensor)),
+            autodiff,
+        });
+        Tensors(tensors.collect())
+    }
+
+    fn map_from_dispatch<F>(target: Self::Target, unwrap_kind: F) -> Self
+    where
+        F: Fn(DispatchTensor) -> BackendTensor<B>,
+    {
+        let tensors = target.0.into_iter();
+        Self(tensors.map(|tensor| unwrap_kind(tensor).float()).collect())
+    }
+
+    fn routing_tensor(target: &Self::Target) -> Option<&DispatchTensor> {
+        target.0.first()
+    }
+
+    fn routing_float_tensor(target: &Self::Target) -> Option<&DispatchTensor> {
+        target.0.first()
+    }
+
+    fn autodiff_context(target: &Self::Target) -> DispatchAutodiffContext {
+        let contexts = target.0.iter().map(|tensor| tensor.autodiff);
+        contexts.fold(DispatchAutodiffContext::Disabled, |all, one| all.merge(one))
     }
 }
 
@@ -201,6 +253,55 @@ pub trait BoftBackend: Backend {
         Self::boft_product(input, weight, bias)
     }
 
+    /// Convolves with a rotated and scaled weight, `diag(s)·W·Rᵀ` for the weight as an `[o, c·kh·kw]` matrix, and adds a
+    /// bias.
+    ///
+    /// # Shapes
+    ///
+    /// - input: `[n, c·groups, h, w]`
+    /// - weight: `[o, c, kh, kw]`
+    /// - scale, bias: `[o]`
+    /// - result: `[n, o, h', w']`
+    #[fusion(default)]
+    fn boft_conv2d(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        blocks: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
+        #[extension_type] bias: OptionalTensor<Self>,
+        options: ConvOptions<2>,
+    ) -> FloatTensor<Self> {
+        let shape = weight.shape().dims::<4>();
+        let weight = conv::matrix::<Self>(weight);
+        let weight = Self::boft_weight(weight, blocks, scale, Side::Right);
+        let weight = reshape::<Self, 4>(weight, shape);
+        conv::convolve::<Self>(input, weight, bias.into_option(), options)
+    }
+
+    /// The gradients of the input and of the blocks of [`boft_conv2d`](Self::boft_conv2d).
+    ///
+    /// # Shapes
+    ///
+    /// - input: `[n, c·groups, h, w]`; so is the first result
+    /// - weight: `[o, c, kh, kw]`, rotated and scaled
+    /// - blocks: `[m, n, b, b]`; so is the second result, in the precision of the blocks
+    /// - gradient: `[n, o, h', w']`
+    #[fusion(default)]
+    fn boft_conv2d_backward(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        blocks: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+        options: ConvOptions<2>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let (input_gradient, weight_gradient) =
+            conv::gradients::<Self>(input, weight.clone(), gradient, options);
+        let weight = conv::matrix::<Self>(weight);
+        let blocks_gradient =
+            Self::boft_block_gradient(weight_gradient, weight, blocks, Side::Right);
+        (input_gradient, blocks_gradient)
+    }
+
     /// Multiplies two matrices and adds a bias, `x·W + bias`.
     ///
     /// # Shapes
@@ -255,6 +356,44 @@ pub trait BoftBackend: Backend {
         #[extension_type] bias: OptionalTensor<Self>,
     ) -> FloatTensor<Self> {
         linear::scaled::<Self>(output, scale, bias.into_option())
+    }
+
+    /// Rotates the rows of every request by the rotation that it takes, `x·R`; see
+    /// [`rotate_requests`](super::rotate_requests). Burn differentiates it.
+    ///
+    /// # Shapes
+    ///
+    /// - input: `[rows, d]`, equally many rows for each request; so is the result
+    /// - rotations: at least one, `[d/s, s, s]` each, of which request `i` takes number `choices[i]`
+    #[fusion(default)]
+    fn boft_rotate_requests(
+        input: FloatTensor<Self>,
+        #[extension_type] rotations: Tensors<Self>,
+        choices: Vec<Option<usize>>,
+    ) -> FloatTensor<Self> {
+        requests::rotate::<Self>(input, rotations.0, choices)
+    }
+
+    /// Scales the output channels of every request and adds a bias, `z ⊙ s + bias`, with the scale and the bias that it
+    /// takes. Burn differentiates it.
+    ///
+    /// # Shapes
+    ///
+    /// - output: `[rows, o]`, equally many rows for each request; so is the result
+    /// - scales, biases: `[o]` each, of which request `i` takes number `scaled[i]` and `biased[i]`
+    ///
+    /// # Numerics
+    ///
+    /// In the precision of the output.
+    #[fusion(default)]
+    fn boft_scale_requests(
+        output: FloatTensor<Self>,
+        #[extension_type] scales: Tensors<Self>,
+        scaled: Vec<Option<usize>>,
+        #[extension_type] biases: Tensors<Self>,
+        biased: Vec<Option<usize>>,
+    ) -> FloatTensor<Self> {
+        requests::scale::<Self>(output, (scales.0, scaled), (biases.0, biased))
     }
 }
 

@@ -1,6 +1,7 @@
 //! The blocks of a rotation, and what is computed with them.
 
 use burn::backend::Dispatch;
+use burn::tensor::ops::ConvOptions;
 use burn::tensor::{FloatDType, Tensor};
 
 use super::backend::{BoftBackend, is_listed};
@@ -153,12 +154,8 @@ impl Blocks {
         if m == 1 || span > LARGEST_COMPOSED {
             return self;
         }
-        let options = (&self.values.device(), FloatDType::from(self.values.dtype()));
-        let identity = Tensor::<2>::eye(span, options.0).cast(options.1);
-        let identity = identity.repeat_dim(0, n * b / span);
-        let spans = self.rotate(identity, Side::Left, Direction::Forward);
         Self {
-            values: spans.reshape([1, n * b / span, span, span]),
+            values: self.spans().reshape([1, n * b / span, span, span]),
             ..self
         }
     }
@@ -338,13 +335,77 @@ impl Blocks {
         output.reshape(shape)
     }
 
+    /// Applies a convolution with a rotated weight, `diag(s)·W·Rᵀ` for the weight as an `[o, c·kh·kw]` matrix.
+    ///
+    /// # Shapes
+    ///
+    /// - input: `[n, c·groups, h, w]`
+    /// - weight: `[o, c, kh, kw]`, where `c·kh·kw = d`
+    /// - scale, bias: `[o]`
+    /// - result: `[n, o, h', w']`
+    ///
+    /// # Numerics
+    ///
+    /// The rotated weight is rounded to the precision of the weight.
+    ///
+    /// # Memory
+    ///
+    /// For its backward pass it keeps the input, and the output where a scale is trained. On the CPU no gradient of the shape
+    /// of the weight is formed for a frozen one; other backends form it.
+    ///
+    /// # Panics
+    ///
+    /// - If `c·kh·kw` is not `n·b`, or the input does not have `c·groups` channels.
+    /// - If the scale or the bias does not have a number for every output.
+    pub fn conv2d(
+        &self,
+        input: Tensor<4>,
+        weight: Tensor<4>,
+        scale: Option<Tensor<1>>,
+        bias: Option<Tensor<1>>,
+        options: ConvOptions<2>,
+    ) -> Tensor<4> {
+        let [o, c, kh, kw] = weight.dims();
+        let [_, channels, _, _] = input.dims();
+        self.assert_rotates("conv2d", c * kh * kw);
+        assert_eq!(
+            channels,
+            c * options.groups,
+            "conv2d: the input {:?} does not fit the weight {:?} in {} groups",
+            input.dims(),
+            weight.dims(),
+            options.groups
+        );
+        for (name, vector) in [("scale", &scale), ("bias", &bias)] {
+            if let Some(vector) = vector {
+                assert_outputs("conv2d", name, vector, o);
+            }
+        }
+        if !self.is_operation(&weight) {
+            let rotated = self.weight(weight.reshape([o, c * kh * kw]), scale, Side::Right);
+            let rotated = rotated.reshape([o, c, kh, kw]);
+            return burn::tensor::module::conv2d(input, rotated, bias, options);
+        }
+        Tensor::from_dispatch(<Dispatch as BoftBackend>::boft_conv2d(
+            input.into_dispatch(),
+            weight.into_dispatch(),
+            self.values().into_dispatch(),
+            self.or_ones(scale, o).into_dispatch(),
+            bias.map(Tensor::into_dispatch).into(),
+            options,
+        ))
+    }
+
     /// The rotation of each span, a `[d/span, span, span]` tensor with `span = b·2^(m−1)`.
     pub fn spans(&self) -> Tensor<3> {
-        let [_, n, b, _] = self.values.dims();
+        let [m, n, b, _] = self.values.dims();
         self.assert_rotates("spans", n * b);
-        Tensor::from_dispatch(butterfly::compose::<Dispatch>(
-            &self.values().into_dispatch(),
-        ))
+        let (span, dtype) = (b << (m - 1), self.values.dtype());
+        let identity = Tensor::<2>::eye(span, &self.values.device());
+        let identity = identity.cast(FloatDType::from(dtype));
+        let identity = identity.repeat_dim(0, n * b / span);
+        let spans = self.rotate(identity, Side::Left, Direction::Forward);
+        spans.reshape([n * b / span, span, span])
     }
 
     /// The weight route, `x·(R·W·diag(s)) + bias`, for rows of input that are already a matrix.
@@ -368,10 +429,7 @@ impl Blocks {
         if !self.is_operation(&weight) {
             return with_bias(input.matmul(self.weight(weight, scale, Side::Left)), bias);
         }
-        // A scale of ones leaves the weight as it is, bit for bit, and asks for no gradient.
-        let [_, d_output] = weight.dims();
-        let options = (&self.values.device(), self.values.dtype());
-        let scale = scale.unwrap_or_else(|| Tensor::ones([d_output], options));
+        let scale = self.or_ones(scale, weight.dims()[1]);
         Tensor::from_dispatch(<Dispatch as BoftBackend>::boft_linear(
             input.into_dispatch(),
             weight.into_dispatch(),
@@ -381,11 +439,17 @@ impl Blocks {
         ))
     }
 
+    /// The scale, or one of ones, which leaves the weight as it is, bit for bit, and asks for no gradient.
+    fn or_ones(&self, scale: Option<Tensor<1>>, outputs: usize) -> Tensor<1> {
+        let options = (&self.values.device(), self.values.dtype());
+        scale.unwrap_or_else(|| Tensor::ones([outputs], options))
+    }
+
     /// Whether a product of this operand runs as one of [`BoftBackend`]'s operations, on a backend that the trait lists.
     ///
     /// Their backward pass takes `Rᵀ·R = I` for granted, so a polynomial has none, and is one of them only where nothing is
     /// differentiated.
-    fn is_operation(&self, operand: &Tensor<2>) -> bool {
+    fn is_operation<const D: usize>(&self, operand: &Tensor<D>) -> bool {
         let device = operand.device();
         let differentiates = device.is_autodiff() || self.values.device().is_autodiff();
         (self.orthogonal || !differentiates) && is_listed(device.as_dispatch())
@@ -422,7 +486,7 @@ impl Blocks {
 /// - weight: `[d, o]`
 /// - bias: `[o]`
 /// - result: `[rows, o]`
-fn product(input: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
+pub(super) fn product(input: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
     let is_packed = is_quantized(weight.dtype());
     match is_packed && is_listed(input.device().as_dispatch()) {
         true => {

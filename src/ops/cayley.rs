@@ -208,7 +208,7 @@ pub(super) fn identity<B: Backend>(like: &FloatTensor<B>, b: usize) -> FloatTens
 }
 
 /// A tensor of these values, in the precision and on the device of `like`. Zeros, ones and signs are exact in any.
-fn constant<B: Backend>(
+pub(super) fn constant<B: Backend>(
     values: Vec<f32>,
     shape: impl Into<burn::tensor::Shape>,
     like: &FloatTensor<B>,

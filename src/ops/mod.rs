@@ -46,18 +46,22 @@ mod backend;
 mod blocks;
 mod butterfly;
 mod cayley;
+mod conv;
 #[cfg(feature = "cubecl")]
 mod cube;
 #[cfg(feature = "flex")]
 mod flex;
 mod linear;
+mod per_request;
 mod precision;
+mod requests;
 mod route;
 
-pub use backend::{BoftBackend, OptionalTensor};
+pub use backend::{BoftBackend, OptionalTensor, Tensors};
 pub use blocks::Blocks;
 pub use butterfly::{Direction, Side};
 pub use linear::Channels;
+pub use per_request::{PerRequest, linear_requests, rotate_requests};
 pub use route::{Base, Pass, Route, route};
 
 pub(crate) use cayley::{neumann_016_coefficients, neumann_coefficients, upper_triangle};

@@ -156,7 +156,7 @@ impl Adapter {
     /// - [`AttachError::Inject`]: settings and other reparameterizations, all at once, or else quantized parameters that
     ///   are to be trained.
     /// - [`AttachError::KeyMap`]: a pattern has no answer.
-    fn fit(&self, walk: &Walk) -> Result<Fit, AttachError> {
+    pub(super) fn fit(&self, walk: &Walk) -> Result<Fit, AttachError> {
         // The file says which layers there are, so it need not say how they are targeted.
         let method = Method::new(&self.config).map_err(refused)?;
         let others = walk.parameters.iter().filter_map(|parameter| {
@@ -368,11 +368,11 @@ fn missing_layers(
 
 /// What goes where.
 #[derive(Default)]
-struct Fit {
+pub(super) struct Fit {
     /// What is attached, by the path of the layer.
-    layers: HashMap<String, (Rotation, Values)>,
+    pub(super) layers: HashMap<String, (Rotation, Values)>,
     /// New numbers by the path of the parameter, in Burn's orientation.
-    tensors: HashMap<String, TensorData>,
+    pub(super) tensors: HashMap<String, TensorData>,
     /// Paths of the parameters that are trainable afterwards, beside the adapters.
     trained: HashSet<String>,
     /// Parameters whose tensors are there and cannot be used.
@@ -380,7 +380,7 @@ struct Fit {
     /// Where numbers are rounded.
     warnings: Vec<String>,
     /// What has no place, or does not fit.
-    mismatch: Mismatch,
+    pub(super) mismatch: Mismatch,
 }
 
 impl Fit {

@@ -5,6 +5,7 @@
 //! not fit is a [`Mismatch`]; a [`KeyMap`] says how the names of a file and of a model correspond.
 
 mod attach;
+mod bank;
 mod extract;
 pub(crate) mod keymap;
 pub(crate) mod layer;
@@ -17,6 +18,7 @@ use burn::tensor::{DType, Device, Tensor};
 use serde_json::{Map, Value};
 
 pub use attach::AttachError;
+pub use bank::{AdapterBank, AdapterId, BankError, BankMisfit};
 pub use extract::ExtractError;
 pub use keymap::{KeyMap, KeyMapError, Place, Transformers, join};
 pub use layer::{AdapterLayer, Axis, SavedTensor, TensorOwner};

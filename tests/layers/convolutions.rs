@@ -6,7 +6,7 @@ use burn::nn::conv::{
 };
 use burn::nn::{LinearConfig, LinearLayout, PaddingConfig2d};
 use burn::tensor::{DType, Tensor};
-use burn_boft::{AdapterConfig, BoftConfig, BoftLinear, LayerKind, OftConfig};
+use burn_boft::{AdapterConfig, BoftConfig, BoftConv2d, BoftLinear, LayerKind, OftConfig};
 
 use crate::check::{Verdict, adapted, boft, device, flat, oft, refused};
 use crate::common::models::{linear, rows};
@@ -17,6 +17,7 @@ pub const CHECKS: &[Check] = &[
     ("BoftLinear", a_boft_linear_layer),
     ("Linear in column layout", a_linear_layer_in_column_layout),
     ("Conv2d", a_convolution),
+    ("BoftConv2d", a_boft_convolution),
     ("Conv1d", || {
         refused(Conv1dConfig::new(16, 12, 3).init(&device()))
     }),
@@ -70,14 +71,24 @@ fn a_linear_layer_in_column_layout() -> Verdict {
 }
 
 /// A convolution in which no two sizes agree: 8 → 10 channels in two groups, 3 × 2 kernels.
-fn a_convolution() -> Verdict {
-    let base = Conv2dConfig::new([8, 10], [3, 2])
+fn convolution() -> Conv2d {
+    Conv2dConfig::new([8, 10], [3, 2])
         .with_stride([2, 1])
         .with_padding(PaddingConfig2d::Explicit(1, 2, 1, 2))
         .with_dilation([1, 2])
         .with_groups(2)
-        .init(&device());
-    adapted(base, &[boft(), oft()], |layer: &Conv2d| {
+        .init(&device())
+}
+
+fn a_convolution() -> Verdict {
+    adapted(convolution(), &[boft(), oft()], |layer: &Conv2d| {
+        vec![flat(layer.forward(rows([3, 8, 9, 7], 2, &device())))]
+    })
+}
+
+fn a_boft_convolution() -> Verdict {
+    let base = BoftConv2d::from(convolution());
+    adapted(base, &[boft(), oft()], |layer: &BoftConv2d| {
         vec![flat(layer.forward(rows([3, 8, 9, 7], 2, &device())))]
     })
 }

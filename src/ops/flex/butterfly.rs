@@ -139,10 +139,10 @@ pub(super) fn rotate_rows<E: Real>(
 /// A vector of `len` numbers, every one of which `write` writes.
 ///
 /// It spares the pass over memory that would fill the vector with zeros first.
-fn written<E: Real>(len: usize, write: impl FnOnce(&mut [MaybeUninit<E>])) -> Vec<E> {
+pub(super) fn written<E: Real>(len: usize, write: impl FnOnce(&mut [MaybeUninit<E>])) -> Vec<E> {
     let mut values = Vec::with_capacity(len);
     write(&mut values.spare_capacity_mut()[..len]);
-    // SAFETY: both callers write every span of every row, and in it every tile.
+    // SAFETY: every caller writes every number: every span of every row, and in it every tile.
     unsafe { values.set_len(len) };
     values
 }
@@ -280,13 +280,13 @@ pub(super) fn rotate_columns<E: Real>(
 }
 
 /// Up to [`PASSING_ROWS`] rows of [`rotate_columns`], with the scales from the first of them on.
-struct RotateColumns<'a, E> {
-    output: &'a mut [MaybeUninit<E>],
-    matrix: &'a [E],
-    rotation: &'a [E],
-    s: usize,
-    columns: usize,
-    scale: Option<&'a [E]>,
+pub(super) struct RotateColumns<'a, E> {
+    pub(super) output: &'a mut [MaybeUninit<E>],
+    pub(super) matrix: &'a [E],
+    pub(super) rotation: &'a [E],
+    pub(super) s: usize,
+    pub(super) columns: usize,
+    pub(super) scale: Option<&'a [E]>,
 }
 
 impl<E: Real> WithSimd for RotateColumns<'_, E> {

@@ -4,11 +4,14 @@
 //! |---|---|---|
 //! | `boft_cayley` and its backward pass | every block size | blocks and gradient of two precisions |
 //! | `boft_butterfly`, `boft_weight`, `boft_block_gradient` | spans of up to 64 numbers | longer spans |
+//! | `boft_rotate_requests` | spans of up to 64 numbers | longer spans |
+//! | `boft_conv2d_backward` | the same spans, operands of one precision, at least one image | all others |
 //! | `boft_channel_sums` | two operands of one precision | operands of two precisions |
 //! | `boft_product` | any strides, two operands of one precision | operands of two precisions |
+//! | `boft_scale_requests` | every layer | |
 //!
-//! In the second row, operands of any precision are cast before a kernel reads them. In the last two, operands in
-//! half precision take the portable version, too.
+//! In the second and third row, operands of any precision are cast before a kernel reads them. In the last four,
+//! operands in half precision take the portable version, too.
 //!
 //! # Vector instructions
 //!
@@ -25,27 +28,31 @@
 
 mod butterfly;
 mod cayley;
+mod conv;
 mod gram;
 mod product;
 mod real;
+mod requests;
 mod span;
 mod sums;
 mod tile;
 
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::backend::{Flex, TensorMetadata, tensor::FloatTensor};
+use burn::tensor::ops::ConvOptions;
 use burn::tensor::{Bytes, DType, Shape};
 use pulp::Arch;
 
 use real::{Real, in_precision};
 use span::Sizes;
 
-use super::backend::{BoftBackend, OptionalTensor};
+use super::backend::{BoftBackend, OptionalTensor, Tensors};
 use super::butterfly::{Direction, Side};
 use super::linear::Channels;
 use super::precision::{cast, widen_primitive};
 use super::{
-    butterfly as portable_butterfly, cayley as portable_cayley, linear as portable_linear,
+    butterfly as portable_butterfly, cayley as portable_cayley, conv as portable_conv,
+    linear as portable_linear, requests as portable_requests,
 };
 
 /// The longest span that the kernels compose into one matrix; the portable version rotates longer ones factor by
@@ -220,6 +227,88 @@ impl BoftBackend for Flex {
         in_precision!(dtype, E => {
             let bias = bias.as_ref().map(|bias| bias.values());
             tensor(product::product::<E>(&input, &weight, bias), shape)
+        })
+    }
+
+    fn boft_conv2d_backward(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        blocks: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+        options: ConvOptions<2>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let dtype = input.dtype();
+        let alike = [&input, &weight, &gradient]
+            .map(|operand| operand.dtype() == dtype && operand.shape().num_elements() > 0);
+        let Some(sizes) = spans_of(&blocks).filter(|_| has_kernel(&input) && alike == [true; 3])
+        else {
+            let (input_gradient, weight_gradient) =
+                portable_conv::gradients::<Self>(input, weight.clone(), gradient, options);
+            let weight = portable_conv::matrix::<Self>(weight);
+            let blocks_gradient =
+                Self::boft_block_gradient(weight_gradient, weight, blocks, Side::Right);
+            return (input_gradient, blocks_gradient);
+        };
+        let [shape, kernel, output] = [&input, &weight, &gradient].map(|t| t.shape().dims::<4>());
+        let convolution = conv::Convolution::new(shape, kernel, output, &options);
+        let [input, weight, gradient] = [input, weight, gradient].map(Contiguous::new);
+        let (input_gradient, gram) = in_precision!(dtype, E => {
+            let operands = [input.values::<E>(), weight.values(), gradient.values()];
+            let (values, gram) = conv::backward(operands, &convolution, sizes.span);
+            (tensor(values, shape), gram)
+        });
+        let dims = blocks.shape();
+        let blocks = Contiguous::new(blocks);
+        let blocks_gradient = in_precision!(blocks.0.dtype(), E => {
+            tensor(gram::block_gradient::<E>(gram, blocks.values(), sizes), dims)
+        });
+        (input_gradient, blocks_gradient)
+    }
+
+    fn boft_rotate_requests(
+        input: FloatTensor<Self>,
+        rotations: Tensors<Self>,
+        choices: Vec<Option<usize>>,
+    ) -> FloatTensor<Self> {
+        let Tensors(rotations) = rotations;
+        let [_, span, _] = rotations[0].shape().dims::<3>();
+        if !has_kernel(&rotations[0]) || span > LARGEST_SPAN {
+            return portable_requests::rotate::<Self>(input, rotations, choices);
+        }
+        let (shape, dtype) = (input.shape().dims::<2>(), input.dtype());
+        let input = Contiguous::new(cast::<Self>(input, rotations[0].dtype()));
+        let rotations: Vec<_> = rotations.into_iter().map(Contiguous::new).collect();
+        let rotated = in_precision!(input.0.dtype(), E => {
+            let rotations: Vec<_> = rotations.iter().map(Contiguous::values::<E>).collect();
+            tensor(requests::rotate(input.values(), &rotations, &choices, span, shape), shape)
+        });
+        cast::<Self>(rotated, dtype)
+    }
+
+    fn boft_scale_requests(
+        output: FloatTensor<Self>,
+        scales: Tensors<Self>,
+        scaled: Vec<Option<usize>>,
+        biases: Tensors<Self>,
+        biased: Vec<Option<usize>>,
+    ) -> FloatTensor<Self> {
+        let (Tensors(scales), Tensors(biases)) = (scales, biases);
+        if !has_kernel(&output) {
+            return portable_requests::scale::<Self>(output, (scales, scaled), (biases, biased));
+        }
+        let (shape, dtype) = (output.shape().dims::<2>(), output.dtype());
+        let contiguous = |vectors: Vec<FlexTensor>| {
+            let vectors = vectors.into_iter();
+            let vectors = vectors.map(|vector| Contiguous::new(cast::<Self>(vector, dtype)));
+            vectors.collect::<Vec<_>>()
+        };
+        let (scales, biases) = (contiguous(scales), contiguous(biases));
+        let output = Contiguous::new(output);
+        in_precision!(dtype, E => {
+            let [scales, biases] = [&scales, &biases]
+                .map(|vectors| vectors.iter().map(Contiguous::values).collect::<Vec<&[E]>>());
+            let (scales, biases) = ((&scales[..], &scaled[..]), (&biases[..], &biased[..]));
+            tensor(requests::scale(output.values(), scales, biases, shape), shape)
         })
     }
 }

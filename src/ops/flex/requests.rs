@@ -1,0 +1,106 @@
+//! A batch whose requests use different adapters: each takes its numbers from where they are.
+//!
+//! The rotations of a batch are read once and are never copied side by side, as the portable version does. With one row
+//! for each request that reading is most of the work.
+
+use std::mem::MaybeUninit;
+
+use pulp::Arch;
+use rayon::prelude::*;
+
+use super::butterfly::{RotateColumns, written};
+use super::real::Real;
+use super::tile::PASSING_ROWS;
+
+/// Multiplications that are not worth another thread.
+const SINGLE_WORK: usize = 1 << 18;
+
+/// `x·R` with the rotation that the request of each row takes; rows of a request that takes none are copied.
+///
+/// # Shapes
+///
+/// - input: `[rows, d]`, contiguous, equally many rows for each request; so is the result
+/// - rotations: `[d/s, s, s]` each, contiguous
+/// - choices: for each request the index of its rotation
+///
+/// # Numerics
+///
+/// A row gets the same bits as from [`rotate_columns`](super::butterfly::rotate_columns) with the rotation of its request.
+pub(super) fn rotate<E: Real>(
+    input: &[E],
+    rotations: &[&[E]],
+    choices: &[Option<usize>],
+    s: usize,
+    [rows, columns]: [usize; 2],
+) -> Vec<E> {
+    let arch = Arch::new();
+    let rotate = |(output, matrix, choice): (&mut [MaybeUninit<E>], &[E], Option<usize>)| {
+        let Some(choice) = choice else {
+            output.write_copy_of_slice(matrix);
+            return;
+        };
+        arch.dispatch(RotateColumns {
+            output,
+            matrix,
+            rotation: rotations[choice],
+            s,
+            columns,
+            scale: None,
+        });
+    };
+    let each = rows / choices.len();
+    let (request, passing) = (each * columns, PASSING_ROWS * columns);
+    written(rows * columns, |output| {
+        // A batch without rows has no chunks.
+        let requests = output.chunks_mut(request.max(1));
+        let requests = requests.zip(input.chunks(request.max(1))).zip(choices);
+        let tasks = requests.flat_map(|((output, input), &choice)| {
+            let parts = output.chunks_mut(passing).zip(input.chunks(passing));
+            parts.map(move |(output, input)| (output, input, choice))
+        });
+        if rows * columns * s <= SINGLE_WORK {
+            return tasks.for_each(rotate);
+        }
+        let work = each.min(PASSING_ROWS) * columns * s;
+        let tasks: Vec<_> = tasks.collect();
+        tasks
+            .into_par_iter()
+            .with_min_len(SINGLE_WORK / work)
+            .for_each(rotate);
+    })
+}
+
+/// `z ⊙ s + bias` with the scale and the bias that the request of each row takes, in one pass over the output.
+///
+/// # Shapes
+///
+/// - output: `[rows, columns]`, contiguous, equally many rows for each request; so is the result
+/// - scales, biases: `[columns]` each, and for each request the index of the one that it takes
+///
+/// # Numerics
+///
+/// One multiplication and one addition, each rounded.
+pub(super) fn scale<E: Real>(
+    output: &[E],
+    (scales, scaled): (&[&[E]], &[Option<usize>]),
+    (biases, biased): (&[&[E]], &[Option<usize>]),
+    [rows, columns]: [usize; 2],
+) -> Vec<E> {
+    let each = (rows / scaled.len()).max(1);
+    let (ones, zeros) = (vec![E::rounded(1.0); columns], vec![E::default(); columns]);
+    written(rows * columns, |result| {
+        result
+            .par_chunks_mut(columns)
+            .zip(output.par_chunks(columns))
+            .enumerate()
+            .with_min_len(PASSING_ROWS)
+            .for_each(|(row, (result, output))| {
+                let scale = scaled[row / each].map_or(&ones[..], |index| scales[index]);
+                let bias = biased[row / each].map_or(&zeros[..], |index| biases[index]);
+                let numbers = output.iter().zip(scale).zip(bias);
+                for (result, ((&value, &scale), &bias)) in result.iter_mut().zip(numbers) {
+                    result.write(value * scale + bias);
+                }
+            });
+    })
+}

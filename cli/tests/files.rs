@@ -165,7 +165,7 @@ pub fn read(path: &Path) -> Tensors {
             Dtype::F16 => each(bytes, |bytes| f16::from_le_bytes(bytes).to_f64()),
             Dtype::BF16 => each(bytes, |bytes| bf16::from_le_bytes(bytes).to_f64()),
             Dtype::I64 => each(bytes, |bytes| i64::from_le_bytes(bytes) as f64),
-            Dtype::U8 => bytes.iter().map(|byte| f64::from(*byte)).collect(),
+            Dtype::U8 | Dtype::BOOL => bytes.iter().map(|byte| f64::from(*byte)).collect(),
             other => panic!("{key} is {other}"),
         };
         let shape = view.shape().to_vec();

@@ -217,6 +217,6 @@ fn the_command_line_describes_itself_to_shells_and_to_the_manual() {
     );
     assert_eq!(
         refused(folder.path(), &["man", "fold"]),
-        "there is no command `fold`; there are merge, unmerge, inspect, convert, completions, man, help"
+        "there is no command `fold`; there are merge, unmerge, inspect, convert, formats, completions, man, help"
     );
 }

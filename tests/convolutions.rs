@@ -278,7 +278,7 @@ fn run(case: &Case, dtype: DType, device: &Device) -> Vec<(&'static str, Vec<f64
     let expected = oracle(case, numbers.each_ref().map(Vec::as_slice));
     for ((name, actual), (_, expected)) in actual.iter().zip(&expected) {
         let what = format!("{name} of {case:?} in {dtype:?}");
-        // Measured: 6e-10 in f64, where the differences of the oracle are the limit, and 1.2e-6 in f32.
+        // In f64 the central differences of the oracle are the limit.
         let tolerance = if dtype == DType::F64 { 1e-8 } else { 1e-5 };
         assert_close(&what, actual, expected, tolerance);
     }

@@ -3,9 +3,10 @@
 use std::collections::{HashMap, HashSet};
 
 use burn::backend::DispatchTensor;
-use burn::module::Module;
+use burn::module::{Module, Reparameterization};
 
 use super::walk::{Edit, Numbers, Path, rewrite, walk};
+use crate::batch::BatchAdapter;
 use crate::ops::is_quantized;
 use crate::rotation::named;
 
@@ -90,7 +91,9 @@ pub fn merge<M: Module>(model: M) -> Result<M, MergeError> {
     }
 }
 
-/// Removes every adapter. The base weights are the ones from before the injection, bit for bit.
+/// Removes every adapter, those of other kinds included, such as Burn's LoRA. The base weights are the ones from before the
+/// injection, bit for bit. A model without an adapter is returned as it is, and so is the model that an
+/// [`AdapterBank`](crate::AdapterBank) makes for a batch, since the bank has the base.
 ///
 /// Parameters that were frozen stay frozen, and trained biases and modules to save keep what they have learned. To get
 /// back the model as it was before training, keep a clone of it; clones share their tensors.
@@ -113,12 +116,24 @@ pub fn merge<M: Module>(model: M) -> Result<M, MergeError> {
 /// ```
 pub fn unload<M: Module>(model: M) -> M {
     let walked = walk(&model);
-    let bases = walked
-        .adapted()
-        .map(|(weight, ..)| (weight.path().to_string(), weight.stored.base()));
+    let attached = walked.parameters.iter().filter_map(|parameter| {
+        let attached = parameter.attached.as_ref()?;
+        Some((attached.name.as_str(), parameter))
+    });
+    let attached: Vec<_> = attached.collect();
+    if attached.iter().any(|(name, _)| *name == BatchAdapter::NAME) {
+        return model;
+    }
+    let bases = attached
+        .iter()
+        .map(|(_, weight)| (weight.path().to_string(), weight.stored.base()));
     let bases: HashMap<_, _> = bases.collect();
+    drop(attached);
     drop(walked);
-    set_tensors(model.materialize(), bases)
+    match bases.is_empty() {
+        true => model,
+        false => set_tensors(model.materialize(), bases),
+    }
 }
 
 /// Scales every `Q` of a COFT adapter back to the radius, as PEFT does before each forward pass.

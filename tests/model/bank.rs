@@ -7,7 +7,7 @@ use burn::tensor::{DType, Device, Tensor};
 use burn_boft::value::{AttachError, BankError, BankMisfit};
 use burn_boft::{
     Adapter, AdapterBank, AdapterConfig, Bias, BoftConfig, BoftLinear, Cayley, Init, LayerKind,
-    OftConfig, inject, merge,
+    OftConfig, inject, merge, unload,
 };
 
 use crate::common::models::{INPUT, Net, distance, linear, rows, set};
@@ -345,7 +345,7 @@ fn rows_that_are_not_requests_are_not_given_away() {
 
 /// A model for a batch is not one adapted model, so the verbs on adapted models have nothing to say about it.
 #[test]
-fn a_model_for_a_batch_is_neither_merged_nor_injected() {
+fn a_model_for_a_batch_is_neither_merged_nor_unloaded_nor_injected() {
     let base = Model::new(3, &Device::flex());
     let mut bank = AdapterBank::new(base.clone()).unwrap();
     let id = bank.add(&adapter(&base, boft(1, [4, 1]))).unwrap();
@@ -358,6 +358,9 @@ fn a_model_for_a_batch_is_neither_merged_nor_injected() {
             .count(),
         1
     );
+    let x = rows([1, INPUT], 8, &Device::flex());
+    let expected = host(model.forward(x.clone()));
+    assert_eq!(host(unload(model.clone()).forward(x)), expected);
     let error = inject(model, boft(1, [4, 1])).unwrap_err().to_string();
     assert!(error.contains("boft_batch"), "{error}");
 }

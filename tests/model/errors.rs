@@ -292,7 +292,12 @@ fn a_weight_that_already_carries_an_adapter_is_refused() {
         // Targets elsewhere do not help: a model is injected once.
         assert_refused(model, boft().with_target_modules(["output"]), &message);
     }
-    assert!(inject(unload(ours.clone()), boft()).is_ok());
+    // What is removed leaves the base as it was, of whatever kind it is.
+    let base = numbers(&Model::new(1, &device));
+    assert_eq!(numbers(&unload(theirs.clone())), base);
+    for adapted in [&ours, &theirs] {
+        assert!(inject(unload(adapted.clone()), boft()).is_ok());
+    }
     assert!(inject(merge(ours).unwrap(), boft()).is_ok());
 }
 

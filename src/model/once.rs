@@ -9,7 +9,8 @@ use super::walk::{Edit, Numbers, Path, rewrite, walk};
 /// A copy of a model that holds every rotated weight, for one forward pass that reads the weights many times.
 ///
 /// A plain layer of Burn rotates its weight whenever the weight is read, and an `Lstm` or `Gru` reads its weights in every
-/// time step. The copy was rotated beforehand, so the rotation is computed once for the whole pass, forward and backward.
+/// time step. The copy was rotated beforehand, so the rotation is differentiated once for the whole pass. (Burn takes an adapter
+/// off by computing the weight once more, which adds a rotation without a backward pass.)
 /// The gradients arrive at the adapters of the original model, so the loss of the copy trains the original.
 ///
 /// Use it for the recurrent part of a model. A [`BoftLinear`](crate::BoftLinear) whose weight is read once loses its fast
@@ -33,7 +34,7 @@ use super::walk::{Edit, Numbers, Path, rewrite, walk};
 /// let lstm = inject(lstm, config)?;
 ///
 /// let input = Tensor::<3>::random([2, 50, 16], Distribution::Default, &device);
-/// let (output, _) = rotate_once(&lstm).forward(input, None); // eight rotations, not four hundred
+/// let (output, _) = rotate_once(&lstm).forward(input, None); // sixteen rotations, not four hundred
 /// let gradients = GradientsParams::from_grads(output.sum().backward(), &lstm);
 /// assert!(!gradients.is_empty());
 /// # Ok::<(), burn_boft::model::InjectError>(())

@@ -4,6 +4,7 @@ mod common;
 
 use std::fs;
 use std::path::Path;
+use std::process::Stdio;
 
 use common::{command, complaint, dinov2, pictures, printed, text, tiny_model};
 use safetensors::SafeTensors;
@@ -488,6 +489,17 @@ fn a_comparison_goes_on_where_it_was_interrupted() {
     let repeated = again.lines().filter(|line| line.contains(" of 8: "));
     assert_eq!(repeated.count(), 1, "{again}");
     assert!(output.join("RESULTS.md").is_file());
+}
+
+#[test]
+fn completions_end_quietly_when_nobody_reads_on() {
+    let mut program = command(&["completions", "bash"]);
+    program.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut run = program.spawn().unwrap();
+    drop(run.stdout.take());
+    let output = run.wait_with_output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success() && stderr.is_empty(), "{stderr}");
 }
 
 #[test]

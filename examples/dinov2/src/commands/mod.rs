@@ -9,6 +9,7 @@ mod pretrain;
 mod report;
 mod train;
 
+use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
 use clap::CommandFactory;
@@ -34,9 +35,16 @@ pub fn run(command: Command) -> Result<ExitCode, Error> {
         Command::Compare(request) => compare::run(&request),
         Command::Pretrain(request) => pretrain::run(&request),
         Command::Completions { shell } => {
-            let mut command = Cli::command();
-            clap_complete::generate(shell, &mut command, "dinov2", &mut std::io::stdout());
-            Ok(ExitCode::SUCCESS)
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "dinov2", &mut script);
+            // Whoever has read enough closes the pipe.
+            match std::io::stdout().write_all(&script) {
+                Err(source) if source.kind() != ErrorKind::BrokenPipe => Err(Error::Path {
+                    path: "the output".into(),
+                    source,
+                }),
+                _ => Ok(ExitCode::SUCCESS),
+            }
         }
     }
 }

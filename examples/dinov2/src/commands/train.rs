@@ -435,9 +435,13 @@ impl Job {
         );
         self.check_merged(&trained.model, &predictions)?;
         if let Some(probe) = probe.filter(|probe| probe.valid_accuracy > best.accuracy) {
+            let more = match self.settings.warm_start {
+                true => "or more --epochs",
+                false => "or --warm-start",
+            };
             eprintln!(
                 "warning: the linear probe does better on the validation images, {:.1} % against {:.1} %; \
-                 try --find-rate, a lower --learning-rate than {:.1e}, or --warm-start",
+                 try --find-rate, a lower --learning-rate than {:.1e}, {more}",
                 100.0 * probe.valid_accuracy,
                 100.0 * best.accuracy,
                 self.settings.recipe.learning_rate,

@@ -9,9 +9,9 @@ use burn::tensor::{DType, Device, Tensor};
 use burn_boft::{Adapter, inject, merge, plan};
 
 use crate::common::by_hand::{parameter, perturbed, relative, rotated_weight};
+use crate::common::host;
 use crate::common::models::{gradients, numbers, set, trainable};
-use crate::common::{host, noise, tensor};
-use crate::layers::Layer;
+use crate::layers::{Layer, exact};
 use crate::precision::{Drift, Precision};
 
 /// What was found out about a layer on a device.
@@ -26,9 +26,8 @@ pub enum Outcome {
 }
 
 /// Injects, computes, differentiates, trains, saves, loads and merges.
-pub fn check<M: Module>(
-    layer: &Layer<M>,
-    count: usize,
+pub fn check<M: Module, const R: usize>(
+    layer: &Layer<M, R>,
     precision: Precision,
     device: &Device,
 ) -> Outcome {
@@ -50,7 +49,6 @@ pub fn check<M: Module>(
         };
         let bench = Bench {
             layer,
-            count,
             precision,
             device,
         };
@@ -76,25 +74,23 @@ fn packed<M: Module>(model: M, precision: Precision) -> Result<M, String> {
     quantized.map_err(|_| format!("no quantized tensors of {}", precision.name()))
 }
 
-struct Bench<'a, M> {
-    layer: &'a Layer<M>,
-    count: usize,
+struct Bench<'a, M, const R: usize> {
+    layer: &'a Layer<M, R>,
     precision: Precision,
     device: Device,
 }
 
-impl<M: Module> Bench<'_, M> {
+impl<M: Module, const R: usize> Bench<'_, M, R> {
     fn output(&self, model: &M) -> Tensor<1> {
         let dtype = self.precision.dtype();
-        (self.layer.forward)(model, self.count, dtype, &self.device)
+        let input = exact(self.layer.input, 5, dtype, &self.device);
+        (self.layer.forward)(model, input)
     }
 
     /// The gradients of the inner product of the output with fixed numbers.
     fn gradients(&self, model: &M) -> BTreeMap<String, Vec<f64>> {
         let output = self.output(model);
-        let upstream = noise(output.dims()[0], 6, 1.0);
-        let upstream: Vec<f64> = upstream.iter().map(|x| (x * 64.0).round() / 64.0).collect();
-        let upstream = tensor(&upstream, output.dims(), output.dtype(), &self.device);
+        let upstream = exact(output.dims(), 6, output.dtype(), &self.device);
         gradients(model, &(output * upstream).sum().backward())
     }
 
@@ -143,7 +139,6 @@ impl<M: Module> Bench<'_, M> {
         };
         let wide = Bench {
             layer: self.layer,
-            count: self.count,
             precision: Precision::F64,
             device: device.autodiff(),
         };

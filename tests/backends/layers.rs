@@ -4,7 +4,7 @@ use burn::module::Param;
 use burn::nn;
 use burn::tensor::{DType, Device, Int, Tensor};
 use burn_boft::ops::{Base, Pass, Route, route};
-use burn_boft::{AdapterConfig, BoftConfig, BoftLinear, OftConfig};
+use burn_boft::{AdapterConfig, BoftConfig, BoftConv2d, BoftLinear, OftConfig};
 
 use crate::cell::{Outcome, check};
 use crate::common::by_hand::flat;
@@ -32,45 +32,22 @@ pub const ROWS: &[Row] = &[
     Row {
         layer: "`burn::nn::Linear`",
         rotated: "the weight",
-        check: |precision, device| {
-            let layer = Layer {
-                build: linear,
-                config: boft(),
-                forward: |layer, tokens, dtype, device| {
-                    flat(layer.forward(numbers([tokens, D], 5, dtype, device)))
-                },
-            };
-            check(&layer, 7, precision, device)
-        },
+        check: |precision, device| check(&plain_linear(), precision, device),
     },
     Row {
         layer: "`burn::nn::Conv2d`",
         rotated: "the weight, along `c_in/groups · kh · kw`",
-        check: |precision, device| {
-            let layer = Layer {
-                build: conv2d,
-                config: boft(),
-                forward: |layer, images, dtype, device| {
-                    flat(layer.forward(numbers([images, D / 4, 5, 4], 5, dtype, device)))
-                },
-            };
-            check(&layer, 2, precision, device)
-        },
+        check: |precision, device| check(&plain_conv2d(), precision, device),
+    },
+    Row {
+        layer: "`BoftConv2d`",
+        rotated: "the weight, along `c_in/groups · kh · kw`",
+        check: |precision, device| check(&boft_conv2d(), precision, device),
     },
     Row {
         layer: "`burn::nn::Embedding` (OFT)",
         rotated: "the weight, along `d_model`",
-        check: |precision, device| {
-            let layer = Layer {
-                build: embedding,
-                config: oft(),
-                forward: |layer, _, _, device| {
-                    let indices = Tensor::<2, Int>::from_data([[3, 9, 0], [7, 7, 10]], device);
-                    flat(layer.forward(indices))
-                },
-            };
-            check(&layer, 0, precision, device)
-        },
+        check: |precision, device| check(&plain_embedding(), precision, device),
     },
 ];
 
@@ -79,12 +56,16 @@ const D: usize = 24;
 const OUTPUT: usize = 40;
 const FEW: usize = 3;
 const MANY: usize = 67;
+/// Two images of five rows and four columns.
+const IMAGES: [usize; 4] = [2, D / 4, 5, 4];
 
-/// A layer, the adapter that it gets, and what comes out of it for this many tokens or images.
-pub struct Layer<M> {
+/// A layer, the adapter that it gets, what goes in, and what comes out.
+pub struct Layer<M, const R: usize> {
     pub build: fn(DType, &Device) -> M,
     pub config: AdapterConfig,
-    pub forward: fn(&M, usize, DType, &Device) -> Tensor<1>,
+    /// The shape of the input.
+    pub input: [usize; R],
+    pub forward: fn(&M, Tensor<R>) -> Tensor<1>,
 }
 
 fn boft() -> AdapterConfig {
@@ -100,7 +81,7 @@ fn oft() -> AdapterConfig {
 }
 
 /// Multiples of 1/64 below two in magnitude, which have eight binary digits and so are the same in bf16 and in f64.
-pub fn numbers<const R: usize>(
+pub fn exact<const R: usize>(
     shape: [usize; R],
     seed: u64,
     dtype: DType,
@@ -116,7 +97,7 @@ fn param<const R: usize>(
     seed: u64,
     (dtype, device): (DType, &Device),
 ) -> Param<Tensor<R>> {
-    Param::from_tensor(numbers(shape, seed, dtype, device))
+    Param::from_tensor(exact(shape, seed, dtype, device))
 }
 
 pub fn linear(dtype: DType, device: &Device) -> nn::Linear {
@@ -126,17 +107,26 @@ pub fn linear(dtype: DType, device: &Device) -> nn::Linear {
     }
 }
 
+fn plain_linear() -> Layer<nn::Linear, 2> {
+    Layer {
+        build: linear,
+        config: boft(),
+        input: [7, D],
+        forward: |layer, input| flat(layer.forward(input)),
+    }
+}
+
+/// A layer that takes this route for this many tokens.
 fn boft_linear(tokens: usize, taken: Route, precision: Precision, device: &Device) -> Outcome {
     let sizes = [D, OUTPUT];
     assert_eq!(route(tokens, sizes, Pass::Training, Base::Float), taken);
-    let layer = Layer::<BoftLinear> {
+    let layer = Layer::<BoftLinear, 2> {
         build: |dtype, device| linear(dtype, device).into(),
         config: boft(),
-        forward: |layer, tokens, dtype, device| {
-            flat(layer.forward(numbers([tokens, D], 5, dtype, device)))
-        },
+        input: [tokens, D],
+        forward: |layer, input| flat(layer.forward(input)),
     };
-    check(&layer, tokens, precision, device)
+    check(&layer, precision, device)
 }
 
 fn conv2d(dtype: DType, device: &Device) -> nn::conv::Conv2d {
@@ -148,8 +138,35 @@ fn conv2d(dtype: DType, device: &Device) -> nn::conv::Conv2d {
     }
 }
 
-fn embedding(dtype: DType, device: &Device) -> nn::Embedding {
-    nn::Embedding {
-        weight: param([11, D], 1, (dtype, device)),
+fn plain_conv2d() -> Layer<nn::conv::Conv2d, 4> {
+    Layer {
+        build: conv2d,
+        config: boft(),
+        input: IMAGES,
+        forward: |layer, input| flat(layer.forward(input)),
+    }
+}
+
+fn boft_conv2d() -> Layer<BoftConv2d, 4> {
+    Layer {
+        build: |dtype, device| conv2d(dtype, device).into(),
+        config: boft(),
+        input: IMAGES,
+        forward: |layer, input| flat(layer.forward(input)),
+    }
+}
+
+/// Its input are indices, which are the same for every precision.
+fn plain_embedding() -> Layer<nn::Embedding, 1> {
+    Layer {
+        build: |dtype, device| nn::Embedding {
+            weight: param([11, D], 1, (dtype, device)),
+        },
+        config: oft(),
+        input: [1],
+        forward: |layer, input| {
+            let indices = Tensor::<2, Int>::from_data([[3, 9, 0], [7, 7, 10]], &input.device());
+            flat(layer.forward(indices))
+        },
     }
 }

@@ -8,7 +8,7 @@ use burn_boft::{BoftConfig, BoftLinear, Init, inject, merge};
 use crate::common::by_hand::relative;
 use crate::common::models::{gradients, linear, precisions};
 use crate::common::{host, kernel_devices};
-use crate::layers::numbers;
+use crate::layers::exact;
 use crate::precision::Precision;
 
 #[derive(Module, Debug)]
@@ -43,7 +43,7 @@ fn a_body_in_half_precision_is_adapted_under_a_head_in_full_precision() {
                 .with_modules_to_save(["head"])
                 .with_init(Init::Random { seed: 7 });
             let model = inject(model, config).unwrap();
-            let input = numbers([7, 24], 5, dtype, &device);
+            let input = exact([7, 24], 5, dtype, &device);
             let output = model.forward(input.clone());
             let grads = gradients(&model, &output.clone().square().mean().backward());
             let merged = merge(model.clone()).unwrap();

@@ -69,16 +69,7 @@ fn blocks_of_one_channel_are_kept() {
     assert_eq!(read(&folder.path().join("merged.safetensors")), base);
     succeed(
         folder.path(),
-        &[
-            "convert",
-            "idle",
-            "--to",
-            "boft",
-            "--base",
-            "base.safetensors",
-            "--output",
-            "boft",
-        ],
+        &convert_for("base.safetensors", "idle", "boft", "boft"),
     );
     assert_eq!(merged(folder.path(), "boft"), base);
 }
@@ -94,16 +85,7 @@ fn oft_with_the_exact_map_is_boft_with_one_factor_and_a_scale_of_ones() {
         let folder = case.folder();
         succeed(
             folder.path(),
-            &[
-                "convert",
-                case.adapter(),
-                "--to",
-                "boft",
-                "--base",
-                "base.safetensors",
-                "--output",
-                "boft",
-            ],
+            &convert_for("base.safetensors", case.adapter(), "boft", "boft"),
         );
         assert_models(&merged(folder.path(), "boft"), &case.merged, 1e-5, name);
         let printed = succeed(folder.path(), &convert_command("boft", "oft", "oft"));
@@ -215,16 +197,7 @@ fn a_conversion_that_would_change_the_model_is_refused() {
         let folder = case.folder();
         let line = refused(
             folder.path(),
-            &[
-                "convert",
-                case.adapter(),
-                "--to",
-                to,
-                "--base",
-                "base.safetensors",
-                "--output",
-                "out",
-            ],
+            &convert_for("base.safetensors", case.adapter(), to, "out"),
         );
         assert!(line.ends_with(expected), "{name}: {line}");
         assert_eq!(names(folder.path()), ["base.safetensors"]);

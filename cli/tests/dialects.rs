@@ -172,9 +172,7 @@ fn what_rotates_inputs_becomes_a_folder_of_peft_that_merges_to_the_same() {
         }
         let folder = tempfile::tempdir().unwrap();
         let (base, adapter) = (case.path("base.safetensors"), case.adapter());
-        let arguments = [
-            "convert", &adapter, "--to", "peft", "--base", &base, "--output", "peft",
-        ];
+        let arguments = convert_for(&base, &adapter, "peft", "peft");
         let text = succeed(folder.path(), &arguments);
         let error = "their rotations and scales differ from those of the input by 0.0e0\n";
         assert!(text.ends_with(error), "{name}: {text}");
@@ -195,9 +193,7 @@ fn what_rotates_outputs_is_refused_by_every_form_but_a_lora() {
     let folder = tempfile::tempdir().unwrap();
     let (base, adapter) = (case.path("base.safetensors"), case.adapter());
     for to in ["peft", "boft", "oft", "record", "sd-scripts"] {
-        let arguments = [
-            "convert", &adapter, "--to", to, "--base", &base, "--output", "out",
-        ];
+        let arguments = convert_for(&base, &adapter, to, "out");
         let run = run(folder.path(), &arguments);
         assert_eq!(run.code, 2, "{to}");
         assert!(
@@ -236,16 +232,12 @@ fn an_adapter_of_peft_becomes_a_file_that_merges_to_the_same() {
     ] {
         let case = Case::open(name);
         let folder = case.folder();
-        let arguments = [
-            "convert",
-            case.adapter(),
-            "--to",
-            "sd-scripts",
-            "--base",
+        let arguments = convert_for(
             "base.safetensors",
-            "--output",
+            case.adapter(),
+            "sd-scripts",
             "a.safetensors",
-        ];
+        );
         let text = succeed(folder.path(), &arguments);
         assert!(
             text.ends_with("differ from those of the input by 0.0e0\n"),
@@ -264,16 +256,12 @@ fn an_adapter_of_peft_becomes_a_file_that_merges_to_the_same() {
     // What the program would compute otherwise.
     let case = Case::open("cases/oft-linear-coft-on");
     let folder = case.folder();
-    let arguments = [
-        "convert",
-        case.adapter(),
-        "--to",
-        "sd-scripts",
-        "--base",
+    let arguments = convert_for(
         "base.safetensors",
-        "--output",
+        case.adapter(),
+        "sd-scripts",
         "a.safetensors",
-    ];
+    );
     let line = refused(folder.path(), &arguments);
     assert!(line.contains("COFT radius"), "{line}");
 }

@@ -70,6 +70,18 @@ pub const fn convert_command<'a>(adapter: &'a str, to: &'a str, output: &'a str)
     ["convert", adapter, "--to", to, "--output", output]
 }
 
+/// The arguments that convert an adapter with the help of the model that it is for.
+pub const fn convert_for<'a>(
+    base: &'a str,
+    adapter: &'a str,
+    to: &'a str,
+    output: &'a str,
+) -> [&'a str; 8] {
+    [
+        "convert", adapter, "--to", to, "--base", base, "--output", output,
+    ]
+}
+
 /// A tensor of a file.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tensor {

@@ -61,16 +61,7 @@ fn a_pipe_is_refused_by_name_wherever_a_file_is_read() {
     refusal(
         &refused(
             path,
-            &[
-                "convert",
-                "adapter",
-                "--to",
-                "boft",
-                "--base",
-                "pipe.safetensors",
-                "--output",
-                "out",
-            ],
+            &convert_for("pipe.safetensors", "adapter", "boft", "out"),
         ),
         "pipe.safetensors",
     );

@@ -154,16 +154,7 @@ fn a_bias_as_long_as_the_second_axis_tells_that_the_first_has_the_inputs() {
     assert_eq!(
         refused(
             path,
-            &[
-                "convert",
-                "adapter",
-                "--to",
-                "boft",
-                "--base",
-                "base.safetensors",
-                "--output",
-                "out"
-            ]
+            &convert_for("base.safetensors", "adapter", "boft", "out")
         ),
         format!("base.safetensors: `fc.weight` {INPUTS_FIRST}")
     );

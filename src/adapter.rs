@@ -16,7 +16,8 @@ use crate::rotation::{ButterflyPlan, Rotation, Values};
 ///
 /// [`inject`](crate::inject()) attaches it to a parameter, as what Burn calls a reparameterization: the parameter keeps
 /// its base value, and whoever reads it gets the rotated one. Its own parameters have the paths
-/// `<layer>.weight.boft.skew` and `<layer>.weight.boft.scale`.
+/// `<layer>.weight.boft.skew` and `<layer>.weight.boft.scale`, and with
+/// [`with_scaled_skew`](crate::BoftConfig::with_scaled_skew) the first is `<layer>.weight.boft.scaled_skew`.
 ///
 /// # Examples
 ///
@@ -43,8 +44,11 @@ pub struct BoftAdapter {
     // The first field, so that a traversal learns what is computed before it sees the numbers.
     rotation: Rotation,
     /// The strict upper triangles of `Q` row by row, a `[m, n, b(b−1)/2]` tensor in f32 or wider; `n` is 1 where one
-    /// block is shared.
-    skew: Param<Tensor<3>>,
+    /// block is shared. None if the skew is scaled.
+    skew: Option<Param<Tensor<3>>>,
+    /// The same numbers times `2√(b−1)`, where the skew is scaled. They have a name of their own, so that no record of one
+    /// kind is taken for the other.
+    scaled_skew: Option<Param<Tensor<3>>>,
     /// The scale per output channel, a `[d_output]` tensor in f32 or wider; none if no scale is trained.
     scale: Option<Param<Tensor<1>>>,
     /// Whether multiplicative dropout is on. Burn changes it with `valid()`, `train()` and `freeze()`.
@@ -61,39 +65,57 @@ impl BoftAdapter {
         (device, dtype): (&Device, DType),
     ) -> Self {
         let dtype = ops::widened(dtype);
+        let Values { skew, scale } = values;
+        let numbers = (rotation.trained_numbers(skew), scale);
         // The numbers live as long as the model, so they do not belong into the memory pools for activations.
-        let (skew, scale) =
-            device.memory_persistent_allocations(values, |Values { skew, scale }| {
-                (
-                    Param::from_tensor(Tensor::<3>::from_data(skew, (device, dtype))),
-                    scale.map(|scale| {
-                        Param::from_tensor(Tensor::<1>::from_data(scale, (device, dtype)))
-                    }),
-                )
-            });
+        let (trained, scale) = device.memory_persistent_allocations(numbers, |(trained, scale)| {
+            (
+                Param::from_tensor(Tensor::<3>::from_data(trained, (device, dtype))),
+                scale.map(|scale| {
+                    Param::from_tensor(Tensor::<1>::from_data(scale, (device, dtype)))
+                }),
+            )
+        });
+        Self::of_params(rotation, trained, scale, true)
+    }
+
+    /// An adapter that shares these tensors, of which the first holds the numbers that are trained. Blocks are dropped if
+    /// `drops` says so.
+    pub(crate) fn of_parts(
+        rotation: Rotation,
+        trained: Tensor<3>,
+        scale: Option<Tensor<1>>,
+        drops: bool,
+    ) -> Self {
+        let trained = Param::initialized(ParamId::new(), trained);
+        let scale = scale.map(|scale| Param::initialized(ParamId::new(), scale));
+        Self::of_params(rotation, trained, scale, drops)
+    }
+
+    fn of_params(
+        rotation: Rotation,
+        trained: Param<Tensor<3>>,
+        scale: Option<Param<Tensor<1>>>,
+        drops: bool,
+    ) -> Self {
+        let (skew, scaled_skew) = match rotation.skew_divisor() {
+            None => (Some(trained), None),
+            Some(_) => (None, Some(trained)),
+        };
         Self {
             rotation,
             skew,
+            scaled_skew,
             scale,
-            training: Param::from_bool(true),
+            training: Param::from_bool(drops),
             cached: CachedBlocks::default(),
         }
     }
 
-    /// An adapter that shares these tensors. Blocks are dropped if `drops` says so.
-    pub(crate) fn of_parts(
-        rotation: Rotation,
-        skew: Tensor<3>,
-        scale: Option<Tensor<1>>,
-        drops: bool,
-    ) -> Self {
-        Self {
-            rotation,
-            skew: Param::initialized(ParamId::new(), skew),
-            scale: scale.map(|scale| Param::initialized(ParamId::new(), scale)),
-            training: Param::from_bool(drops),
-            cached: CachedBlocks::default(),
-        }
+    /// The numbers that are trained: those of the skew, or a multiple of them.
+    fn trained(&self) -> &Param<Tensor<3>> {
+        let trained = self.skew.as_ref().or(self.scaled_skew.as_ref());
+        trained.expect("an adapter is made with one of the two")
     }
 
     /// The sizes of the rotation, which fit the weight.
@@ -103,9 +125,10 @@ impl BoftAdapter {
 
     /// The skew: the strict upper triangles of the matrices `Q` row by row, a `[m, n, b(b−1)/2]` tensor.
     ///
-    /// `n` is 1 where one block is shared.
+    /// `n` is 1 where one block is shared. Of a scaled skew it is a quotient of the numbers that are trained.
     pub fn skew(&self) -> Tensor<3> {
-        ops::dequantized(self.skew.val())
+        let trained = ops::dequantized(self.trained().val());
+        self.rotation.skew_of(trained)
     }
 
     /// The scale per output channel, a `[d_output]` tensor; none if no scale is trained, as in OFT.
@@ -125,7 +148,7 @@ impl BoftAdapter {
     /// Each call draws other blocks. After `valid()`, and on a device without autodiff, nothing is dropped; the blocks are
     /// then computed once and composed, a block for each span.
     pub fn training_blocks(&self) -> Blocks {
-        if !self.skew.device().is_autodiff() {
+        if !self.trained().device().is_autodiff() {
             return self.cached.get(|| self.blocks().composed());
         }
         let blocks = self.blocks();
@@ -214,12 +237,12 @@ impl BoftAdapter {
         let plan = self.butterfly();
         let (m, n) = (plan.n_butterfly_factor(), plan.block_num());
         let count = (self.rotation.dropout() * n as f64).floor() as usize;
-        let skew = self.skew();
-        let device = skew.device();
+        let trained = self.trained();
+        let device = trained.device();
         if count == 0 || !self.training.is_enabled() || !device.is_autodiff() {
             return None;
         }
-        let dtype = ops::widened(skew.dtype());
+        let dtype = ops::widened(trained.val().dtype());
         let draw = |shape: [usize; 2]| {
             Tensor::<2>::random(shape, Distribution::Uniform(0.0, 1.0), (&device, dtype))
         };
@@ -400,6 +423,7 @@ mod tests {
                 "enter (the rotation) of BoftRotation",
                 "enter skew of Struct:BoftAdapter",
                 "float of 3 axes",
+                "enter scaled_skew of Struct:BoftAdapter",
                 "enter scale of Struct:BoftAdapter",
                 "enter training of Struct:BoftAdapter",
                 "enter cached of Struct:BoftAdapter",

@@ -294,6 +294,7 @@ impl Selection {
 /// | `scale` | `true` | train a number per output channel that multiplies it | |
 /// | `dropout` | `0.0` | share of the blocks of one factor that a training step replaces by `I` | `[0, 1)` |
 /// | `init` | `Identity` | numbers that adapters start from | |
+/// | `scaled_skew` | `false` | train `2√(b−1)` times the numbers of `Q`, so that one learning rate suits every block size | |
 /// | `target_modules` | none | layers to adapt | names, regex or all linear |
 /// | `exclude_modules` | none | layers that are not adapted, even if targeted | names, regex or all linear |
 /// | `layers_to_transform` | all | indices of the layers to adapt | |
@@ -333,6 +334,8 @@ pub struct BoftConfig {
     pub dropout: f64,
     /// The numbers that adapters start from. Default: [`Init::Identity`].
     pub init: Init,
+    /// Whether the trained numbers are `2√(b−1)` times those of `Q`. Default: `false`.
+    pub scaled_skew: bool,
     /// Which parts of the model are adapted or trained.
     pub selection: Selection,
 }
@@ -345,6 +348,7 @@ impl Default for BoftConfig {
             scale: true,
             dropout: 0.0,
             init: Init::Identity,
+            scaled_skew: false,
             selection: Selection::default(),
         }
     }
@@ -352,7 +356,8 @@ impl Default for BoftConfig {
 
 /// Settings of OFT: the input of each layer is rotated by orthogonal blocks of neighbouring channels.
 ///
-/// This is BOFT with one factor and no scale. As in PEFT, a block size that does not divide the input of a layer is
+/// This is BOFT with one factor and no scale; for a trained magnitude per output channel behind the rotation, use
+/// [`BoftConfig`] with one factor. As in PEFT, a block size that does not divide the input of a layer is
 /// adjusted to the nearest size that does, the smaller of two; [`plan`](crate::plan()) shows the size in force.
 ///
 /// | Name | Default | Purpose | Range |
@@ -362,6 +367,7 @@ impl Default for BoftConfig {
 /// | `coft_radius` | none | bound on `‖Q‖_F` of COFT, constrained OFT (PEFT's `eps`) | > 0, finite |
 /// | `block_share` | `false` | whether one block rotates all groups of channels | |
 /// | `init` | `Identity` | numbers that adapters start from | |
+/// | `scaled_skew` | `false` | train `2√(b−1)` times the numbers of `Q`, so that one learning rate suits every block size | |
 /// | `target_modules` | none | layers to adapt | names, regex or all linear |
 /// | `exclude_modules` | none | layers that are not adapted, even if targeted | names, regex or all linear |
 /// | `layers_to_transform` | all | indices of the layers to adapt | |
@@ -404,6 +410,8 @@ pub struct OftConfig {
     pub block_share: bool,
     /// The numbers that adapters start from. Default: [`Init::Identity`].
     pub init: Init,
+    /// Whether the trained numbers are `2√(b−1)` times those of `Q`. Default: `false`.
+    pub scaled_skew: bool,
     /// Which parts of the model are adapted or trained.
     pub selection: Selection,
 }
@@ -416,6 +424,7 @@ impl Default for OftConfig {
             coft_radius: None,
             block_share: false,
             init: Init::Identity,
+            scaled_skew: false,
             selection: Selection::default(),
         }
     }
@@ -445,6 +454,25 @@ macro_rules! common_setters {
             /// Sets the numbers that adapters start from.
             pub fn with_init(mut self, init: Init) -> Self {
                 self.init = init;
+                self
+            }
+
+            /// Sets whether the trained numbers are `2√(b−1)` times those of `Q`.
+            ///
+            /// An optimizer like Adam moves every number by about the learning rate. The norm `‖Q‖₂` of a block of `b`
+            /// channels then moves by up to `2√(b−1)` times that, so that larger blocks turn faster and want a smaller
+            /// learning rate. With a scaled skew, one learning rate suits every block size: it is about the norm by
+            /// which a step changes `Q`, and so half the angle, in radians.
+            ///
+            /// The rotation is the same function of `Q`, and files of PEFT hold `Q` either way. A line of text beside
+            /// the tensors, which PEFT does not read, lets [`Adapter::load`](crate::Adapter::load) know that the
+            /// training was scaled. OneTrainer's scaled OFT is read as such.
+            ///
+            /// # References
+            ///
+            /// `oft_scaled` of OneTrainer.
+            pub fn with_scaled_skew(mut self, scaled: bool) -> Self {
+                self.scaled_skew = scaled;
                 self
             }
 
@@ -589,7 +617,7 @@ impl OftConfig {
 /// The settings of an adapter, of BOFT or of OFT.
 ///
 /// Serde reads and writes this, [`BoftConfig`] and [`OftConfig`] as PEFT's `adapter_config.json`, where `peft_type`
-/// tells the two apart. Settings that PEFT does not have are not written: [`BoftConfig::scale`], the seed of
+/// tells the two apart. Settings that PEFT does not have are not written: [`BoftConfig::scale`], `scaled_skew`, the seed of
 /// [`Init::Random`], and those that [`Selection`] says are not in PEFT's file.
 ///
 /// # Examples
@@ -681,6 +709,22 @@ impl AdapterConfig {
         match self {
             Self::Boft(config) => config.scale,
             Self::Oft(_) => false,
+        }
+    }
+
+    /// Whether the trained numbers are `2√(b−1)` times those of `Q`.
+    pub fn scaled_skew(&self) -> bool {
+        match self {
+            Self::Boft(config) => config.scaled_skew,
+            Self::Oft(config) => config.scaled_skew,
+        }
+    }
+
+    /// Sets whether the trained numbers are `2√(b−1)` times those of `Q`.
+    pub fn set_scaled_skew(&mut self, scaled: bool) {
+        match self {
+            Self::Boft(config) => config.scaled_skew = scaled,
+            Self::Oft(config) => config.scaled_skew = scaled,
         }
     }
 
@@ -813,6 +857,7 @@ mod tests {
             ("scale", config.scale.to_string()),
             ("dropout", format!("{:?}", config.dropout)),
             ("init", format!("{:?}", config.init)),
+            ("scaled_skew", config.scaled_skew.to_string()),
         ];
         assert_table("BoftConfig", head, &config.selection);
     }
@@ -829,6 +874,7 @@ mod tests {
             ("coft_radius", radius),
             ("block_share", config.block_share.to_string()),
             ("init", format!("{:?}", config.init)),
+            ("scaled_skew", config.scaled_skew.to_string()),
         ];
         assert_table("OftConfig", head, &config.selection);
     }

@@ -5,7 +5,7 @@
 
 use std::fmt::{self, Display, Formatter};
 
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{DType, Tensor, TensorData};
 use rand::{SeedableRng, rngs::StdRng};
 use rand_distr::{Distribution as _, Normal};
 use serde::{Deserialize, Serialize};
@@ -403,6 +403,7 @@ pub(crate) struct Method {
     dropout: f64,
     scale: bool,
     init: Init,
+    scaled_skew: bool,
 }
 
 impl Method {
@@ -433,6 +434,7 @@ impl Method {
                 dropout: config.dropout,
                 scale: config.scale,
                 init: config.init,
+                scaled_skew: config.scaled_skew,
             },
             AdapterConfig::Oft(config) => Self {
                 family: Family::Oft,
@@ -444,6 +446,7 @@ impl Method {
                 dropout: 0.0,
                 scale: false,
                 init: config.init,
+                scaled_skew: config.scaled_skew,
             },
         }
     }
@@ -490,6 +493,7 @@ impl Method {
                 scale: self.scale,
                 dropout: self.dropout,
                 init: self.init,
+                scaled_skew: self.scaled_skew,
                 selection,
             }
             .into(),
@@ -499,6 +503,7 @@ impl Method {
                 coft_radius: self.coft_radius,
                 block_share: self.block_share,
                 init: self.init,
+                scaled_skew: self.scaled_skew,
                 selection,
             }
             .into(),
@@ -646,7 +651,7 @@ impl Method {
     }
 
     /// The settings in words, the most important ones first.
-    fn facts(&self) -> [String; 8] {
+    fn facts(&self) -> [String; 9] {
         let block = match self.block {
             Block::Size(b) => format!("block size {b}"),
             Block::Count(n) => format!("{n} blocks"),
@@ -665,6 +670,7 @@ impl Method {
             either(self.scale, "a scale", "no scale"),
             format!("dropout {}", self.dropout),
             either(self.block_share, "shared blocks", "blocks of their own"),
+            either(self.scaled_skew, "a scaled skew", "no scaled skew"),
         ]
     }
 }
@@ -847,6 +853,36 @@ impl Rotation {
         f64::atan2(imaginary, real).abs()
     }
 
+    /// What the trained numbers are divided by to become those of `Q`; none where they are those of `Q`.
+    pub(crate) fn skew_divisor(&self) -> Option<f64> {
+        let is_scaled = self.method.scaled_skew;
+        is_scaled.then(|| skew_divisor(self.sizes.block_size()))
+    }
+
+    /// The numbers of `Q`, of those that are trained.
+    pub(crate) fn skew_of(&self, trained: Tensor<3>) -> Tensor<3> {
+        match self.skew_divisor() {
+            Some(divisor) => trained.div_scalar(divisor),
+            None => trained,
+        }
+    }
+
+    /// The same on the host, to the last bit.
+    pub(crate) fn skew_numbers(&self, trained: TensorData) -> TensorData {
+        match self.skew_divisor() {
+            Some(divisor) => divided(&trained, divisor),
+            None => trained,
+        }
+    }
+
+    /// The numbers that are trained, of those of `Q`.
+    pub(crate) fn trained_numbers(&self, skew: TensorData) -> TensorData {
+        match self.skew_divisor() {
+            Some(divisor) => multiplied(&skew, divisor),
+            None => skew,
+        }
+    }
+
     /// Whether there is a COFT radius.
     pub(crate) fn is_bounded(&self) -> bool {
         self.method.coft_radius.is_some()
@@ -855,14 +891,52 @@ impl Rotation {
     /// Scales every `Q` whose `‖Q‖_F` is larger than `radius / √n` back to it, for `n` stored blocks. Without a radius
     /// nothing changes.
     pub(crate) fn project(&self, skew: Tensor<3>) -> Tensor<3> {
-        let Some(radius) = self.method.coft_radius else {
-            return skew;
-        };
-        let [_, stored, _] = skew.dims();
-        let radius = radius / (stored as f64).sqrt();
-        let norm = (skew.clone().square().sum_dim(2) * 2.0).sqrt();
-        skew * (norm.clamp_min(radius).recip() * radius)
+        match self.method.coft_radius {
+            Some(radius) => within(radius, skew),
+            None => skew,
+        }
     }
+
+    /// The same of the numbers that are trained, which may be a multiple of those of `Q`.
+    pub(crate) fn project_trained(&self, trained: Tensor<3>) -> Tensor<3> {
+        match self.method.coft_radius {
+            Some(radius) => within(radius * self.skew_divisor().unwrap_or(1.0), trained),
+            None => trained,
+        }
+    }
+}
+
+/// What the trained numbers of a scaled skew are divided by, `2√(b−1)`: about the norm `‖Q‖₂` of a block whose numbers are
+/// drawn with a standard deviation of one.
+pub(crate) fn skew_divisor(block_size: usize) -> f64 {
+    2.0 * (block_size as f64 - 1.0).sqrt()
+}
+
+/// Numbers divided by one, in their precision.
+pub(crate) fn divided(data: &TensorData, divisor: f64) -> TensorData {
+    let quotient = |number: f64| match data.dtype() {
+        DType::F64 => number / divisor,
+        _ => f64::from(number as f32 / divisor as f32),
+    };
+    mapped(data, quotient)
+}
+
+/// Numbers times one, rounded once.
+pub(crate) fn multiplied(data: &TensorData, factor: f64) -> TensorData {
+    mapped(data, |number| number * factor)
+}
+
+fn mapped(data: &TensorData, change: impl Fn(f64) -> f64) -> TensorData {
+    let numbers: Vec<_> = data.iter::<f64>().map(change).collect();
+    TensorData::new(numbers, data.shape().clone()).convert_dtype(data.dtype())
+}
+
+/// Scales blocks of packed numbers back to a norm of `radius / √n`, for `n` blocks.
+fn within(radius: f64, numbers: Tensor<3>) -> Tensor<3> {
+    let [_, stored, _] = numbers.dims();
+    let radius = radius / (stored as f64).sqrt();
+    let norm = (numbers.clone().square().sum_dim(2) * 2.0).sqrt();
+    numbers * (norm.clamp_min(radius).recip() * radius)
 }
 
 impl Display for Rotation {

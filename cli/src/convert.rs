@@ -311,6 +311,7 @@ fn to_oft(adapter: &Adapter) -> Result<Adapter, Error> {
     };
     let mut oft = OftConfig::new();
     (oft.block, oft.init, oft.selection) = (config.block, config.init, config.selection.clone());
+    oft.scaled_skew = config.scaled_skew;
     // The squares of PEFT 0.14 and 0.15 are read as BOFT, and in them one block may serve a whole layer.
     oft.block_share = adapter.layers().iter().any(AdapterLayer::block_share);
     assemble(adapter, oft.into(), |layer| {
@@ -359,6 +360,7 @@ fn to_boft(adapter: &Adapter, base: Option<&Base>) -> Result<Adapter, Error> {
     let orientation = Orientation::of(base, &head);
     let mut boft = BoftConfig::new();
     (boft.block, boft.init, boft.selection) = (config.block, config.init, config.selection.clone());
+    boft.scaled_skew = config.scaled_skew;
     assemble(adapter, boft.into(), |layer| {
         if layer.kind() == Some(LayerKind::Embedding) {
             let path = layer.path();

@@ -43,7 +43,11 @@ pub fn write(adapter: &Adapter, base: Option<&Base>, output: &Path) -> Result<()
                  cannot say that; convert it with --to peft --base first"
             )));
         }
-        tensors.push(tensor(join(path, AdapterLayer::SKEW), layer.skew().clone()));
+        let (name, numbers) = match adapter.config().scaled_skew() {
+            false => (AdapterLayer::SKEW, layer.skew().clone()),
+            true => (AdapterLayer::SCALED_SKEW, layer.scaled_skew()),
+        };
+        tensors.push(tensor(join(path, name), numbers));
         if let Some(scale) = layer.scale() {
             tensors.push(tensor(join(path, AdapterLayer::SCALE), scale.clone()));
         }
@@ -156,9 +160,9 @@ fn torch_name(name: &str) -> String {
     tensor.name().to_string()
 }
 
-/// The layer whose skew has this name in a record.
-fn layer_of(name: &str) -> Option<&str> {
-    match name.strip_suffix(AdapterLayer::SKEW)? {
+/// The layer whose tensor has this name in a record, where tensors of its kind are called `own`.
+fn layer_of<'a>(name: &'a str, own: &str) -> Option<&'a str> {
+    match name.strip_suffix(own)? {
         "" => Some(""),
         path => path.strip_suffix('.'),
     }
@@ -243,25 +247,34 @@ struct RecordReader<'a> {
 }
 
 impl RecordReader<'_> {
-    fn read(self) -> Result<Adapter, Error> {
-        let skews = self.tensors.iter();
-        let skews: BTreeMap<_, _> = skews
-            .filter_map(|(name, skew)| Some((layer_of(name)?, skew)))
-            .collect();
-        if skews.is_empty() {
-            return Err(Error::malformed(
-                self.path,
-                format!(
-                    "it holds no adapter: no tensor has a name that ends with `{}`",
-                    AdapterLayer::SKEW
-                ),
-            ));
-        }
-        let layers = skews.iter().map(|(path, skew)| self.layer(path, skew));
+    fn read(mut self) -> Result<Adapter, Error> {
+        let (plain, scaled) = (
+            self.rotations(AdapterLayer::SKEW),
+            self.rotations(AdapterLayer::SCALED_SKEW),
+        );
+        let refuse = |why: String| Err(Error::malformed(self.path, why));
+        let is_scaled = match (plain.first_key_value(), scaled.first_key_value()) {
+            (Some(_), None) => false,
+            (None, Some(_)) => true,
+            (None, None) => {
+                let end = AdapterLayer::SKEW;
+                return refuse(format!(
+                    "it holds no adapter: no tensor has a name that ends with `{end}`"
+                ));
+            }
+            (Some((plain, _)), Some((scaled, _))) => {
+                return refuse(format!(
+                    "`{scaled}` has a scaled skew and `{plain}` a plain one, and one adapter has one kind"
+                ));
+            }
+        };
+        let rotations = if is_scaled { scaled } else { plain };
+        let layers = rotations.iter();
+        let layers = layers.map(|(path, numbers)| self.layer(path, numbers, is_scaled));
         let layers = layers.collect::<Result<Vec<_>, _>>()?;
         let mut saved = Vec::new();
         for (name, data) in &self.tensors {
-            saved.extend(self.saved(name, data, |module| skews.contains_key(module))?);
+            saved.extend(self.saved(name, data, |module| rotations.contains_key(module))?);
         }
         for (module, count) in &self.batches {
             let count = count.as_i64().ok_or_else(|| {
@@ -272,11 +285,25 @@ impl RecordReader<'_> {
             let count = TensorData::new(vec![count], Vec::<usize>::new());
             saved.push(SavedTensor::new(module, BATCHES, count));
         }
+        self.config.set_scaled_skew(is_scaled);
         Adapter::from_parts(self.config, layers, saved)
             .map_err(|mismatch| Error::malformed(self.path, mismatch.to_string()))
     }
 
-    fn layer(&self, layer: &str, skew: &TensorData) -> Result<AdapterLayer, Error> {
+    /// The numbers of the rotations that have this name, by layer.
+    fn rotations(&self, name: &str) -> BTreeMap<&str, &TensorData> {
+        let tensors = self.tensors.iter();
+        tensors
+            .filter_map(|(full, numbers)| Some((layer_of(full, name)?, numbers)))
+            .collect()
+    }
+
+    fn layer(
+        &self,
+        layer: &str,
+        numbers: &TensorData,
+        is_scaled: bool,
+    ) -> Result<AdapterLayer, Error> {
         let scale = self.tensors.get(&join(layer, AdapterLayer::SCALE));
         let told = self
             .kinds
@@ -294,8 +321,12 @@ impl RecordReader<'_> {
                 return Err(Error::tensor(self.path, layer, why));
             }
         };
-        AdapterLayer::new(layer, kind, skew.clone(), scale.cloned())
-            .map_err(|mismatch| Error::malformed(self.path, mismatch.to_string()))
+        let (numbers, scale) = (numbers.clone(), scale.cloned());
+        let layer = match is_scaled {
+            true => AdapterLayer::from_scaled_skew(layer, kind, numbers, scale),
+            false => AdapterLayer::new(layer, kind, numbers, scale),
+        };
+        layer.map_err(|mismatch| Error::malformed(self.path, mismatch.to_string()))
     }
 
     /// A bias or a part of a saved module, with PyTorch's name and orientation.
@@ -313,9 +344,12 @@ impl RecordReader<'_> {
                 Bias::All => true,
                 Bias::AdapterOnly => is_adapted(module),
             };
-        let is_rotation = [AdapterLayer::SKEW, AdapterLayer::SCALE]
-            .iter()
-            .any(|end| name.ends_with(end));
+        let parts = [
+            AdapterLayer::SKEW,
+            AdapterLayer::SCALED_SKEW,
+            AdapterLayer::SCALE,
+        ];
+        let is_rotation = parts.iter().any(|end| name.ends_with(end));
         if is_rotation || !(is_bias || selection.saves(module)) {
             return Ok(None);
         }
@@ -347,10 +381,12 @@ mod tests {
 
     #[test]
     fn the_name_of_a_skew_says_its_layer_also_where_the_layer_is_the_whole_model() {
-        assert_eq!(layer_of("block.fc.weight.boft.skew"), Some("block.fc"));
-        assert_eq!(layer_of("weight.boft.skew"), Some(""));
-        assert_eq!(layer_of("my_weight.boft.skew"), None);
-        assert_eq!(layer_of("block.fc.weight.boft.scale"), None);
+        let layer = |name| layer_of(name, AdapterLayer::SKEW);
+        assert_eq!(layer("block.fc.weight.boft.skew"), Some("block.fc"));
+        assert_eq!(layer("weight.boft.skew"), Some(""));
+        assert_eq!(layer("my_weight.boft.skew"), None);
+        assert_eq!(layer("block.fc.weight.boft.scale"), None);
+        assert_eq!(layer("block.fc.weight.boft.scaled_skew"), None);
     }
 
     #[test]

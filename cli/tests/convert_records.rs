@@ -169,6 +169,52 @@ fn a_record_loads_into_an_injected_model_and_one_of_it_becomes_pefts() {
     assert_models(&merged(folder.path(), "back"), &case.merged, 1e-5, "back");
 }
 
+/// A record holds what is trained, under a name that says whether that is a multiple of the numbers of `Q`.
+#[test]
+fn a_record_of_a_scaled_skew_has_the_numbers_that_are_trained() {
+    let device = Device::flex();
+    let case = Case::open("cases/boft-mlp-bias-only-saved");
+    let folder = case.folder();
+    let (adapter, _) = Adapter::load(&case.adapter).unwrap();
+    let mut config = adapter.config().clone();
+    config.set_scaled_skew(true);
+    let layers = adapter.layers().to_vec();
+    let scaled = Adapter::from_parts(config.clone(), layers, adapter.tensors().to_vec()).unwrap();
+    scaled.save(folder.path().join("scaled")).unwrap();
+    succeed(
+        folder.path(),
+        &convert_command("scaled", "record", "adapter.bpk"),
+    );
+
+    let model = inject(Mlp::new(&case.base, &device), config).unwrap();
+    let record = ModuleRecord::load(folder.path().join("adapter.bpk")).unwrap();
+    let model = model.try_load_record(record.allow_partial(true)).unwrap();
+    let found = merge(model.clone()).unwrap().tensors();
+    let mut expected = case.merged.clone();
+    expected.retain(|key, _| found.contains_key(key));
+    assert_models(&found, &expected, 1e-5, "in Burn");
+
+    // Burn's own record of the model, and the one from before, are read as what they are.
+    model
+        .into_record()
+        .save(folder.path().join("model.bpk"))
+        .unwrap();
+    let settings = case.adapter.join("adapter_config.json");
+    let beside = [
+        "--config",
+        settings.to_str().unwrap(),
+        "--base",
+        "base.safetensors",
+    ];
+    for (record, output) in [("model.bpk", "of the model"), ("adapter.bpk", "back")] {
+        let convert = convert_command(record, "peft", output);
+        succeed(folder.path(), &[&convert[..], &beside].concat());
+        assert_models(&merged(folder.path(), output), &case.merged, 1e-5, output);
+        let (back, _) = Adapter::load(folder.path().join(output)).unwrap();
+        assert!(back.config().scaled_skew(), "{output}");
+    }
+}
+
 #[test]
 fn a_parameter_that_pytorch_itself_calls_gamma_is_not_put_into_a_record() {
     let case = Case::open("cases/boft-mlp-saved-batch-norm");

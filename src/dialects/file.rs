@@ -220,10 +220,12 @@ impl AdapterFile {
     /// The settings without targets: OFT with the polynomial, or BOFT, whose map is exact.
     fn config(&self, block_share: bool) -> AdapterConfig {
         let is_polynomial = |layer: &FileLayer| is_oft_v2(layer.dialect);
+        let is_scaled = |layer: &FileLayer| layer.dialect == Dialect::ScaledOft;
         match self.layers.iter().any(is_polynomial) {
             true => OftConfig::new()
                 .with_cayley(oft_v2::MAP)
                 .with_block_share(block_share)
+                .with_scaled_skew(self.layers.iter().all(is_scaled))
                 .into(),
             false => BoftConfig::new().into(),
         }

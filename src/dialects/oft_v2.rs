@@ -4,7 +4,8 @@
 //! layer rotates its input by `R`, so its weight becomes `W·Rᵀ`. Of a convolution they rotate the weight to `W·R`: its rotation
 //! is that of `−Q` here, because a polynomial of `−Q` is the transpose of that of `Q`.
 //!
-//! Scaled OFT, which the tensor `oft_R.scaled_oft` marks, divides the numbers by `2√(b−1)` first.
+//! Scaled OFT, which the tensor `oft_R.scaled_oft` marks, divides the numbers by `2√(b−1)` first. It is trained here with
+//! [`with_scaled_skew`](crate::OftConfig::with_scaled_skew).
 //!
 //! sd-scripts bounds the numbers (COFT) only while its own arguments ask for it, which a file does not carry, so none is
 //! computed.
@@ -12,7 +13,7 @@
 //! Files: `modules/module/oft_utils.py` and `OFTModule` in `modules/module/LoRAModule.py` of OneTrainer at commit 23df3832, and
 //! `networks/oft_v2.py` of sd-scripts at commit 091ece99.
 
-use burn::tensor::{DType, TensorData};
+use burn::tensor::TensorData;
 
 use super::parts::{Parts, Read};
 use super::table::{Dialect, SCALED};
@@ -44,34 +45,25 @@ pub(super) fn read(parts: &Parts, dialect: Dialect) -> Result<Read, Mismatch> {
     let b = block_size(packed).ok_or(SizeError::Packed { numbers: packed });
     let b = b.map_err(|reason| parts.wrong(name, reason))?;
     check_sizes([1, n, b]).map_err(|reason| parts.wrong(name, reason))?;
-    let mut numbers = parts.floats(name, data)?;
-    let dtype = widened(data.dtype());
-    if dialect == Dialect::ScaledOft {
-        let is_set = values(parts.required(SCALED)?) == [1.0];
-        if !is_set {
-            let expected = "one mark, which is set, expected";
-            return Err(parts.wrong(SCALED, SizeError::Axes { expected }));
+    let numbers = parts.floats(name, data)?;
+    let numbers = from_values(numbers, [1, n, packed], widened(data.dtype()));
+    let layer = match dialect {
+        Dialect::ScaledOft => {
+            let is_set = values(parts.required(SCALED)?) == [1.0];
+            if !is_set {
+                let expected = "one mark, which is set, expected";
+                return Err(parts.wrong(SCALED, SizeError::Axes { expected }));
+            }
+            AdapterLayer::from_scaled_skew(parts.module, None, numbers, None)?
         }
-        unscale(&mut numbers, b, dtype);
-    }
-    let skew = from_values(numbers, [1, n, packed], dtype);
+        _ => AdapterLayer::new(parts.module, None, numbers, None)?,
+    };
     Ok(Read {
-        layer: AdapterLayer::new(parts.module, None, skew, None)?,
+        layer,
         alpha: None,
         is_bounded: false,
         exceeds_alpha: false,
     })
-}
-
-/// Divides by `2√(b−1)`, in the precision that the numbers have.
-fn unscale(numbers: &mut [f64], b: usize, dtype: DType) {
-    let divisor = 2.0 * (b as f64 - 1.0).sqrt();
-    for number in numbers {
-        *number = match dtype {
-            DType::F64 => *number / divisor,
-            _ => f64::from(*number as f32 / divisor as f32),
-        };
-    }
 }
 
 /// The numbers of the rotation of a convolution, `−Q`.

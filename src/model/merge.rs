@@ -175,11 +175,11 @@ pub fn project<M: Module>(model: M) -> M {
         .adapted()
         .filter(|(_, _, rotation)| rotation.is_bounded());
     let projected = bounded.filter_map(|(_, attached, rotation)| {
-        let (path, skew) = attached.part("skew")?;
-        if is_quantized(skew.dtype()) {
+        let (path, trained) = attached.trained_skew()?;
+        if is_quantized(trained.dtype()) {
             return None;
         }
-        let projected = rotation.project(skew.tensor());
+        let projected = rotation.project_trained(trained.tensor());
         Some((path.to_string(), projected.into_dispatch()))
     });
     let projected: HashMap<_, _> = projected.collect();

@@ -209,7 +209,8 @@ pub fn diagnose<M: Module>(model: &M) -> Diagnosis {
     let model = model.valid();
     let walk = walk(&model);
     let layers = walk.adapted().filter_map(|(weight, attached, rotation)| {
-        let skew = dequantized(attached.skew()?.tensor());
+        let (_, trained) = attached.trained_skew()?;
+        let skew = rotation.skew_of(dequantized(trained.tensor()));
         let base = match rotation.kind() {
             LayerKind::Linear | LayerKind::Embedding => {
                 matrix::<2>(weight.stored.tensor(), rotation.kind())

@@ -188,19 +188,19 @@ pub(crate) struct Attached {
 }
 
 impl Attached {
-    /// The skew, as it is stored.
-    pub(crate) fn skew(&self) -> Option<&Stored> {
-        self.part("skew").map(|(_, stored)| stored)
+    /// The numbers of the rotation that are trained, with their path: those of the skew, or of the scaled skew.
+    pub(crate) fn trained_skew(&self) -> Option<(&str, &Stored)> {
+        self.part("skew").or_else(|| self.part("scaled_skew"))
     }
 
     /// The adapter itself, put together again from what the traversal showed of it. Its tensors are shared.
     pub(crate) fn adapter(&self, rotation: &Rotation) -> Option<BoftAdapter> {
-        let (_, skew) = self.part("skew")?;
+        let (_, trained) = self.trained_skew()?;
         let scale = self.part("scale").map(|(_, scale)| scale.tensor());
         let rotation = rotation.clone();
         Some(BoftAdapter::of_parts(
             rotation,
-            skew.tensor(),
+            trained.tensor(),
             scale,
             self.drops,
         ))

@@ -11,6 +11,7 @@ pub mod input;
 mod keys;
 mod legacy;
 mod load;
+mod notes;
 mod pair;
 mod read;
 mod save;

@@ -25,7 +25,7 @@ use super::keys::{
     EMBEDDING_ROTATION, Format, Layout, Leaf, PREFIX, is_copied, is_stray, key, leaf,
 };
 use super::legacy::{self, Squares};
-use super::scale;
+use super::{notes, scale};
 use crate::config::{AdapterConfig, Bias, LayerKind, Selection, TargetModules};
 use crate::select::{Saved, endings, longest};
 use crate::tensors::{from_values, is_finite, values, widened};
@@ -170,7 +170,7 @@ impl Reader {
             warn_of_lost((&selection, &entries), &adapted, &tensors, &saved, report);
         }
         check_biases(&layers, &tensors, mismatch);
-        scale::restore(&mut layers, &metadata);
+        notes::restore(&metadata, &mut self.config, &mut layers);
         reconcile(&mut self.config, &layers, report);
         to_model_names(names, (&mut layers, &mut tensors, &mut copies), mismatch)?;
         let lost = lost_modules(&selection, &saved);

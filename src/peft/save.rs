@@ -6,7 +6,7 @@ use burn::tensor::FloatDType;
 
 use super::error::SaveError;
 use super::folder::{self, Folder};
-use super::{config_json, scale, write};
+use super::{config_json, notes, write};
 use crate::config::{Selection, TargetModules};
 use crate::value::Adapter;
 use crate::value::keymap::KeyMap;
@@ -70,7 +70,7 @@ impl Adapter {
     /// without locks, let one process write at a time. Other files in the folder are left alone.
     ///
     /// PEFT's BOFT always has a scale. Where none is trained, ones are written, and a line of text beside the tensors
-    /// lets [`Adapter::load`] leave them out again. More than one factor needs PEFT's CUDA kernel; without it, PEFT
+    /// lets [`Adapter::load`] leave them out again. Another such line says that a scaled skew was trained. More than one factor needs PEFT's CUDA kernel; without it, PEFT
     /// refuses the file. [`Cayley::Neumann016`](crate::Cayley::Neumann016) is written as PEFT 0.16 and 0.17 wrote it,
     /// and only those versions and this crate compute it.
     ///
@@ -132,7 +132,8 @@ impl Adapter {
         let mut config = self.config.clone();
         self.name_in_file(config.selection_mut(), names)?;
         let mut files = Folder::new(config_json::write(&config, &self.about), tensors);
-        files.metadata.extend(scale::note(format, &self.layers));
+        let notes = notes::write(format, &self.config, &self.layers);
+        files.metadata.extend(notes);
         files.write(folder)
     }
 

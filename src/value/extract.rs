@@ -125,8 +125,8 @@ impl Adapter {
     ///
     /// # Numerics
     ///
-    /// Skew and scale are in f32, or in f64 for an f64 base, and are copied bit for bit. Biases and saved modules keep
-    /// their precision.
+    /// Skew and scale are in f32, or in f64 for an f64 base, and are copied bit for bit; a scaled skew is divided, which
+    /// rounds it. Biases and saved modules keep their precision.
     ///
     /// # Errors
     ///
@@ -290,12 +290,14 @@ impl Found {
             .walk
             .adapted()
             .filter_map(|(weight, attached, rotation)| {
-                let numbers = |name| {
-                    let (path, stored) = attached.part(name)?;
-                    Some(numbers(path, stored))
-                };
-                let (skew, scale) = (numbers("skew")?, numbers("scale").transpose());
-                Some(skew.and_then(|skew| Ok(layer(weight.owner(), rotation, skew, scale?))))
+                let (path, trained) = attached.trained_skew()?;
+                let trained = numbers(path, trained);
+                let scale = attached.part("scale");
+                let scale = scale.map(|(path, scale)| numbers(path, scale)).transpose();
+                Some(trained.and_then(|trained| {
+                    let skew = rotation.skew_numbers(trained);
+                    Ok(layer(weight.owner(), rotation, skew, scale?))
+                }))
             });
         let mut adapter = Adapter {
             config,

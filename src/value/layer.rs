@@ -5,7 +5,7 @@ use burn::tensor::TensorData;
 use super::mismatch::{FitError, Mismatch, SizeError, Wrong};
 use crate::config::LayerKind;
 use crate::ops::upper_triangle;
-use crate::rotation::{ButterflyPlan, fits};
+use crate::rotation::{ButterflyPlan, divided, fits, multiplied, skew_divisor};
 use crate::tensors::{is_float, transposed, widened};
 
 /// Which axis of a weight an adapter rotates.
@@ -55,6 +55,8 @@ pub struct AdapterLayer {
 impl AdapterLayer {
     /// Where a record of the adapted model keeps the skew of a layer, behind the layer's path and a dot.
     pub const SKEW: &str = "weight.boft.skew";
+    /// Where it keeps the trained numbers of a layer whose skew is scaled, in place of the skew.
+    pub const SCALED_SKEW: &str = "weight.boft.scaled_skew";
     /// Where a record of the adapted model keeps the scale of a layer, behind the layer's path and a dot.
     pub const SCALE: &str = "weight.boft.scale";
 
@@ -128,6 +130,40 @@ impl AdapterLayer {
             skew: skew.convert_dtype(dtype),
             scale: scale.map(|scale| scale.convert_dtype(dtype)),
         })
+    }
+
+    /// A layer of the numbers that a scaled skew trains, which are `2√(b−1)` times those of `Q`.
+    ///
+    /// # Shapes
+    ///
+    /// As [`AdapterLayer::new`].
+    ///
+    /// # Errors
+    ///
+    /// As [`AdapterLayer::new`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use burn::tensor::TensorData;
+    /// use burn_boft::value::AdapterLayer;
+    ///
+    /// // Blocks of 5 channels, so that the numbers of `Q` are a quarter.
+    /// let trained = TensorData::new(vec![0.2f32; 3 * 10], [1, 3, 10]);
+    /// let layer = AdapterLayer::from_scaled_skew("query", None, trained.clone(), None)?;
+    /// assert_eq!(layer.skew(), &TensorData::new(vec![0.05f32; 3 * 10], [1, 3, 10]));
+    /// assert_eq!(layer.scaled_skew(), trained);
+    /// # Ok::<(), burn_boft::value::Mismatch>(())
+    /// ```
+    pub fn from_scaled_skew(
+        path: impl Into<String>,
+        kind: Option<LayerKind>,
+        trained: TensorData,
+        scale: Option<TensorData>,
+    ) -> Result<Self, Mismatch> {
+        let layer = Self::new(path, kind, trained, scale)?;
+        let skew = divided(&layer.skew, skew_divisor(layer.block_size));
+        Ok(Self { skew, ..layer })
     }
 
     /// The same numbers for a rotation of the outputs, `W' = diag(s)·R·W` in PyTorch's orientation.
@@ -219,6 +255,11 @@ impl AdapterLayer {
     /// f32 or f64.
     pub fn skew(&self) -> &TensorData {
         &self.skew
+    }
+
+    /// The numbers that a scaled skew trains for this rotation: `2√(b−1)` times the skew, in its shape and precision.
+    pub fn scaled_skew(&self) -> TensorData {
+        multiplied(&self.skew, skew_divisor(self.block_size))
     }
 
     /// The scale per output channel, `[o]`, in the precision of the skew.

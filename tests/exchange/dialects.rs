@@ -9,6 +9,7 @@ use burn::tensor::{Device, TensorData};
 use burn_boft::dialects::{AdapterFile, Dialect, DialectError, Misplaced};
 use burn_boft::value::{AdapterLayer, Axis};
 use burn_boft::{Adapter, AdapterConfig, BoftConfig, Cayley, KeyMap, LayerKind};
+use safetensors::SafeTensors;
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -230,4 +231,30 @@ fn the_page_has_the_table_of_the_library() {
         )
     });
     assert_eq!(rows, expected);
+}
+
+/// What scaled OFT trains is a multiple of the numbers of `Q`, and it is trained so here as well.
+#[test]
+fn scaled_oft_is_trained_with_a_scaled_skew() {
+    let path = fixture("formulas/cases/scaled-oft-b4");
+    let file = AdapterFile::read(&path).unwrap();
+    let adapter = file.adapter(&modules(), &KeyMap::new()).unwrap();
+    assert!(adapter.config().scaled_skew());
+    let bytes = fs::read(path).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let layers = file.layers().iter().zip(adapter.layers());
+    for (stored, layer) in layers.filter(|(_, layer)| layer.kind() == Some(LayerKind::Linear)) {
+        let tensor = tensors
+            .tensor(&format!("{}.oft_R.weight", stored.module()))
+            .unwrap();
+        let numbers = tensor.data().chunks_exact(4);
+        let numbers = numbers.map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap()));
+        let trained = layer.scaled_skew();
+        for (trained, stored) in trained.iter::<f32>().zip(numbers) {
+            assert!((trained - stored).abs() <= 1e-6 * stored.abs());
+        }
+    }
+    let plain = AdapterFile::read(fixture("formulas/cases/oft-v2-b4")).unwrap();
+    let plain = plain.adapter(&modules(), &KeyMap::new()).unwrap();
+    assert!(!plain.config().scaled_skew());
 }

@@ -149,3 +149,35 @@ fn named_adapters_are_saved_in_folders_of_their_own() {
         "`../digits` cannot name an adapter: it must be the name of one folder, without `.` and separators"
     );
 }
+
+/// PEFT trains the numbers of `Q`, so the file holds those, and a line of text that PEFT does not read.
+#[test]
+fn a_scaled_skew_is_saved_as_the_numbers_of_q_and_comes_back_scaled() {
+    let config = boft().with_block_size(2).with_scaled_skew(true);
+    let model = adapted::<BoftLinear>(&config);
+    let adapter = Adapter::extract_as(&model, &config).unwrap();
+    let folder = saved(&adapter);
+    let skew = single(&stored(folder.path())["base_model.model.hidden.boft_R"])[1];
+    // Blocks of two channels, so that what is trained is twice the number of `Q`.
+    let trained = numbers(&model)["hidden.weight.boft.scaled_skew"][0] as f32;
+    assert_eq!(skew, trained / 2.0);
+    let json = settings(folder.path()).to_string();
+    assert!(!json.contains("scaled"), "{json}");
+
+    let (loaded, _) = Adapter::load(folder.path()).unwrap();
+    assert!(loaded.config().scaled_skew());
+    let attached = loaded.attach(base::<BoftLinear>()).unwrap();
+    let path = "hidden.weight.boft.scaled_skew";
+    assert_eq!(numbers(&attached)[path], numbers(&model)[path]);
+
+    // Without the line, as PEFT saves it again, the adapter is the same and is trained plainly.
+    let file = folder.path().join(TENSORS);
+    let bytes = fs::read(&file).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let plain = safetensors::serialize(tensors.iter(), None).unwrap();
+    fs::write(&file, plain).unwrap();
+    let (loaded, _) = Adapter::load(folder.path()).unwrap();
+    assert!(!loaded.config().scaled_skew());
+    let attached = loaded.attach(base::<BoftLinear>()).unwrap();
+    assert!(distance(outputs(&attached), outputs(&model)) < 1e-6);
+}

@@ -20,6 +20,7 @@ mod precision;
 mod pytorch_files;
 mod quantized;
 mod recognition;
+mod scaled_skew;
 mod strategies;
 mod targets;
 mod tree;

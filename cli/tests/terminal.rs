@@ -183,7 +183,8 @@ fn every_command_prints_its_result_as_json() {
     assert_eq!(
         merged["changes"][3],
         json!({
-            "tensor": "fc1.weight", "change": "rotate", "rows": [0, 20], "block_size": 4, "factors": 1, "scale": true
+            "tensor": "fc1.weight", "change": "rotate", "adapter": case.adapter(), "rows": [0, 20], "block_size": 4,
+            "factors": 1, "scale": true
         })
     );
     let unmerged = json(

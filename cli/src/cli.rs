@@ -37,6 +37,11 @@ pub enum Command {
     Unmerge(Unmerge),
     /// Shows what an adapter is and how far it turns each layer
     Inspect(Inspect),
+    /// Compares two adapters, or two models, layer by layer
+    ///
+    /// Of adapters it prints the angles of the rotation from one to the other, R_Aᵀ·R_B, and how far their scales are apart;
+    /// of models, how far the weights of the second are from those of the first.
+    Diff(Diff),
     /// Writes an adapter in another form: PEFT's folder, a Burn record, OFT, BOFT, LoRA
     Convert(Convert),
     /// Lists the programs and formats whose adapters are read, and what becomes of each
@@ -143,6 +148,28 @@ pub struct Inspect {
     /// Draw the rotation angle of each layer into an SVG file, which must not exist yet
     #[arg(long, value_name = "FILE")]
     pub plot: Option<PathBuf>,
+}
+
+/// The options of `diff`.
+#[derive(Debug, Args)]
+pub struct Diff {
+    /// An adapter, or a model: what PEFT's folder, a record (.bpk) or a safetensors file holds decides
+    pub a: PathBuf,
+
+    /// Another adapter, or another model
+    pub b: PathBuf,
+
+    /// The model that both adapters are for, needed where they name its modules differently
+    #[arg(long, value_name = "PATH")]
+    pub base: Option<PathBuf>,
+
+    /// Rename the modules of both adapters as for `merge`
+    #[arg(long = "map", value_name = "RULE")]
+    pub maps: Vec<String>,
+
+    /// Of files of other programs, take only the modules whose names start with this, such as lora_unet_
+    #[arg(long, value_name = "START")]
+    pub part: Option<String>,
 }
 
 /// The options of `unmerge`.

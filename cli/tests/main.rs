@@ -7,6 +7,7 @@ mod convert_loras;
 mod convert_records;
 mod dense;
 mod dialects;
+mod diff;
 mod files;
 mod inspect;
 #[cfg(unix)]

@@ -26,6 +26,7 @@ fuzz_target!(|arguments: &str| {
     let maps = match &command {
         Command::Merge(options) => &options.adapters.maps,
         Command::Unmerge(options) => &options.adapters.maps,
+        Command::Diff(options) => &options.maps,
         Command::Convert(options) => &options.maps,
         Command::Inspect(_) => return,
     };

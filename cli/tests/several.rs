@@ -537,14 +537,13 @@ fn a_part_is_given_for_each_adapter() {
     write(&folder.join("base"), &base());
     write_oft(folder, "oft", 20);
     let tensors = ["lora_unet_fc1", "lora_te1_fc1"].map(|module| {
-        let tensors = [
+        [
             (
                 format!("{module}.oft_blocks"),
                 Tensor::random(&[5, 2, 2], 2),
             ),
             (format!("{module}.alpha"), Tensor::new(&[], vec![0.0])),
-        ];
-        tensors
+        ]
     });
     let tensors = tensors.into_iter().flatten().collect();
     write(&folder.join("file.safetensors"), &tensors);

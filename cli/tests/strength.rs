@@ -1,5 +1,7 @@
 //! `--strength` and `--factors`: how much of an adapter is merged, taken out or written.
 
+use std::slice::from_ref;
+
 use serde_json::json;
 
 use crate::dense::{Matrix, factor, packed_skews, rotation, skews};
@@ -219,7 +221,7 @@ fn what_a_coft_radius_leaves_of_q_is_multiplied() {
     for strength in [-2.0, 0.5, 3.0] {
         let expected = expected(
             &layer.weight,
-            &rotation(&[bounded.clone()], strength),
+            &rotation(from_ref(&bounded), strength),
             &ones,
             1.0,
         );
@@ -270,7 +272,7 @@ fn what_alpha_leaves_of_q_is_multiplied_where_outputs_are_rotated() {
         arguments.extend(["--strength", &text]);
         succeed(folder.path(), &arguments);
         let powers: Vec<_> = scale.numbers.iter().map(|s| s.powf(strength)).collect();
-        let rotated = rotation(&[q.clone()], strength).times(&Matrix::of(&weight));
+        let rotated = rotation(from_ref(&q), strength).times(&Matrix::of(&weight));
         let expected = rotated.with_rows_scaled(&powers).tensor();
         let merged = &read(&folder.path().join(&output))["fc.weight"];
         assert_near(merged, &expected, &text);
@@ -367,7 +369,7 @@ fn the_first_factor_of_outputs_is_the_one_that_is_stored_first() {
     succeed(folder.path(), &arguments);
     let first = &skews(&squares)[0];
     // `r = (I + q)(I − q)⁻¹` with `q = A − Aᵀ`: the block of −2·½(A − Aᵀ).
-    let expected = rotation(&[first.clone()], -2.0).times(&Matrix::of(&weight));
+    let expected = rotation(from_ref(first), -2.0).times(&Matrix::of(&weight));
     let merged = &read(&folder.path().join("out"))["fc.weight"];
     assert_near(merged, &expected.tensor(), "one factor");
 }

@@ -87,7 +87,7 @@ impl<'a> Changes<'a> {
     ///
     /// # Errors
     ///
-    /// Every tensor that both change, except where both rotate it or replace different rows: only one of them could be kept.
+    /// Every tensor that both change, except where both rotate it: only one of them could be kept.
     pub fn then(mut self, next: Self, base: &Base) -> Result<Self, Error> {
         let mut problems = Vec::new();
         let (before, after) = (self.by.clone(), next.by.clone());
@@ -121,16 +121,6 @@ impl<'a> Changes<'a> {
                         continue;
                     }
                 },
-                (Change::Replace(mut parts), Change::Replace(more)) => {
-                    let mut taken = false;
-                    for (rows, tensor) in more {
-                        taken |= add(&mut parts, rows, tensor);
-                    }
-                    if taken {
-                        problems.push(clash(&key, verbs));
-                    }
-                    Change::Replace(parts)
-                }
                 (first, _) => {
                     problems.push(clash(&key, verbs));
                     first
@@ -190,14 +180,21 @@ fn rotated<'a>(
     Some(parts)
 }
 
-/// Adds rows in order, unless they overlap with other rows. Returns whether they do.
-pub fn add<T>(parts: &mut Vec<(Range<usize>, T)>, rows: Range<usize>, part: T) -> bool {
-    let at = parts.partition_point(|(other, _)| other.start < rows.start);
-    let free = parts
-        .iter()
-        .all(|(other, _)| other.end <= rows.start || rows.end <= other.start);
-    if free {
-        parts.insert(at, (rows, part));
+/// How many neighbouring rows have to be turned at once: those that rotations of the outputs mix among themselves.
+pub fn together(steps: &[Step]) -> usize {
+    let spans = steps.iter().map(|step| match step.layer.axis() {
+        Axis::Input => 1,
+        Axis::Output => step.layer.span(),
+    });
+    // Both divide the rows, and so does this.
+    spans.fold(1, least_common_multiple)
+}
+
+/// The least number that both divide.
+pub fn least_common_multiple(a: usize, b: usize) -> usize {
+    let (mut divisor, mut rest) = (a, b);
+    while rest > 0 {
+        (divisor, rest) = (rest, divisor % rest);
     }
-    !free
+    a / divisor * b
 }

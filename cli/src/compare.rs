@@ -6,7 +6,7 @@ use burn_boft::value::{AdapterLayer, Axis};
 use burn_boft::{Adapter, LayerKind};
 use faer::Mat;
 
-use crate::rewrite::least_common_multiple;
+use crate::changes::least_common_multiple;
 
 /// How far two rotations of one layer are apart.
 #[derive(Debug, Clone, PartialEq)]

@@ -11,7 +11,7 @@ use burn_boft::value::{AdapterLayer, Place, SavedTensor, join};
 use safetensors::Dtype;
 
 use crate::base::Base;
-use crate::changes::{Added, Change, Changes, Step, add};
+use crate::changes::{Added, Change, Changes, Step};
 use crate::conv1d::Orientation;
 use crate::error::{Error, LINE_PARTS};
 use crate::header::Entry;
@@ -287,6 +287,18 @@ impl<'a> Owners<'a> {
     fn is_saved_module(&self, module: &str) -> bool {
         self.whole.contains(module) && !self.layers.contains(module)
     }
+}
+
+/// Adds rows in order, unless they overlap with other rows. Returns whether they do.
+fn add<T>(parts: &mut Vec<(Range<usize>, T)>, rows: Range<usize>, part: T) -> bool {
+    let at = parts.partition_point(|(other, _)| other.start < rows.start);
+    let free = parts
+        .iter()
+        .all(|(other, _)| other.end <= rows.start || rows.end <= other.start);
+    if free {
+        parts.insert(at, (rows, part));
+    }
+    !free
 }
 
 /// The only rotation of these rows.

@@ -7,13 +7,13 @@ use burn::tensor::{DType, TensorData};
 use burn_boft::tensors::{
     decode, encode, file_name, from_file, is_finite, is_float, part, to_file,
 };
-use burn_boft::value::{Axis, SavedTensor};
+use burn_boft::value::SavedTensor;
 use indicatif::ProgressBar;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use crate::base::{Base, Shard};
-use crate::changes::{Added, Change, Changes, Step};
+use crate::changes::{Added, Change, Changes, Step, together};
 use crate::error::Error;
 use crate::header::{self, Entry};
 use crate::load::Loaded;
@@ -343,25 +343,6 @@ impl Writer<'_> {
         self.progress.inc(rows.len() as u64 * row_bytes(entry));
         Ok(())
     }
-}
-
-/// How many neighbouring rows have to be turned at once: those that rotations of the outputs mix among themselves.
-fn together(steps: &[Step]) -> usize {
-    let spans = steps.iter().map(|step| match step.layer.axis() {
-        Axis::Input => 1,
-        Axis::Output => step.layer.span(),
-    });
-    // Both divide the rows, and so does this.
-    spans.fold(1, least_common_multiple)
-}
-
-/// The least number that both divide.
-pub fn least_common_multiple(a: usize, b: usize) -> usize {
-    let (mut divisor, mut rest) = (a, b);
-    while rest > 0 {
-        (divisor, rest) = (rest, divisor % rest);
-    }
-    a / divisor * b
 }
 
 /// The count in a JSON number, which may be written as a float.

@@ -545,7 +545,7 @@ fn models(a: &Base, b: &Base, json: bool) -> Result<(), Error> {
         ));
     }
     text.push_str(&format!(
-        "{} of {} differ\n",
+        "differ: {} of {}\n",
         changed.len(),
         plural(rows.len(), "tensor")
     ));

@@ -489,7 +489,7 @@ fn the_weights_of_two_models_are_compared() {
     assert_eq!(rows[..5], ["tensor", "count", "h.2.fc", "h.10.fc", "zero"]);
     assert!(
         text.contains(
-            "\n4 of 6 tensors differ\ntensors only in a: first\ntensors only in b: second\n"
+            "\ndiffer: 4 of 6 tensors\ntensors only in a: first\ntensors only in b: second\n"
         ),
         "{text}"
     );
@@ -508,7 +508,7 @@ fn nan_in_a_model_or_an_adapter_shows() {
     }
     let text = succeed(folder.path(), &["diff", "a", "b"]);
     assert!(
-        text.contains("w            NaN       NaN  [3, 4]\n1 of 1 tensor differ\n"),
+        text.contains("w            NaN       NaN  [3, 4]\ndiffer: 1 of 1 tensor\n"),
         "{text}"
     );
     assert_eq!(diff(folder.path(), &["a", "b"])["differ"], 1);

@@ -540,6 +540,19 @@ impl Method {
         }
     }
 
+    /// Whether there is a COFT radius.
+    pub(crate) fn is_bounded(&self) -> bool {
+        self.coft_radius.is_some()
+    }
+
+    /// The method without its COFT radius.
+    pub(crate) fn unbounded(&self) -> Self {
+        Self {
+            coft_radius: None,
+            ..self.clone()
+        }
+    }
+
     /// How the numbers of a block become its matrix.
     fn block_map(&self) -> BlockMap {
         match self.map {
@@ -885,7 +898,7 @@ impl Rotation {
 
     /// Whether there is a COFT radius.
     pub(crate) fn is_bounded(&self) -> bool {
-        self.method.coft_radius.is_some()
+        self.method.is_bounded()
     }
 
     /// Scales every `Q` whose `‖Q‖_F` is larger than `radius / √n` back to it, for `n` stored blocks. Without a radius

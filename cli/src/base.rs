@@ -280,6 +280,29 @@ impl Shard {
     }
 }
 
+/// Whether two tensors have the same precision, shape and bytes.
+pub fn is_same(
+    (shard_a, a): (&Shard, &Entry),
+    (shard_b, b): (&Shard, &Entry),
+) -> Result<bool, Error> {
+    const READ: u64 = 1 << 20;
+    if (a.dtype, &a.shape) != (b.dtype, &b.shape) {
+        return Ok(false);
+    }
+    let mut offset = 0;
+    while offset < a.bytes {
+        let count = READ.min(a.bytes - offset) as usize;
+        let (mut left, mut right) = (vec![0; count], vec![0; count]);
+        shard_a.read(a, offset, &mut left)?;
+        shard_b.read(b, offset, &mut right)?;
+        if left != right {
+            return Ok(false);
+        }
+        offset += count as u64;
+    }
+    Ok(true)
+}
+
 type Weights = (PathBuf, Vec<String>, Option<(String, Map<String, Value>)>);
 
 /// The files of a folder that hold its weights.

@@ -28,12 +28,20 @@ pub struct Cli {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Writes a model with an adapter folded into its weights
+    /// Writes a model with adapters folded into its weights
     Merge(Merge),
-    /// Takes a merged adapter out of a model again, and says how exact that is
+    /// Takes merged adapters out of a model again, and says how exact that is
+    ///
+    /// No file says how adapters were merged, so that they have to be given as for `merge`: in the same order, of which the
+    /// last is taken out first, and with the same --strength and --factors.
     Unmerge(Unmerge),
     /// Shows what an adapter is and how far it turns each layer
     Inspect(Inspect),
+    /// Compares two adapters, or two models, layer by layer
+    ///
+    /// Of adapters it prints the angles of the rotation from one to the other, R_Aᵀ·R_B, and how far their scales are apart;
+    /// of models, how far the weights of the second are from those of the first.
+    Diff(Diff),
     /// Writes an adapter in another form: PEFT's folder, a Burn record, OFT, BOFT, LoRA
     Convert(Convert),
     /// Lists the programs and formats whose adapters are read, and what becomes of each
@@ -86,6 +94,22 @@ pub struct Convert {
     #[arg(long, value_name = "PATH")]
     pub base: Option<PathBuf>,
 
+    /// Write the adapter at another strength, as `merge` takes it
+    ///
+    /// Its skew, or what a COFT radius leaves of it, is multiplied, and the result has no radius, which would bound it
+    /// once more. Trained biases and saved modules are written as they are.
+    #[arg(
+        long,
+        value_name = "NUMBER",
+        value_parser = finite,
+        allow_negative_numbers = true
+    )]
+    pub strength: Option<f64>,
+
+    /// Write the first butterfly factors, this many, as `merge` takes them, and zeros for the others
+    #[arg(long, value_name = "COUNT")]
+    pub factors: Option<usize>,
+
     /// The adapter_config.json for a record that holds no settings
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -126,6 +150,28 @@ pub struct Inspect {
     pub plot: Option<PathBuf>,
 }
 
+/// The options of `diff`.
+#[derive(Debug, Args)]
+pub struct Diff {
+    /// An adapter, or a model: what PEFT's folder, a record (.bpk) or a safetensors file holds decides
+    pub a: PathBuf,
+
+    /// Another adapter, or another model
+    pub b: PathBuf,
+
+    /// The model that both adapters are for, needed where they name its modules differently
+    #[arg(long, value_name = "PATH")]
+    pub base: Option<PathBuf>,
+
+    /// Rename the modules of both adapters as for `merge`
+    #[arg(long = "map", value_name = "RULE")]
+    pub maps: Vec<String>,
+
+    /// Of files of other programs, take only the modules whose names start with this, such as lora_unet_
+    #[arg(long, value_name = "START")]
+    pub part: Option<String>,
+}
+
 /// The options of `unmerge`.
 #[derive(Debug, Args)]
 pub struct Unmerge {
@@ -134,7 +180,7 @@ pub struct Unmerge {
     pub merged: PathBuf,
 
     #[command(flatten)]
-    pub adapter: AdapterArgs,
+    pub adapters: AdapterArgs,
 
     /// The file or folder to write, which must not exist yet
     #[arg(long, value_name = "PATH")]
@@ -157,7 +203,7 @@ pub struct Merge {
     pub base: PathBuf,
 
     #[command(flatten)]
-    pub adapter: AdapterArgs,
+    pub adapters: AdapterArgs,
 
     /// The file or folder to write, which must not exist yet
     #[arg(long, value_name = "PATH", required_unless_present = "dry_run")]
@@ -168,21 +214,62 @@ pub struct Merge {
     pub dry_run: bool,
 }
 
-/// An adapter, and how its names become those of a model.
+/// Adapters, how much of them is taken, and how their names become those of a model.
 #[derive(Debug, Args)]
 pub struct AdapterArgs {
-    /// The adapter: PEFT's folder, or a file of another program
-    #[arg(long, value_name = "PATH")]
-    pub adapter: PathBuf,
+    /// The adapter: PEFT's folder, or a file of another program. Can be repeated
+    ///
+    /// Several are merged in the order in which they are given, as one after the other through files would be, except
+    /// that the weights are rounded once, at the end. --strength, --factors and --part hold for all of them, or are
+    /// given once for each in their order; --map holds for all of them. Two adapters may rotate one layer, but not
+    /// replace the same bias or saved module.
+    #[arg(long = "adapter", value_name = "PATH", required = true)]
+    pub adapters: Vec<PathBuf>,
 
-    /// Rename the adapter's modules to the model's: <regex>=<replacement> with $1 for groups, split at the
-    /// last `=`. Can be repeated; rules apply in order. A model type such as `vit` or `dinov2` in their place has
-    /// the rules for names of transformers 5, which the type in the model's config.json chooses otherwise;
-    /// `none` turns them off
+    /// How far to rotate: 1 is the adapter as it is, 0 no rotation, -1 the opposite one
+    ///
+    /// The skew-symmetric matrix Q of each block, or what a bound such as COFT's or `alpha` leaves of it, is multiplied
+    /// by this number before it is mapped to a block. With the exact Cayley map the rotation stays orthogonal. A
+    /// Neumann polynomial is less orthogonal the larger its matrix is, and a line says by how much. A negative number
+    /// transposes every block: with the exact map, -1 undoes an adapter of one factor, but not one of several, which
+    /// would have to be multiplied in the opposite order too. `unmerge` undoes them all.
+    ///
+    /// A scale s becomes s to the power of this number. Trained biases and saved modules are taken whole.
+    #[arg(
+        long = "strength",
+        value_name = "NUMBER",
+        value_parser = finite,
+        allow_negative_numbers = true
+    )]
+    pub strengths: Vec<f64>,
+
+    /// Keep the first butterfly factors, this many, and take the identity for the others
+    ///
+    /// The first factor is the one that activations meet first. In PEFT, which rotates the inputs of a layer, that is
+    /// the last of `boft_R`, which joins the most distant channels. In LyCORIS, which rotates the outputs, it is the
+    /// first of `oft_blocks`. An OFT adapter has one factor. Scales, biases and saved modules are taken whole.
+    #[arg(long = "factors", value_name = "COUNT")]
+    pub factors: Vec<usize>,
+
+    /// Rename the adapter's modules to the model's: <regex>=<replacement> with $1 for groups, split at the last `=`
+    ///
+    /// Can be repeated; rules apply in order. A model type such as `vit` or `dinov2` in their place has the rules for
+    /// names of transformers 5, which the type in the model's config.json chooses otherwise; `none` turns them off.
     #[arg(long = "map", value_name = "RULE")]
     pub maps: Vec<String>,
 
     /// Of a file of another program, take only the modules whose names start with this, such as lora_unet_
-    #[arg(long, value_name = "START")]
-    pub part: Option<String>,
+    ///
+    /// Where it is given once for each adapter, "" takes all modules, also of an adapter of PEFT's.
+    #[arg(long = "part", value_name = "START")]
+    pub parts: Vec<String>,
+}
+
+/// Reads a number that is neither NaN nor infinite.
+fn finite(text: &str) -> Result<f64, String> {
+    let number: f64 = text.parse().map_err(|_| "not a number".to_string())?;
+    match number.is_finite() {
+        true => Ok(number),
+        false => Err("not a finite number".into()),
+    }
 }

@@ -14,7 +14,7 @@ use crate::base::Base;
 use crate::cli::{Convert, To};
 use crate::conv1d::Orientation;
 use crate::error::Error;
-use crate::load::{Given, load, place};
+use crate::load::{Given, Loaded, Share, load, place};
 use crate::names::Names;
 use crate::output::{Form, OutputFolder, check_free, check_outside};
 use crate::terminal::{plural, report};
@@ -43,7 +43,7 @@ pub fn run(options: &Convert, json: bool) -> Result<(), Error> {
     if let Some(rank) = options.to_lora {
         let adapter = read(options, &input, Names::default(), base.as_ref())?;
         let base = base.ok_or_else(|| needs_base("--to-lora"))?;
-        return lora::write(&adapter, &base, names, rank as usize, &options.output, json);
+        return to_lora(options, adapter, &base, names, rank, json);
     }
     let adapter = read(options, &input, names, base.as_ref())?;
     if options.to == Some(To::SdScripts) {
@@ -68,9 +68,9 @@ fn of_file(
         return Err(Error::Settings(refused));
     }
     let adapter = place(file, options.part.as_deref(), base, &names)?;
+    let adapter = share(options).of(adapter, &options.input)?;
     if let Some(rank) = options.to_lora {
-        let (names, rank) = (Names::default(), rank as usize);
-        return lora::write(&adapter, base, names, rank, &options.output, json);
+        return to_lora(options, adapter, base, Names::default(), rank, json);
     }
     let mut layers = adapter.layers().iter();
     if let Some(layer) = layers.find(|layer| layer.axis() == Axis::Output) {
@@ -93,6 +93,33 @@ fn of_file(
         }
     };
     tell(options, &written, error, json)
+}
+
+/// Writes the nearest LoRA.
+fn to_lora(
+    options: &Convert,
+    adapter: Adapter,
+    base: &Base,
+    names: Names,
+    rank: u32,
+    json: bool,
+) -> Result<(), Error> {
+    let head = Head::of(base)?;
+    let of = Loaded {
+        path: options.input.clone(),
+        share: share(options),
+        adapter,
+        names: names.for_model(&head),
+    };
+    lora::write(&of, base, &head, rank as usize, &options.output, json)
+}
+
+/// How much of the adapter is written.
+fn share(options: &Convert) -> Share {
+    Share {
+        strength: options.strength,
+        factors: options.factors,
+    }
 }
 
 /// Writes an adapter as sd-scripts stores it. The exact map is that of BOFT there, also for OFT.
@@ -218,14 +245,14 @@ fn read(
 ) -> Result<Adapter, Error> {
     if input.is_file() {
         let settings = options.config.as_deref().map(read_settings).transpose()?;
-        return record::read(input, settings, base);
+        return share(options).of(record::read(input, settings, base)?, input);
     }
     if options.config.is_some() {
         let refused = "--config is for a record; a folder has its own settings".to_string();
         return Err(Error::Settings(refused));
     }
     let load_options = LoadOptions::new().with_key_map(names.into_key_map());
-    load(input, &load_options)
+    share(options).of(load(input, &load_options)?, input)
 }
 
 /// The adapter with the kind of every layer that has a scale. Files of old versions do not say it.

@@ -3,23 +3,33 @@
 //! PEFT puts them into the model before it merges. A model with the same numbers needs none of that; one with others is not the
 //! one that the adapter was trained on.
 
-use burn_boft::Adapter;
 use burn_boft::tensors::{decode, from_file, is_float, is_same, part};
 use burn_boft::value::{SavedTensor, join};
 
 use crate::base::Base;
+use crate::changes::Changes;
 use crate::error::Error;
-use crate::names::Names;
+use crate::load::Loaded;
 use crate::rewrite::COMPUTED;
 use crate::tie::Head;
 
-/// Refuses a model whose embeddings or heads differ from the copies that the adapter keeps.
-pub fn check(adapter: &Adapter, base: &Base, names: &Names, head: &Head) -> Result<(), Error> {
+/// Refuses a model whose embeddings or heads differ from the copies that the adapter keeps. What adapters before it have
+/// changed cannot be compared.
+pub fn check(of: &Loaded, base: &Base, head: &Head, before: &Changes) -> Result<(), Error> {
     let mut problems = Vec::new();
-    for copy in adapter.base_copies() {
-        let place = names.place(copy.module(), copy.name(), base)?;
+    for copy in of.adapter.base_copies() {
+        let place = of.names.place(copy.module(), copy.name(), base)?;
         let key = join(&place.module, copy.name());
         let path = base.path.display();
+        if let Some(first) = before.by.get(&key) {
+            problems.push(format!(
+                "{path}: `{key}` is changed by {}, and {} keeps a copy of it that the model must agree with; merge one after \
+                 the other, through a file",
+                first.display(),
+                of.path.display()
+            ));
+            continue;
+        }
         if base.entry(&key).is_none() {
             if !head.is_tied(&key) {
                 problems.push(format!(

@@ -28,12 +28,16 @@ impl Difference {
 
     /// The difference of the worst weight, relative to its norm.
     pub fn relative(&self) -> f64 {
-        match self.squares {
-            [difference, expected] if expected > 0.0 => {
-                self.relative.max((difference / expected).sqrt())
-            }
-            _ => self.relative,
+        match self.of_weight() {
+            Some(relative) => larger(self.relative, relative),
+            None => self.relative,
         }
+    }
+
+    /// The difference of this weight, relative to its norm. None where that is zero.
+    pub fn of_weight(&self) -> Option<f64> {
+        let [difference, expected] = self.squares;
+        (expected != 0.0).then(|| (difference / expected).sqrt())
     }
 
     /// Begins another weight.
@@ -63,10 +67,18 @@ impl Difference {
     fn widen_values(&mut self, found: Vec<f64>, expected: Vec<f64>) {
         for (found, expected) in found.into_iter().zip(expected) {
             let difference = found - expected;
-            self.absolute = self.absolute.max(difference.abs());
+            self.absolute = larger(self.absolute, difference.abs());
             self.squares[0] += difference * difference;
             self.squares[1] += expected * expected;
         }
+    }
+}
+
+/// The larger of two numbers, and NaN where one is, which `f64::max` would ignore.
+fn larger(a: f64, b: f64) -> f64 {
+    match b > a || b.is_nan() {
+        true => b,
+        false => a,
     }
 }
 

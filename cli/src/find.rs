@@ -11,22 +11,20 @@ use burn_boft::value::{AdapterLayer, Place, SavedTensor, join};
 use safetensors::Dtype;
 
 use crate::base::Base;
-use crate::changes::{Added, Change, Changes};
+use crate::changes::{Added, Change, Changes, Step};
 use crate::conv1d::Orientation;
 use crate::error::{Error, LINE_PARTS};
 use crate::header::Entry;
+use crate::load::Loaded;
 use crate::names::{Names, nearest};
 use crate::tie::{Head, is_head};
 
 impl<'a> Changes<'a> {
-    /// Finds the place of every layer and every saved tensor of the adapter.
-    pub fn find(
-        adapter: &'a Adapter,
-        base: &Base,
-        names: &Names,
-        head: &Head,
-    ) -> Result<Self, Error> {
+    /// Finds the place of every layer and every saved tensor of an adapter.
+    pub fn find(of: &'a Loaded, base: &Base, head: &Head) -> Result<Self, Error> {
+        let Loaded { adapter, names, .. } = of;
         let mut finder = Finder {
+            of,
             base,
             names,
             head,
@@ -47,14 +45,18 @@ impl<'a> Changes<'a> {
         for tensor in adapter.tensors() {
             finder.tensor(tensor)?;
         }
-        match finder.problems.is_empty() {
-            true => Ok(finder.changes),
-            false => Err(Error::Fit(finder.problems)),
+        if !finder.problems.is_empty() {
+            return Err(Error::Fit(finder.problems));
         }
+        let mut changes = finder.changes;
+        let keys = changes.of.keys().chain(changes.added.keys());
+        changes.by = keys.map(|key| (key.clone(), of.path.as_path())).collect();
+        Ok(changes)
     }
 }
 
 struct Finder<'a, 'b> {
+    of: &'a Loaded,
     base: &'b Base,
     names: &'b Names,
     head: &'b Head,
@@ -193,14 +195,18 @@ impl<'a> Finder<'a, '_> {
         let taken = match (changes.get_mut(&key), part) {
             (None, part) => {
                 let change = match part {
-                    Part::Layer(rows, layer) => Change::Rotate(vec![(rows, layer)]),
+                    Part::Layer(rows, layer) => {
+                        Change::Rotate(vec![(rows.clone(), step(self.of, rows, layer))])
+                    }
                     Part::Rows(rows, tensor) => Change::Replace(vec![(rows, tensor)]),
                     Part::Whole(tensor) => Change::New(tensor),
                 };
                 changes.insert(key, change);
                 return;
             }
-            (Some(Change::Rotate(parts)), Part::Layer(rows, layer)) => add(parts, rows, layer),
+            (Some(Change::Rotate(parts)), Part::Layer(rows, layer)) => {
+                add(parts, rows.clone(), step(self.of, rows, layer))
+            }
             (Some(Change::Replace(parts)), Part::Rows(rows, tensor)) => add(parts, rows, tensor),
             _ => true,
         };
@@ -293,6 +299,17 @@ fn add<T>(parts: &mut Vec<(Range<usize>, T)>, rows: Range<usize>, part: T) -> bo
         parts.insert(at, (rows, part));
     }
     !free
+}
+
+/// The only rotation of these rows.
+fn step<'a>(of: &'a Loaded, rows: Range<usize>, layer: &'a AdapterLayer) -> Vec<Step<'a>> {
+    let (path, adapter) = (of.path.as_path(), &of.adapter);
+    vec![Step {
+        path,
+        adapter,
+        layer,
+        rows,
+    }]
 }
 
 /// The rows of a tensor that a layer of the adapter rotates, or why it does not fit them: the words after "the adapter

@@ -1,6 +1,5 @@
 //! `inspect`: shows what an adapter is, and how far it rotates each layer.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::tensor::Device;
@@ -159,7 +158,7 @@ impl Folder {
         let unknown = || "-".to_string();
         let mut lines = vec![
             ("method", self.method.clone()),
-            ("targets", short_list(&self.targets)),
+            ("targets", layers::short_list(&self.targets)),
             (
                 "base model",
                 self.base_model.clone().unwrap_or_else(unknown),
@@ -285,28 +284,6 @@ fn to_text(about: &About, rows: &[Row]) -> String {
     text
 }
 
-/// Names in one line. Many of them are shortened to patterns with `*` for numbers, each with how many it stands for.
-fn short_list(names: &[String]) -> String {
-    const NAMES: usize = 8;
-    if names.len() <= NAMES {
-        return names.join(", ");
-    }
-    let mut patterns = BTreeMap::new();
-    for name in names {
-        *patterns.entry(layers::pattern(name)).or_insert(0) += 1;
-    }
-    let shown = patterns.iter().take(NAMES);
-    let shown: Vec<_> = shown
-        .map(|(pattern, count)| format!("{pattern} ({count})"))
-        .collect();
-    let more = patterns.len() - shown.len();
-    let rest = match more {
-        0 => String::new(),
-        more => format!(" and {more} more, which --json lists"),
-    };
-    format!("{} names: {}{rest}", names.len(), shown.join(", "))
-}
-
 fn to_json(about: &About, rows: &[Row]) -> Value {
     let layers: Vec<_> = rows
         .iter()
@@ -335,27 +312,4 @@ fn to_json(about: &About, rows: &[Row]) -> Value {
         .into();
     json["layers"] = layers.into();
     json
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn many_targets_are_shortened_to_patterns() {
-        let names = |count: usize, of: fn(usize) -> String| (0..count).map(of).collect::<Vec<_>>();
-        assert_eq!(
-            short_list(&names(2, |i| format!("layer.{i}.fc"))),
-            "layer.0.fc, layer.1.fc"
-        );
-        assert_eq!(
-            short_list(&names(72, |i| format!("layer.{}.fc{}", i / 2, 1 + i % 2))),
-            "72 names: layer.*.fc1 (36), layer.*.fc2 (36)"
-        );
-        let all = short_list(&names(20, |i| format!("module{i:02}")));
-        assert!(
-            all.ends_with("module07 (1) and 12 more, which --json lists"),
-            "{all}"
-        );
-    }
 }

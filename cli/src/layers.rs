@@ -1,6 +1,7 @@
 //! The layers of a model by their names: their order, and what kind each is.
 
 use std::cmp::Ordering;
+use std::collections::BTreeMap;
 
 /// Compares two paths so that layer 2 comes before layer 10.
 pub fn compare(a: &str, b: &str) -> Ordering {
@@ -42,6 +43,28 @@ pub fn kind(path: &str) -> &str {
     }
 }
 
+/// Names in one line. Many of them are shortened to patterns with `*` for numbers, each with how many it stands for.
+pub fn short_list(names: &[String]) -> String {
+    const NAMES: usize = 8;
+    if names.len() <= NAMES {
+        return names.join(", ");
+    }
+    let mut patterns = BTreeMap::new();
+    for name in names {
+        *patterns.entry(pattern(name)).or_insert(0) += 1;
+    }
+    let shown = patterns.iter().take(NAMES);
+    let shown: Vec<_> = shown
+        .map(|(pattern, count)| format!("{pattern} ({count})"))
+        .collect();
+    let more = patterns.len() - shown.len();
+    let rest = match more {
+        0 => String::new(),
+        more => format!(" and {more} more, which --json lists"),
+    };
+    format!("{} names: {}{rest}", names.len(), shown.join(", "))
+}
+
 fn is_number(part: &str) -> bool {
     !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit())
 }
@@ -76,5 +99,23 @@ mod tests {
         ] {
             assert_eq!((pattern(path).as_str(), kind(path)), (of, short));
         }
+    }
+
+    #[test]
+    fn many_targets_are_shortened_to_patterns() {
+        let names = |count: usize, of: fn(usize) -> String| (0..count).map(of).collect::<Vec<_>>();
+        assert_eq!(
+            short_list(&names(2, |i| format!("layer.{i}.fc"))),
+            "layer.0.fc, layer.1.fc"
+        );
+        assert_eq!(
+            short_list(&names(72, |i| format!("layer.{}.fc{}", i / 2, 1 + i % 2))),
+            "72 names: layer.*.fc1 (36), layer.*.fc2 (36)"
+        );
+        let all = short_list(&names(20, |i| format!("module{i:02}")));
+        assert!(
+            all.ends_with("module07 (1) and 12 more, which --json lists"),
+            "{all}"
+        );
     }
 }

@@ -3,15 +3,18 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use burn::tensor::Device;
 use burn_boft::Adapter;
 use burn_boft::dialects::{AdapterFile, DialectError, Misplaced};
 use burn_boft::peft::{CONFIG_FILE, LoadOptions, TENSORS_FILE};
+use burn_boft::value::StrengthError;
 
 use crate::base::Base;
 use crate::cli::AdapterArgs;
 use crate::error::Error;
 use crate::names::Names;
-use crate::terminal::note;
+use crate::terminal::{note, plural};
+use crate::tie::Head;
 
 /// What a path leads to.
 pub enum Given {
@@ -24,34 +27,165 @@ pub enum Given {
 impl Given {
     /// Looks at a path. One of PEFT's two files stands for its folder where both are there.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let is_peft = path
-            .file_name()
-            .is_some_and(|name| name == TENSORS_FILE || name == CONFIG_FILE);
-        let folder = path.parent().unwrap_or(Path::new(""));
-        let both = [TENSORS_FILE, CONFIG_FILE].map(|name| folder.join(name).is_file());
-        match path.is_file() {
-            false => Ok(Self::Folder(path.to_path_buf())),
-            true if is_peft && both == [true; 2] => Ok(Self::Folder(folder.to_path_buf())),
-            true => Ok(Self::File(AdapterFile::read(path)?)),
+        match peft_folder(path) {
+            Some(folder) => Ok(Self::Folder(folder.to_path_buf())),
+            None if !path.is_file() => Ok(Self::Folder(path.to_path_buf())),
+            None => Ok(Self::File(AdapterFile::read(path)?)),
         }
     }
 }
 
-/// Loads an adapter for a model, and prints the notes and warnings of the load. The names are those that are still to be
-/// translated: a file of another program gets the model's.
-pub fn load_for(
-    options: &AdapterArgs,
-    base: &Base,
-    names: Names,
-) -> Result<(Adapter, Names), Error> {
-    let part = options.part.as_deref();
-    match (Given::open(&options.adapter)?, part) {
-        (Given::Folder(folder), None) => Ok((load(&folder, &LoadOptions::new())?, names)),
-        (Given::Folder(_), Some(_)) => Err(Error::Settings(
-            "--part is for files of other programs; an adapter of PEFT's is for one model".into(),
-        )),
-        (Given::File(file), part) => Ok((place(file, part, base, &names)?, Names::default())),
+/// The folder of PEFT's two files, if this is one of them and the other is there too.
+pub fn peft_folder(path: &Path) -> Option<&Path> {
+    let name = path.file_name()?;
+    let folder = path.parent().unwrap_or(Path::new(""));
+    let mut both = [TENSORS_FILE, CONFIG_FILE].into_iter();
+    let is_peft = both.clone().any(|file| name == file);
+    (is_peft && both.all(|file| folder.join(file).is_file())).then_some(folder)
+}
+
+/// How much of an adapter is taken.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Share {
+    /// None for the adapter as it is.
+    pub strength: Option<f64>,
+    /// How many butterfly factors are kept; none for all of them.
+    pub factors: Option<usize>,
+}
+
+impl Share {
+    /// This share of an adapter from this path, and a note of what is taken whole all the same.
+    pub fn of(self, adapter: Adapter, path: &Path) -> Result<Adapter, Error> {
+        let device = Device::flex();
+        let refuse = |error: StrengthError| Error::malformed(path, error.to_string());
+        let adapter = match self.factors {
+            Some(kept) => adapter.with_factors(kept).map_err(refuse)?,
+            None => adapter,
+        };
+        let adapter = match self.strength {
+            Some(strength) => adapter.with_strength(strength, &device).map_err(refuse)?,
+            None => adapter,
+        };
+        let strength = self.strength.filter(|strength| *strength != 1.0);
+        let is_part = self.factors.is_some() || strength.is_some();
+        let shown = path.display();
+        if is_part && !adapter.tensors().is_empty() {
+            let tensors = plural(adapter.tensors().len(), "tensor");
+            note(&format!(
+                "note: {tensors} of biases and saved modules in {shown} are taken whole: --strength and --factors are for \
+                 rotations and scales"
+            ));
+        }
+        if let Some(strength) = strength.filter(|_| !adapter.is_orthogonal()) {
+            let measures = adapter.measure(&device);
+            let defects = measures.iter().map(|measure| measure.orthogonality_defect);
+            // NaN is refused where numbers are written.
+            let defect = defects.fold(0.0, f64::max);
+            note(&format!(
+                "note: {shown} has polynomials for rotations, which at a strength of {strength} are off from orthogonal by \
+                 {defect:.1e}"
+            ));
+        }
+        Ok(adapter)
     }
+}
+
+/// One adapter that the options ask for.
+pub struct Wanted<'a> {
+    path: &'a Path,
+    share: Share,
+    part: Option<&'a str>,
+    names: Names,
+}
+
+impl<'a> Wanted<'a> {
+    /// The adapters of the options, each with its settings.
+    pub fn all(options: &'a AdapterArgs) -> Result<Vec<Self>, Error> {
+        let paths = &options.adapters;
+        let strengths = each("strength", &options.strengths, paths.len())?;
+        let factors = each("factors", &options.factors, paths.len())?;
+        let parts = each("part", &options.parts, paths.len())?;
+        let wanted = paths.iter().enumerate().map(|(index, path)| {
+            Ok(Self {
+                path,
+                share: Share {
+                    strength: strengths[index].copied(),
+                    factors: factors[index].copied(),
+                },
+                // Every name starts with nothing.
+                part: parts[index]
+                    .map(String::as_str)
+                    .filter(|start| !start.is_empty()),
+                names: Names::parse(&options.maps)?,
+            })
+        });
+        wanted.collect()
+    }
+
+    /// Loads the adapter for a model, and prints the notes and warnings of the load.
+    pub fn load(self, base: &Base, head: &Head) -> Result<Loaded, Error> {
+        let Self {
+            path,
+            share,
+            part,
+            names,
+        } = self;
+        // A file of another program gets the model's names.
+        let (adapter, names) = match (Given::open(path)?, part) {
+            (Given::Folder(folder), None) => (load(&folder, &LoadOptions::new())?, names),
+            (Given::Folder(_), Some(_)) => {
+                return Err(Error::Settings(
+                    "--part is for files of other programs; an adapter of PEFT's is for one model"
+                        .into(),
+                ));
+            }
+            (Given::File(file), part) => (place(file, part, base, &names)?, Names::default()),
+        };
+        Ok(Loaded {
+            path: path.to_path_buf(),
+            share,
+            adapter: share.of(adapter, path)?,
+            names: names.for_model(head),
+        })
+    }
+}
+
+/// Loads several adapters for one model.
+pub fn load_all(wanted: Vec<Wanted>, base: &Base, head: &Head) -> Result<Vec<Loaded>, Error> {
+    let loaded = wanted.into_iter().map(|wanted| wanted.load(base, head));
+    loaded.collect()
+}
+
+/// The value of an option for each adapter: one for all of them, or one for each in their order.
+fn each<'a, T>(
+    option: &str,
+    values: &'a [T],
+    adapters: usize,
+) -> Result<Vec<Option<&'a T>>, Error> {
+    match values {
+        [] => Ok(vec![None; adapters]),
+        [value] => Ok(vec![Some(value); adapters]),
+        values if values.len() == adapters => Ok(values.iter().map(Some).collect()),
+        values => Err(Error::Settings(format!(
+            "--{option} is given {} times and --adapter {}; give it once for all adapters, or once for each in their order",
+            values.len(),
+            match adapters {
+                1 => "once".to_string(),
+                adapters => format!("{adapters} times"),
+            }
+        ))),
+    }
+}
+
+/// An adapter that was loaded for a model.
+pub struct Loaded {
+    /// The path as it was given.
+    pub path: PathBuf,
+    /// How much of it was taken.
+    pub share: Share,
+    pub adapter: Adapter,
+    /// The rules from its names to the model's.
+    pub names: Names,
 }
 
 /// The adapter of a file of another program, or of a part of it, with the names of a model.

@@ -1,8 +1,8 @@
 //! The low-rank adapter that is nearest to an orthogonal one, in PEFT's LoRA layout.
 
 use std::collections::{BTreeMap, HashSet};
-use std::ops::Range;
 use std::path::Path;
+use std::slice;
 
 use burn::tensor::{DType, TensorData};
 use burn_boft::peft::{Folder, key, saved_key};
@@ -14,10 +14,10 @@ use faer::linalg::solvers::SvdError;
 use serde_json::{Map, Value, json};
 
 use crate::base::Base;
-use crate::changes::{Change, Changes};
+use crate::changes::{Change, Changes, Step, steps};
 use crate::copies;
 use crate::error::Error;
-use crate::names::Names;
+use crate::load::Loaded;
 use crate::output::OutputFolder;
 use crate::rewrite::{Turn, row_bytes};
 use crate::terminal::{note, plural, progress, report, shown};
@@ -26,18 +26,17 @@ use crate::turn::Forward;
 
 /// Writes `B·A ≈ W' − W` for every layer, from the largest singular values, and prints how much that leaves out.
 pub fn write(
-    adapter: &Adapter,
+    of: &Loaded,
     base: &Base,
-    names: Names,
+    head: &Head,
     rank: usize,
     output: &Path,
     json: bool,
 ) -> Result<(), Error> {
-    let head = Head::of(base)?;
-    let names = names.for_model(&head);
-    let changes = Changes::find(adapter, base, &names, &head)?;
-    copies::check(adapter, base, &names, &head)?;
-    names.note().iter().for_each(|line| note(line));
+    let adapter = &of.adapter;
+    let changes = Changes::find(of, base, head)?;
+    copies::check(of, base, head, &Changes::default())?;
+    of.names.note().iter().for_each(|line| note(line));
     let mut tensors = BTreeMap::new();
     let mut targets = Vec::new();
     let (mut text, mut lines) = (String::new(), Vec::new());
@@ -48,14 +47,15 @@ pub fn write(
         let Change::Rotate(parts) = change else {
             continue;
         };
-        for (rows, layer) in parts {
+        for step in steps(parts) {
+            let layer = step.layer;
             if layer.kind() == Some(LayerKind::Embedding) {
                 let path = layer.path();
                 return Err(Error::Settings(format!(
                     "`{path}` is an embedding, whose LoRA PEFT stores and computes in another way; merge the adapter instead"
                 )));
             }
-            let weight = Weight::read(base, name, rows.clone(), layer, adapter)?;
+            let weight = Weight::read(base, name, step)?;
             let low =
                 LowRank::new(&weight, rank).map_err(|why| Error::tensor(&base.path, name, why))?;
             text.push_str(&format!(
@@ -143,13 +143,8 @@ struct Weight {
 }
 
 impl Weight {
-    fn read(
-        base: &Base,
-        key: &str,
-        rows: Range<usize>,
-        layer: &AdapterLayer,
-        adapter: &Adapter,
-    ) -> Result<Self, Error> {
+    fn read(base: &Base, key: &str, step: &Step) -> Result<Self, Error> {
+        let rows = &step.rows;
         let refuse = |reason: String| Error::tensor(&base.path, key, reason);
         let (shard, entry) = base
             .entry(key)
@@ -162,10 +157,10 @@ impl Weight {
         let before = decode(entry.dtype, &bytes, vec![rows.len(), d_input])
             .ok_or_else(|| refuse(format!("is {}", file_name(entry.dtype))))?;
         // Widened first: the change is not rounded to the weight's precision.
-        let before = before.convert_dtype(layer.skew().dtype());
-        let mut turn = Forward::new(adapter);
-        turn.start(layer, [d_input, rows.len()]).map_err(refuse)?;
-        let after = turn.turn(before.clone(), 0..rows.len()).map_err(refuse)?;
+        let before = before.convert_dtype(step.layer.skew().dtype());
+        let mut turn = Forward::new();
+        turn.start(slice::from_ref(step), d_input).map_err(refuse)?;
+        let after = turn.turn(before.clone(), rows.clone()).map_err(refuse)?;
         let (before, after) = (values(&before), values(&after));
         let at = |row: usize, column: usize| row * d_input + column;
         let change = Mat::from_fn(rows.len(), d_input, |i, j| {

@@ -3,9 +3,11 @@
 mod base;
 mod changes;
 mod cli;
+mod compare;
 mod conv1d;
 mod convert;
 mod copies;
+mod diff;
 mod distance;
 mod error;
 mod families;
@@ -46,7 +48,7 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             note(
-                "error: name a command: merge, unmerge, inspect or convert; burn-boft --help says what they do",
+                "error: name a command: merge, unmerge, inspect, diff or convert; burn-boft --help says what they do",
             );
             return ExitCode::from(2);
         }
@@ -74,6 +76,7 @@ fn run(command: Command, json: bool) -> Result<(), Error> {
         Command::Merge(options) => merge::run(&options, json),
         Command::Unmerge(options) => unmerge::run(&options, json),
         Command::Inspect(options) => inspect::run(&options, json),
+        Command::Diff(options) => diff::run(&options, json),
         Command::Convert(options) => convert::run(&options, json),
         Command::Formats => formats::run(json),
         Command::Completions(options) => manual::completions(&options),

@@ -7,15 +7,16 @@ use burn::tensor::{DType, TensorData};
 use burn_boft::tensors::{
     decode, encode, file_name, from_file, is_finite, is_float, part, to_file,
 };
-use burn_boft::value::{AdapterLayer, Axis, SavedTensor};
+use burn_boft::value::SavedTensor;
 use indicatif::ProgressBar;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use crate::base::{Base, Shard};
-use crate::changes::{Added, Change, Changes};
+use crate::changes::{Added, Change, Changes, Step, together};
 use crate::error::Error;
 use crate::header::{self, Entry};
+use crate::load::Loaded;
 use crate::output::{Form, OutputFile, OutputFolder, check_free, check_outside};
 use crate::{terminal, tie};
 
@@ -26,16 +27,16 @@ pub const COMPUTED: usize = 2 << 20;
 
 /// Rotates rows of weights, or undoes that.
 pub trait Turn {
-    /// Prepares for the rows of a layer of these widths, `[d_input, d_output]`.
-    fn start(&mut self, layer: &AdapterLayer, widths: [usize; 2]) -> Result<(), String>;
+    /// Prepares for rows that these rotations turn one after the other, of a weight of so many inputs.
+    fn start(&mut self, steps: &[Step], d_input: usize) -> Result<(), String>;
 
-    /// The rotated rows, in the precision that they came in. `rows` counts from the first row of the layer, and where the
+    /// The rotated rows, in the precision that they came in. `rows` counts from the first row of the weight, and where
     /// outputs are rotated, they are whole spans.
     fn turn(&mut self, numbers: TensorData, rows: Range<usize>) -> Result<TensorData, String>;
 }
 
 /// Refuses an output that is there, is of another form than the model, or inside one of the inputs.
-pub fn check_output(output: &Path, base: &Base, adapter: &Path) -> Result<(), Error> {
+pub fn check_output(output: &Path, base: &Base, adapters: &[Loaded]) -> Result<(), Error> {
     let form = match base.is_folder() {
         true => Form::Folder,
         false => Form::File,
@@ -56,7 +57,9 @@ pub fn check_output(output: &Path, base: &Base, adapter: &Path) -> Result<(), Er
     if base.is_folder() {
         check_outside(output, &base.path)?;
     }
-    check_outside(output, adapter)
+    adapters
+        .iter()
+        .try_for_each(|adapter| check_outside(output, &adapter.path))
 }
 
 /// Writes the model with its changes, and these other files of its folder.
@@ -278,7 +281,7 @@ impl Writer<'_> {
         &mut self,
         shard: &Shard,
         entry: &Entry,
-        parts: &[(Range<usize>, &T)],
+        parts: &[(Range<usize>, T)],
         file: &mut OutputFile,
         write: impl Fn(
             &mut Self,
@@ -305,25 +308,19 @@ impl Writer<'_> {
         shard: &Shard,
         entry: &Entry,
         rows: Range<usize>,
-        layer: &AdapterLayer,
+        steps: &Vec<Step>,
         file: &mut OutputFile,
     ) -> Result<(), Error> {
         let refuse = |reason: String| Error::tensor(&shard.path, &entry.key, reason);
         let d_input: usize = entry.shape[1..].iter().product();
-        self.turn
-            .start(layer, [d_input, rows.len()])
-            .map_err(refuse)?;
+        self.turn.start(steps, d_input).map_err(refuse)?;
         let row = row_bytes(entry);
-        // Rows that are rotated among themselves stay together.
-        let together = match layer.axis() {
-            Axis::Input => 1,
-            Axis::Output => layer.span(),
-        };
+        let together = together(steps);
         let step = (COMPUTED / d_input / together).max(1) * together;
-        for start in (0..rows.len()).step_by(step) {
-            let part = start..rows.len().min(start + step);
+        for start in rows.clone().step_by(step) {
+            let part = start..rows.end.min(start + step);
             let mut bytes = vec![0; part.len() * row as usize];
-            shard.read(entry, (rows.start + start) as u64 * row, &mut bytes)?;
+            shard.read(entry, start as u64 * row, &mut bytes)?;
             let numbers = decode(entry.dtype, &bytes, vec![part.len(), d_input])
                 .ok_or_else(|| refuse(format!("is {}", file_name(entry.dtype))))?;
             let turned = self.turn.turn(numbers, part).map_err(refuse)?;
@@ -339,7 +336,7 @@ impl Writer<'_> {
         shard: &Shard,
         entry: &Entry,
         rows: Range<usize>,
-        tensor: &SavedTensor,
+        tensor: &&SavedTensor,
         file: &mut OutputFile,
     ) -> Result<(), Error> {
         write_rounded(tensor, shard, entry, file)?;

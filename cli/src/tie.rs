@@ -11,8 +11,8 @@ use burn_boft::LayerKind;
 use burn_boft::peft::input::{self, LONGEST_SETTINGS};
 use serde_json::{Map, Value};
 
-use crate::base::Base;
-use crate::changes::{Added, Change, Changes};
+use crate::base::{Base, is_same};
+use crate::changes::{Added, Change, Changes, steps};
 use crate::error::Error;
 
 /// The file of a model's folder that says what the model is.
@@ -314,8 +314,8 @@ impl Head {
         // A rotated layer that is called like an embedding and is none is something else.
         let changes_embedding = |change: &Change| match change {
             Change::Rotate(parts) => {
-                let mut layers = parts.iter().map(|(_, layer)| layer.kind());
-                rotated == Rotated::Alone && layers.any(|kind| kind == Some(LayerKind::Embedding))
+                let mut kinds = steps(parts).map(|step| step.layer.kind());
+                rotated == Rotated::Alone && kinds.any(|kind| kind == Some(LayerKind::Embedding))
             }
             _ => true,
         };
@@ -521,25 +521,10 @@ fn has_own_head(base: &Base) -> Result<bool, Error> {
 
 /// Whether two tensors of the model hold the same numbers.
 fn are_equal(base: &Base, a: &str, b: &str) -> Result<bool, Error> {
-    const READ: u64 = 1 << 20;
-    let (Some((shard_a, a)), Some((shard_b, b))) = (base.entry(a), base.entry(b)) else {
-        return Ok(false);
-    };
-    if (a.dtype, &a.shape) != (b.dtype, &b.shape) {
-        return Ok(false);
+    match (base.entry(a), base.entry(b)) {
+        (Some(a), Some(b)) => is_same(a, b),
+        _ => Ok(false),
     }
-    let mut offset = 0;
-    while offset < a.bytes {
-        let count = READ.min(a.bytes - offset) as usize;
-        let (mut left, mut right) = (vec![0; count], vec![0; count]);
-        shard_a.read(a, offset, &mut left)?;
-        shard_b.read(b, offset, &mut right)?;
-        if left != right {
-            return Ok(false);
-        }
-        offset += count as u64;
-    }
-    Ok(true)
 }
 
 /// The text of a `config.json` with `tie_word_embeddings: false`, and everything else as it is written.

@@ -3,13 +3,13 @@
 use std::ops::Range;
 
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
-use burn_boft::Adapter;
 use burn_boft::ops::{Blocks, Direction, Side};
 use burn_boft::tensors::{from_values, values};
-use burn_boft::value::{AdapterLayer, Axis};
+use burn_boft::value::Axis;
 use faer::Mat;
 use faer::linalg::solvers::DenseSolveCore;
 
+use crate::changes::Step;
 use crate::distance::Difference;
 use crate::rewrite::Turn;
 
@@ -17,11 +17,11 @@ use crate::rewrite::Turn;
 /// mostly rounding errors.
 const SINGULAR: f64 = 1e6;
 
-/// `W' = diag(s)·W·Rᵀ` in PyTorch's orientation, row by row, or `diag(s)·R·W` where the outputs are rotated.
-pub struct Forward<'a> {
-    adapter: &'a Adapter,
+/// `W' = diag(s)·W·Rᵀ` in PyTorch's orientation, row by row, or `diag(s)·R·W` where the outputs are rotated; of several
+/// rotations one after the other, without rounding to the precision of the weight in between.
+pub struct Forward {
     device: Device,
-    rotation: Option<Rotation>,
+    rotations: Vec<Rotation>,
 }
 
 /// The rotation and the scale of one layer, ready to use.
@@ -32,17 +32,16 @@ struct Rotation {
     axis: Axis,
     block_size: usize,
     dtype: DType,
+    /// The first row of the weight that it turns.
+    first: usize,
 }
 
 impl Rotation {
-    fn new(
-        adapter: &Adapter,
-        layer: &AdapterLayer,
-        widths: [usize; 2],
-        device: &Device,
-    ) -> Result<Self, String> {
-        let blocks = adapter
-            .rotation(layer, widths, device)
+    fn new(step: &Step, d_input: usize, device: &Device) -> Result<Self, String> {
+        let layer = step.layer;
+        let blocks = step
+            .adapter
+            .rotation(layer, [d_input, step.rows.len()], device)
             .map_err(|mismatch| mismatch.to_string())?;
         let scale = layer.scale();
         let scale = scale.map(|scale| Tensor::from_data(scale.clone(), (device, scale.dtype())));
@@ -52,7 +51,13 @@ impl Rotation {
             axis: layer.axis(),
             block_size: layer.block_size(),
             dtype: layer.skew().dtype(),
+            first: step.rows.start,
         })
+    }
+
+    /// Rows of the weight, counted from the first that it turns.
+    fn own(&self, rows: &Range<usize>) -> Range<usize> {
+        rows.start - self.first..rows.end - self.first
     }
 
     /// The scale of these rows.
@@ -65,7 +70,8 @@ impl Rotation {
         blocks.part(rows.start / self.block_size..rows.end / self.block_size)
     }
 
-    fn apply(&self, weight: Tensor<2>, rows: Range<usize>) -> Tensor<2> {
+    fn apply(&self, weight: Tensor<2>, rows: &Range<usize>) -> Tensor<2> {
+        let (weight, rows) = (weight.cast(FloatDType::from(self.dtype)), self.own(rows));
         let weight = match (&self.blocks, self.axis) {
             (Some(blocks), Axis::Output) => {
                 self.of_rows(blocks, &rows)
@@ -82,45 +88,48 @@ impl Rotation {
     }
 }
 
-impl<'a> Forward<'a> {
-    pub fn new(adapter: &'a Adapter) -> Self {
+impl Forward {
+    pub fn new() -> Self {
         Self {
-            adapter,
             device: Device::flex(),
-            rotation: None,
+            rotations: Vec::new(),
         }
     }
 }
 
-impl Turn for Forward<'_> {
-    fn start(&mut self, layer: &AdapterLayer, widths: [usize; 2]) -> Result<(), String> {
-        self.rotation = Some(Rotation::new(self.adapter, layer, widths, &self.device)?);
+impl Turn for Forward {
+    fn start(&mut self, steps: &[Step], d_input: usize) -> Result<(), String> {
+        let rotations = steps
+            .iter()
+            .map(|step| Rotation::new(step, d_input, &self.device));
+        self.rotations = rotations.collect::<Result<_, _>>()?;
         Ok(())
     }
 
     fn turn(&mut self, numbers: TensorData, rows: Range<usize>) -> Result<TensorData, String> {
-        let rotation = self.rotation.as_ref().ok_or("has no rotation")?;
         let dtype = numbers.dtype();
-        let weight = tensor(numbers, &self.device, rotation.dtype);
-        Ok(rounded(rotation.apply(weight, rows), dtype))
+        let weight = tensor(numbers, &self.device);
+        let rotations = self.rotations.iter();
+        let weight = rotations.fold(weight, |weight, rotation| rotation.apply(weight, &rows));
+        Ok(rounded(weight, dtype))
     }
 }
 
-/// Rows of a weight, in the precision of the rotation.
-fn tensor(numbers: TensorData, device: &Device, dtype: DType) -> Tensor<2> {
-    let own = numbers.dtype();
-    Tensor::<2>::from_data(numbers, (device, own)).cast(FloatDType::from(dtype))
+/// Rows of a weight.
+fn tensor(numbers: TensorData, device: &Device) -> Tensor<2> {
+    let dtype = numbers.dtype();
+    Tensor::<2>::from_data(numbers, (device, dtype))
 }
 
 fn rounded(weight: Tensor<2>, dtype: DType) -> TensorData {
     weight.cast(FloatDType::from(dtype)).into_data()
 }
 
-/// `W = diag(1/s)·W'·(Rᵀ)⁻¹`: takes the rotation out, and measures how far merging the result again is from `W'`.
-pub struct Backward<'a> {
-    adapter: &'a Adapter,
+/// `W = diag(1/s)·W'·(Rᵀ)⁻¹`: takes rotations out, the last one first, and measures how far merging the result again is from
+/// `W'`.
+pub struct Backward {
     device: Device,
-    rotation: Option<(Rotation, Inverse)>,
+    rotations: Vec<(Rotation, Inverse)>,
     /// How far the merged weights are from those that come out when the restored weights are merged again.
     pub difference: Difference,
 }
@@ -129,12 +138,11 @@ pub struct Backward<'a> {
 /// orthogonal.
 type Inverse = Option<Tensor<3>>;
 
-impl<'a> Backward<'a> {
-    pub fn new(adapter: &'a Adapter) -> Self {
+impl Backward {
+    pub fn new() -> Self {
         Self {
-            adapter,
             device: Device::flex(),
-            rotation: None,
+            rotations: Vec::new(),
             difference: Difference::default(),
         }
     }
@@ -143,9 +151,11 @@ impl<'a> Backward<'a> {
         rotation: &Rotation,
         inverse: &Inverse,
         weight: Tensor<2>,
-        rows: Range<usize>,
+        rows: &Range<usize>,
     ) -> Tensor<2> {
         let [count, d_input] = weight.dims();
+        let rows = rotation.own(rows);
+        let weight = weight.cast(FloatDType::from(rotation.dtype));
         let weight = match rotation.scale(rows.clone()) {
             Some(scale) => weight / scale.unsqueeze_dim::<2>(1),
             None => weight,
@@ -167,34 +177,41 @@ impl<'a> Backward<'a> {
     }
 }
 
-impl Turn for Backward<'_> {
-    fn start(&mut self, layer: &AdapterLayer, widths: [usize; 2]) -> Result<(), String> {
-        if let Some(scale) = layer.scale()
-            && let Some(row) = scale.iter::<f64>().position(|scale| scale == 0.0)
-        {
-            return Err(format!(
-                "was scaled by zero in row {row}: nothing of that row is left to restore"
-            ));
+impl Turn for Backward {
+    fn start(&mut self, steps: &[Step], d_input: usize) -> Result<(), String> {
+        self.rotations.clear();
+        for step in steps {
+            if let Some(scale) = step.layer.scale()
+                && let Some(row) = scale.iter::<f64>().position(|scale| scale == 0.0)
+            {
+                return Err(format!(
+                    "was scaled by zero in row {row}: nothing of that row is left to restore"
+                ));
+            }
+            let rotation = Rotation::new(step, d_input, &self.device)?;
+            let inverse = match &rotation.blocks {
+                Some(blocks) if !step.adapter.is_orthogonal() => {
+                    Some(invert(blocks, &self.device)?)
+                }
+                _ => None,
+            };
+            self.rotations.push((rotation, inverse));
         }
-        let rotation = Rotation::new(self.adapter, layer, widths, &self.device)?;
-        let inverse = match &rotation.blocks {
-            Some(blocks) if !self.adapter.is_orthogonal() => Some(invert(blocks, &self.device)?),
-            _ => None,
-        };
-        self.rotation = Some((rotation, inverse));
         self.difference.next();
         Ok(())
     }
 
     fn turn(&mut self, numbers: TensorData, rows: Range<usize>) -> Result<TensorData, String> {
-        let (rotation, inverse) = self.rotation.as_ref().ok_or("has no rotation")?;
         let dtype = numbers.dtype();
-        let merged = tensor(numbers.clone(), &self.device, rotation.dtype);
-        let restored = Self::restore(rotation, inverse, merged, rows.clone());
+        let rotations = || self.rotations.iter();
+        let merged = tensor(numbers.clone(), &self.device);
+        let restored = rotations().rfold(merged, |weight, (rotation, inverse)| {
+            Self::restore(rotation, inverse, weight, &rows)
+        });
         let restored = rounded(restored, dtype);
-        let again = tensor(restored.clone(), &self.device, rotation.dtype);
-        let again = rounded(rotation.apply(again, rows), dtype);
-        self.difference.widen(&again, &numbers);
+        let again = tensor(restored.clone(), &self.device);
+        let again = rotations().fold(again, |weight, (rotation, _)| rotation.apply(weight, &rows));
+        self.difference.widen(&rounded(again, dtype), &numbers);
         Ok(restored)
     }
 }

@@ -10,35 +10,36 @@ use crate::changes::{Change, Changes};
 use crate::cli::Unmerge;
 use crate::distance::{self, Difference, between};
 use crate::error::Error;
-use crate::load::load_for;
-use crate::names::Names;
+use crate::load::{Wanted, load_all};
 use crate::rewrite::{check_output, rewrite};
 use crate::terminal::{note, plural, report};
 use crate::tie::{Head, Rotated};
 use crate::turn::Backward;
 
 pub fn run(options: &Unmerge, json: bool) -> Result<(), Error> {
-    let names = Names::parse(&options.adapter.maps)?;
+    let wanted = Wanted::all(&options.adapters)?;
     let merged = Base::open(&options.merged)?;
-    let (adapter, names) = load_for(&options.adapter, &merged, names)?;
     let head = Head::of(&merged)?;
-    let names = names.for_model(&head);
-    let mut changes = Changes::find(&adapter, &merged, &names, &head)?;
-    names.note().iter().for_each(|line| note(line));
-    if !options.keep_saved {
-        refuse_saved(&adapter)?;
+    let adapters = load_all(wanted, &merged, &head)?;
+    let mut changes = Changes::default();
+    for of in &adapters {
+        let mut next = Changes::find(of, &merged, &head)?;
+        of.names.note().iter().for_each(|line| note(line));
+        if !options.keep_saved {
+            refuse_saved(&of.adapter)?;
+        }
+        next.of
+            .retain(|_, change| matches!(change, Change::Rotate(_)));
+        next.added.clear();
+        changes = changes.then(next, &merged)?;
     }
-    changes
-        .of
-        .retain(|_, change| matches!(change, Change::Rotate(_)));
-    changes.added.clear();
     head.untie(&merged, &mut changes, Rotated::Together)?;
-    check_output(&options.output, &merged, &options.adapter.adapter)?;
+    check_output(&options.output, &merged, &adapters)?;
     let base = options.base.as_deref().map(Base::open).transpose()?;
     if let Some(base) = &base {
         check_base(base, &merged, options, &changes)?;
     }
-    let mut turn = Backward::new(&adapter);
+    let mut turn = Backward::new();
     let others = merged.other_files()?;
     others.note().iter().for_each(|line| note(line));
     rewrite(
@@ -58,8 +59,12 @@ pub fn run(options: &Unmerge, json: bool) -> Result<(), Error> {
     };
     let (output, count) = (options.output.display(), changes.rotations());
     let restored = plural(count, "layer");
+    let what = match adapters.len() {
+        1 => "adapter",
+        _ => "adapters",
+    };
     let mut text = format!(
-        "{output}: {restored} restored; merging the adapter into them again is off by at most {}",
+        "{output}: {restored} restored; merging the {what} into them again is off by at most {}",
         in_words(&again)
     );
     if let (Some(difference), Some(path)) = (&base, &options.base) {

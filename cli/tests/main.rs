@@ -5,7 +5,9 @@ mod broken_models;
 mod convert_folders;
 mod convert_loras;
 mod convert_records;
+mod dense;
 mod dialects;
+mod diff;
 mod files;
 mod inspect;
 #[cfg(unix)]
@@ -20,6 +22,8 @@ mod numbers;
 mod orientation;
 mod outputs;
 mod saved;
+mod several;
+mod strength;
 mod terminal;
 mod tied;
 mod unmerge;

@@ -52,7 +52,7 @@ fn wrong_options_are_refused_in_one_line() {
     assert_eq!(line(&["fold"]), "unrecognized subcommand 'fold'");
     assert_eq!(
         line(&[]),
-        "name a command: merge, unmerge, inspect or convert; burn-boft --help says what they do"
+        "name a command: merge, unmerge, inspect, diff or convert; burn-boft --help says what they do"
     );
 }
 
@@ -124,6 +124,7 @@ fn a_full_standard_output_is_a_failure_and_a_closed_one_is_not() {
     for arguments in [
         &["inspect", "adapter"][..],
         &["inspect", "adapter", "--json"],
+        &["diff", "adapter", "adapter"],
         &[&["merge"], &fit[..], &["--dry-run"]].concat(),
         &[&["merge"], &fit[..], &["--output", "merged"]].concat(),
         &[
@@ -183,7 +184,8 @@ fn every_command_prints_its_result_as_json() {
     assert_eq!(
         merged["changes"][3],
         json!({
-            "tensor": "fc1.weight", "change": "rotate", "rows": [0, 20], "block_size": 4, "factors": 1, "scale": true
+            "tensor": "fc1.weight", "change": "rotate", "adapter": case.adapter(), "rows": [0, 20], "block_size": 4,
+            "factors": 1, "scale": true
         })
     );
     let unmerged = json(
@@ -197,6 +199,16 @@ fn every_command_prints_its_result_as_json() {
     assert_eq!(lora["layers"][1]["path"], "fc2");
     assert!(lora["layers"][1]["left_out_of_change"].as_f64() > Some(0.0));
     assert_eq!(json("inspect ADAPTER --json")["layers"][0]["path"], "fc1");
+    let diff = json("diff ADAPTER ADAPTER --json");
+    assert_eq!(
+        [&diff["kind"], &diff["layers"][1]["path"]],
+        ["adapters", "fc2"]
+    );
+    let diff = json("diff base.safetensors merged.safetensors --json");
+    assert_eq!(
+        [&diff["kind"], &diff["differ"]],
+        [&json!("models"), &json!(6)]
+    );
 }
 
 #[test]
@@ -217,6 +229,6 @@ fn the_command_line_describes_itself_to_shells_and_to_the_manual() {
     );
     assert_eq!(
         refused(folder.path(), &["man", "fold"]),
-        "there is no command `fold`; there are merge, unmerge, inspect, convert, formats, completions, man, help"
+        "there is no command `fold`; there are merge, unmerge, inspect, diff, convert, formats, completions, man, help"
     );
 }

@@ -24,8 +24,9 @@ fuzz_target!(|arguments: &str| {
         }
     };
     let maps = match &command {
-        Command::Merge(options) => &options.adapter.maps,
-        Command::Unmerge(options) => &options.adapter.maps,
+        Command::Merge(options) => &options.adapters.maps,
+        Command::Unmerge(options) => &options.adapters.maps,
+        Command::Diff(options) => &options.maps,
         Command::Convert(options) => &options.maps,
         Command::Inspect(_) => return,
     };

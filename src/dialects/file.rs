@@ -134,10 +134,17 @@ impl AdapterFile {
 
     /// Measures every rotation, as [`Adapter::measure`] does, under its name in the file.
     pub fn measure(&self, device: &Device) -> Vec<LayerMeasure> {
+        self.unplaced().measure(device)
+    }
+
+    /// The adapter without a model, with the names of the file.
+    ///
+    /// It is for measuring, and for comparing files of one dialect with each other. What [`FileLayer::layer`] says of
+    /// convolutions and shared blocks holds here too.
+    pub fn unplaced(&self) -> Adapter {
         let layers = self.layers.iter().map(|layer| layer.layer.clone());
         let adapter = Adapter::from_parts(self.config(false), layers.collect(), Vec::new());
-        let adapter = adapter.expect("the layers of one program fit its settings");
-        adapter.measure(device)
+        adapter.expect("the layers of one program fit its settings")
     }
 
     /// The adapter for a model, with the model's names.

@@ -37,5 +37,6 @@ mod write;
 
 pub use error::{DialectError, Misplaced};
 pub use file::{AdapterFile, FileLayer};
+pub use read::has_rotation;
 pub use table::{Dialect, ToPeft};
 pub use write::WriteError;

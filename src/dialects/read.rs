@@ -85,6 +85,16 @@ impl AdapterFile {
     }
 }
 
+/// Whether a file with tensors of these names is an adapter and no model: one of them holds the rotation of a layer.
+pub fn has_rotation<'a>(mut keys: impl Iterator<Item = &'a str>) -> bool {
+    let is_rotation = |name: &str| {
+        Dialect::ALL
+            .iter()
+            .any(|dialect| dialect.rotation().0 == name)
+    };
+    keys.any(|key| split(key).is_some_and(|(_, name)| is_rotation(name)))
+}
+
 type Contents = (
     BTreeMap<String, TensorData>,
     BTreeMap<String, String>,

@@ -401,6 +401,14 @@ impl AdapterLayer {
         })?;
         Ok(sizes.with_block_share(self.block_share))
     }
+
+    /// The sizes of the rotation as far as the adapter alone says them; none where blocks of one channel do not rotate.
+    ///
+    /// One block stands for all that share it, and where the outputs are rotated, any inputs do.
+    pub(crate) fn own_sizes(&self) -> Option<ButterflyPlan> {
+        let d_input = self.d_input().unwrap_or(self.block_size);
+        self.butterfly(d_input, self.d_output.unwrap_or(1)).ok()
+    }
 }
 
 /// A tensor that travels with an adapter: a trained bias, or a part of a module to save.

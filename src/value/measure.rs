@@ -81,12 +81,8 @@ impl Adapter {
     }
 
     /// Defect, norm and angle; none of a layer that does not rotate.
-    ///
-    /// The width of a layer whose blocks are shared is not known, and it makes no difference: one block stands for all.
     fn measure_rotation(&self, layer: &AdapterLayer, device: &Device) -> Option<[f64; 3]> {
-        // One block stands for all that share it. Where the outputs are rotated, any inputs do.
-        let d_input = layer.d_input().unwrap_or(layer.block_size);
-        let butterfly = layer.butterfly(d_input, layer.d_output.unwrap_or(1)).ok()?;
+        let butterfly = layer.own_sizes()?;
         if !values(&layer.skew).iter().all(|value| value.is_finite()) {
             return Some([f64::NAN; 3]);
         }

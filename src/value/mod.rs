@@ -13,6 +13,7 @@ mod measure;
 pub(crate) mod mismatch;
 pub(crate) mod reconcile;
 mod report;
+mod strength;
 
 use burn::tensor::{DType, Device, Tensor};
 use serde_json::{Map, Value};
@@ -25,6 +26,7 @@ pub use layer::{AdapterLayer, Axis, SavedTensor, TensorOwner};
 pub use measure::LayerMeasure;
 pub use mismatch::{FitError, Mismatch, Missing, PartsError, SizeError, Unexpected, Wrong};
 pub use report::LoadReport;
+pub use strength::StrengthError;
 
 use crate::config::{AdapterConfig, LayerKind, Selection};
 use crate::ops::Blocks;
@@ -174,6 +176,19 @@ impl Adapter {
     pub fn with_base_copies(mut self, copies: Vec<SavedTensor>) -> Self {
         self.copies = copies;
         self.sort();
+        self
+    }
+
+    /// The same adapter with its rotations and scales in f64, so that what is computed with them is not rounded to f32.
+    pub fn in_f64(mut self) -> Self {
+        for layer in &mut self.layers {
+            for data in [Some(&mut layer.skew), layer.scale.as_mut()]
+                .into_iter()
+                .flatten()
+            {
+                *data = data.clone().convert_dtype(DType::F64);
+            }
+        }
         self
     }
 

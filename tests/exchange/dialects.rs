@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, TensorData};
-use burn_boft::dialects::{AdapterFile, Dialect, DialectError, Misplaced};
+use burn_boft::dialects::{AdapterFile, Dialect, DialectError, Misplaced, has_rotation};
 use burn_boft::value::{AdapterLayer, Axis};
 use burn_boft::{Adapter, AdapterConfig, BoftConfig, Cayley, KeyMap, LayerKind};
 use safetensors::SafeTensors;
@@ -63,6 +63,44 @@ fn a_file_of_lycoris_becomes_an_adapter_of_outputs() {
     assert_eq!(
         (conv.kind(), q.kind()),
         (Some(LayerKind::Conv2d), Some(LayerKind::Linear))
+    );
+}
+
+#[test]
+fn an_adapter_is_told_from_a_model_by_the_names_of_its_tensors() {
+    for name in [
+        "lycoris_fc.oft_blocks",
+        "lora_unet_fc.oft_R.weight",
+        "fc.boft_R",
+        "base_model.model.fc.oft_R.weight",
+    ] {
+        assert!(has_rotation(["fc.alpha", name].into_iter()), "{name}");
+    }
+    let model = [
+        "fc.weight",
+        "fc.alpha",
+        "oft_blocks",
+        "fc.my_oft_blocks",
+        "fc.oft_R",
+    ];
+    assert!(!has_rotation(model.into_iter()));
+}
+
+#[test]
+fn a_file_without_a_model_keeps_its_names_and_its_numbers() {
+    let file = AdapterFile::read(fixture("lycoris/cases/both-methods")).unwrap();
+    let adapter = file.unplaced();
+    assert_eq!(adapter.layers().len(), file.layers().len());
+    for layer in file.layers() {
+        let mut layers = adapter.layers().iter();
+        let unplaced = layers
+            .find(|unplaced| unplaced.path() == layer.module())
+            .unwrap();
+        assert_eq!(unplaced, layer.layer());
+    }
+    assert_eq!(
+        adapter.measure(&Device::flex()),
+        file.measure(&Device::flex())
     );
 }
 

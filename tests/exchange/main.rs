@@ -19,6 +19,7 @@ mod round_trip;
 mod saving;
 mod settings;
 mod shared_folders;
+mod strength;
 mod strictness;
 mod support;
 mod untrained_scale;

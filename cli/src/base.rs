@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Component, Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use burn_boft::peft::input::{self, LONGEST_HEADER, LONGEST_SETTINGS};
 use burn_boft::peft::{CONFIG_FILE, TENSORS_FILE};
@@ -40,7 +41,8 @@ pub struct Shard {
     /// Its name in the folder.
     pub name: String,
     pub header: Header,
-    file: File,
+    /// One reader at a time, since each moves to its place first.
+    file: Mutex<File>,
 }
 
 impl Base {
@@ -94,7 +96,7 @@ impl Base {
             path,
             name,
             header,
-            file,
+            file: Mutex::new(file),
         });
         Ok(())
     }
@@ -273,7 +275,7 @@ impl Shard {
 
     /// Reads bytes of a tensor.
     pub fn read(&self, entry: &Entry, offset: u64, bytes: &mut [u8]) -> Result<(), Error> {
-        let mut file = &self.file;
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         file.seek(SeekFrom::Start(entry.start + offset))
             .and_then(|_| file.read_exact(bytes))
             .map_err(Error::read(&self.path))

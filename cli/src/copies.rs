@@ -10,7 +10,7 @@ use crate::base::Base;
 use crate::changes::Changes;
 use crate::error::Error;
 use crate::load::Loaded;
-use crate::rewrite::COMPUTED;
+use crate::pieces::COMPUTED;
 use crate::tie::Head;
 
 /// Refuses a model whose embeddings or heads differ from the copies that the adapter keeps. What adapters before it have

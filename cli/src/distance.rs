@@ -5,10 +5,12 @@ use burn_boft::tensors::{decode, file_name, from_file, is_float, values};
 
 use crate::base::Base;
 use crate::error::Error;
-use crate::rewrite::COMPUTED;
+use crate::pieces::COMPUTED;
 
 /// How many numbers are widened at a time.
 const CHUNK: usize = 4096;
+/// How many sums are kept side by side.
+const LANES: usize = 8;
 
 /// How far weights are from others, over all rows that were compared.
 #[derive(Debug, Default, Clone, Copy)]
@@ -45,32 +47,69 @@ impl Difference {
         (self.relative, self.squares) = (self.relative(), [0.0; 2]);
     }
 
+    /// Adds what other rows of this weight have shown.
+    pub fn include(&mut self, rows: &Self) {
+        self.absolute = larger(self.absolute, rows.absolute);
+        for (square, other) in self.squares.iter_mut().zip(rows.squares) {
+            *square += other;
+        }
+    }
+
     /// Compares rows of a weight with those that are expected.
     pub fn widen(&mut self, found: &TensorData, expected: &TensorData) {
         match (found.dtype(), expected.dtype()) {
             (DType::F32, DType::F32) => self.widen_slices::<f32>(found, expected),
             (DType::F16, DType::F16) => self.widen_slices::<f16>(found, expected),
             (DType::BF16, DType::BF16) => self.widen_slices::<bf16>(found, expected),
-            _ => self.widen_values(values(found), values(expected)),
+            _ => self.widen_values(&values(found), &values(expected)),
         }
     }
 
+    /// Compares numbers that f32 holds exactly, which is the quicker way to f64.
     fn widen_slices<T: Element>(&mut self, found: &TensorData, expected: &TensorData) {
+        let (mut ours, mut theirs) = ([0.0; CHUNK], [0.0; CHUNK]);
+        let widen = |wide: &mut [f64], numbers: &[T]| {
+            for (wide, number) in wide.iter_mut().zip(numbers) {
+                *wide = f64::from(number.elem::<f32>());
+            }
+        };
         if let (Ok(found), Ok(expected)) = (found.as_slice::<T>(), expected.as_slice::<T>()) {
-            let wide = |numbers: &[T]| numbers.iter().map(|number| number.elem::<f64>()).collect();
             for (found, expected) in found.chunks(CHUNK).zip(expected.chunks(CHUNK)) {
-                self.widen_values(wide(found), wide(expected));
+                widen(&mut ours, found);
+                widen(&mut theirs, expected);
+                self.widen_values(&ours[..found.len()], &theirs[..expected.len()]);
             }
         }
     }
 
-    fn widen_values(&mut self, found: Vec<f64>, expected: Vec<f64>) {
-        for (found, expected) in found.into_iter().zip(expected) {
+    fn widen_values(&mut self, found: &[f64], expected: &[f64]) {
+        // Sums that do not wait for each other.
+        let (mut largest, mut squares) = ([0.0; LANES], [[0.0; LANES]; 2]);
+        let mut add = |lane: usize, found: f64, expected: f64| {
             let difference = found - expected;
-            self.absolute = larger(self.absolute, difference.abs());
-            self.squares[0] += difference * difference;
-            self.squares[1] += expected * expected;
+            largest[lane] = f64::max(largest[lane], difference.abs());
+            squares[0][lane] += difference * difference;
+            squares[1][lane] += expected * expected;
+        };
+        let ((found, found_rest), (expected, expected_rest)) =
+            (found.as_chunks::<LANES>(), expected.as_chunks::<LANES>());
+        for (found, expected) in found.iter().zip(expected) {
+            (0..LANES).for_each(|lane| add(lane, found[lane], expected[lane]));
         }
+        for (lane, (found, expected)) in found_rest.iter().zip(expected_rest).enumerate() {
+            add(lane, *found, *expected);
+        }
+        let [differences, expected] = squares.map(|lanes| lanes.iter().sum::<f64>());
+        // `f64::max` ignores NaN, and a sum does not.
+        let largest = match differences.is_nan() {
+            true => f64::NAN,
+            false => largest.into_iter().fold(0.0, f64::max),
+        };
+        self.include(&Self {
+            absolute: largest,
+            squares: [differences, expected],
+            ..Self::default()
+        });
     }
 }
 

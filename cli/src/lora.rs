@@ -19,7 +19,7 @@ use crate::copies;
 use crate::error::Error;
 use crate::load::Loaded;
 use crate::output::OutputFolder;
-use crate::rewrite::{Turn, row_bytes};
+use crate::pieces::{Turn, row_bytes};
 use crate::terminal::{note, plural, progress, report, shown};
 use crate::tie::Head;
 use crate::turn::Forward;
@@ -158,9 +158,12 @@ impl Weight {
             .ok_or_else(|| refuse(format!("is {}", file_name(entry.dtype))))?;
         // Widened first: the change is not rounded to the weight's precision.
         let before = before.convert_dtype(step.layer.skew().dtype());
-        let mut turn = Forward::new();
-        turn.start(slice::from_ref(step), d_input).map_err(refuse)?;
-        let after = turn.turn(before.clone(), rows.clone()).map_err(refuse)?;
+        let turn = Forward::new();
+        let rotations = turn
+            .prepare(slice::from_ref(step), d_input)
+            .map_err(refuse)?;
+        let after = turn.turn(&rotations, before.clone(), rows.clone());
+        let after = after.map_err(refuse)?;
         let (before, after) = (values(&before), values(&after));
         let at = |row: usize, column: usize| row * d_input + column;
         let change = Mat::from_fn(rows.len(), d_input, |i, j| {

@@ -24,6 +24,7 @@ mod manual;
 mod merge;
 mod names;
 mod output;
+mod pieces;
 mod plot;
 mod record;
 mod rewrite;

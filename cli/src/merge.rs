@@ -57,7 +57,7 @@ pub fn run(options: &Merge, json: bool) -> Result<(), Error> {
     };
     match &options.output {
         Some(output) if !options.dry_run => {
-            rewrite(&base, &others.copied, &changes, output, &mut Forward::new())?;
+            rewrite(&base, &others.copied, &changes, output, &Forward::new())?;
             let counts = plan.counts(["rotated", "replaced", "added"]);
             let text = format!("{}: {counts}\n", output.display());
             report(json, &text, &plan.to_json(Some(output)))

@@ -1,39 +1,27 @@
-//! A model written anew with some of its tensors changed, a few rows in memory at a time.
+//! A model written anew with some of its tensors changed.
+//!
+//! A file is computed in waves of a few megabytes, so that memory does not grow with the model. While one wave is computed on
+//! all cores, the one before it is written.
 
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use burn::tensor::{DType, TensorData};
-use burn_boft::tensors::{
-    decode, encode, file_name, from_file, is_finite, is_float, part, to_file,
-};
-use burn_boft::value::SavedTensor;
+use burn_boft::tensors::{from_file, is_float, to_file};
 use indicatif::ProgressBar;
+use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use crate::base::{Base, Shard};
-use crate::changes::{Added, Change, Changes, Step, together};
+use crate::changes::{Added, Change, Changes};
 use crate::error::Error;
 use crate::header::{self, Entry};
 use crate::load::Loaded;
 use crate::output::{Form, OutputFile, OutputFolder, check_free, check_outside};
+use crate::pieces::{Piece, Turn, of_added, of_tensor};
 use crate::{terminal, tie};
 
-/// How many bytes are copied at a time.
-const COPIED: usize = 8 << 20;
-/// How many numbers are computed with at a time, unless a single row has more.
-pub const COMPUTED: usize = 2 << 20;
-
-/// Rotates rows of weights, or undoes that.
-pub trait Turn {
-    /// Prepares for rows that these rotations turn one after the other, of a weight of so many inputs.
-    fn start(&mut self, steps: &[Step], d_input: usize) -> Result<(), String>;
-
-    /// The rotated rows, in the precision that they came in. `rows` counts from the first row of the weight, and where
-    /// outputs are rotated, they are whole spans.
-    fn turn(&mut self, numbers: TensorData, rows: Range<usize>) -> Result<TensorData, String>;
-}
+/// How many bytes are computed at a time, in pieces on all cores.
+const WAVE: usize = 16 << 20;
 
 /// Refuses an output that is there, is of another form than the model, or inside one of the inputs.
 pub fn check_output(output: &Path, base: &Base, adapters: &[Loaded]) -> Result<(), Error> {
@@ -68,54 +56,63 @@ pub fn rewrite(
     others: &[PathBuf],
     changes: &Changes,
     output: &Path,
-    turn: &mut dyn Turn,
+    turn: &impl Turn,
 ) -> Result<(), Error> {
-    let bytes = base
-        .shards
-        .iter()
-        .flat_map(|shard| &shard.header.entries)
-        .map(|entry| entry.bytes)
-        .sum();
-    let progress = terminal::progress(bytes);
     let mut writer = Writer {
+        base,
         changes,
         turn,
-        progress,
+        progress: ProgressBar::hidden(),
     };
+    writer.progress = terminal::progress(writer.total());
     let result = match base.is_folder() {
-        true => writer.folder(base, others, output),
-        false => OutputFile::create(output)
-            .and_then(|file| writer.shard(base, &base.shards[0], true, file)),
+        true => writer.folder(others, output),
+        false => {
+            OutputFile::create(output).and_then(|file| writer.shard(&base.shards[0], true, file))
+        }
     };
     writer.progress.finish_and_clear();
     result
 }
 
-struct Writer<'a> {
+struct Writer<'a, T> {
+    base: &'a Base,
     changes: &'a Changes<'a>,
-    turn: &'a mut dyn Turn,
+    turn: &'a T,
     progress: ProgressBar,
 }
 
-impl Writer<'_> {
-    fn folder(&mut self, base: &Base, others: &[PathBuf], output: &Path) -> Result<(), Error> {
+impl<T: Turn> Writer<'_, T> {
+    /// How many bytes the tensors of the output have.
+    fn total(&self) -> u64 {
+        let bytes = |(dtype, shape): (Dtype, Vec<usize>)| {
+            header::byte_count(dtype, &shape).unwrap_or_default()
+        };
+        let entries = self
+            .base
+            .shards
+            .iter()
+            .flat_map(|shard| &shard.header.entries);
+        let entries = entries.map(|entry| self.layout(entry));
+        let added = self.changes.added.values();
+        let added = added.filter_map(|added| added_layout(self.base, added));
+        entries.chain(added).map(bytes).sum()
+    }
+
+    fn folder(&self, others: &[PathBuf], output: &Path) -> Result<(), Error> {
         let folder = OutputFolder::create(output)?;
-        self.fill(base, others, &folder)?;
+        self.fill(others, &folder)?;
         folder.finish()
     }
 
-    fn fill(
-        &mut self,
-        base: &Base,
-        others: &[PathBuf],
-        folder: &OutputFolder,
-    ) -> Result<(), Error> {
+    fn fill(&self, others: &[PathBuf], folder: &OutputFolder) -> Result<(), Error> {
+        let base = self.base;
         for (index, shard) in base.shards.iter().enumerate() {
             let file = folder.file(Path::new(&shard.name))?;
-            self.shard(base, shard, index + 1 == base.shards.len(), file)?;
+            self.shard(shard, index + 1 == base.shards.len(), file)?;
         }
         if let Some((name, index)) = &base.index {
-            let index = self.index(base, index.clone());
+            let index = self.index(index.clone());
             let mut file = folder.file(Path::new(name))?;
             file.write(format!("{:#}\n", Value::Object(index)).as_bytes())?;
             file.finish()?;
@@ -134,8 +131,12 @@ impl Writer<'_> {
     }
 
     /// The index of the output. New tensors are in the last shard.
-    fn index(&self, base: &Base, mut index: Map<String, Value>) -> Map<String, Value> {
-        let last = base.shards.last().map_or("", |shard| shard.name.as_str());
+    fn index(&self, mut index: Map<String, Value>) -> Map<String, Value> {
+        let last = self
+            .base
+            .shards
+            .last()
+            .map_or("", |shard| shard.name.as_str());
         if let Some(Value::Object(map)) = index.get_mut("weight_map") {
             let added = self.changes.added.keys();
             map.extend(added.map(|key| (key.clone(), Value::from(last))));
@@ -147,8 +148,8 @@ impl Writer<'_> {
             false => 0,
         };
         if let Some(Value::Object(metadata)) = index.get_mut("metadata") {
-            self.grow(base, metadata, "total_size", bytes);
-            self.grow(base, metadata, "total_parameters", numbers);
+            self.grow(metadata, "total_size", bytes);
+            self.grow(metadata, "total_parameters", numbers);
         }
         index
     }
@@ -157,7 +158,6 @@ impl Writer<'_> {
     /// bytes, or would not be one afterwards, stays as it is.
     fn grow(
         &self,
-        base: &Base,
         metadata: &mut Map<String, Value>,
         total: &str,
         measure: fn(Dtype, &[usize]) -> u64,
@@ -169,13 +169,18 @@ impl Writer<'_> {
             return;
         };
         let (mut more, mut less) = (0, 0);
-        for entry in base.shards.iter().flat_map(|shard| &shard.header.entries) {
+        for entry in self
+            .base
+            .shards
+            .iter()
+            .flat_map(|shard| &shard.header.entries)
+        {
             let (dtype, shape) = self.layout(entry);
             more += measure(dtype, &shape);
             less += measure(entry.dtype, &entry.shape);
         }
         for added in self.changes.added.values() {
-            let layout = added_layout(base, added);
+            let layout = added_layout(self.base, added);
             more += layout.map_or(0, |(dtype, shape)| measure(dtype, &shape));
         }
         let after = before
@@ -195,13 +200,7 @@ impl Writer<'_> {
         (entry.dtype, shape)
     }
 
-    fn shard(
-        &mut self,
-        base: &Base,
-        shard: &Shard,
-        is_last: bool,
-        mut file: OutputFile,
-    ) -> Result<(), Error> {
+    fn shard(&self, shard: &Shard, is_last: bool, mut file: OutputFile) -> Result<(), Error> {
         let entries = &shard.header.entries;
         let mut layouts: Vec<_> = entries
             .iter()
@@ -209,7 +208,7 @@ impl Writer<'_> {
             .collect();
         let added: Vec<_> = self.changes.added.iter().filter(|_| is_last).collect();
         for (key, added) in &added {
-            let layout = added_layout(base, added).ok_or_else(|| {
+            let layout = added_layout(self.base, added).ok_or_else(|| {
                 Error::tensor(
                     &shard.path,
                     key,
@@ -229,120 +228,54 @@ impl Writer<'_> {
                 )
             })?;
         file.write(&header)?;
-        for entry in entries {
-            match self.changes.of.get(&entry.key) {
-                None => self.copy(shard, entry, 0..entry.bytes, &mut file)?,
-                Some(Change::Rotate(parts)) => {
-                    self.rows(shard, entry, parts, &mut file, Self::rotate)?;
-                }
-                Some(Change::Replace(parts)) => {
-                    self.rows(shard, entry, parts, &mut file, Self::replace)?;
-                }
-                Some(Change::New(tensor)) => write_rounded(tensor, shard, entry, &mut file)?,
+        let tensors = entries
+            .iter()
+            .flat_map(|entry| of_tensor(shard, entry, self.changes, self.turn));
+        let added = added
+            .into_iter()
+            .flat_map(|(key, added)| of_added(self.base, shard, (key, added)));
+        let mut pieces = tensors.chain(added);
+        let mut computed = Vec::new();
+        loop {
+            let wave = wave(&mut pieces)?;
+            let (next, written) = rayon::join(
+                || {
+                    wave.par_iter()
+                        .map(|piece| piece.bytes(self.turn))
+                        .collect()
+                },
+                || self.write(&computed, &mut file),
+            );
+            written?;
+            let next: Vec<_> = next;
+            computed = next.into_iter().collect::<Result<_, _>>()?;
+            if wave.is_empty() {
+                return file.finish();
             }
         }
-        for (key, added) in added {
-            match added {
-                Added::Saved(tensor) => {
-                    write_saved(tensor.data(), tensor.data().dtype(), shard, key, &mut file)?;
-                }
-                Added::Copy(of) => {
-                    if let Some((shard, entry)) = base.entry(of) {
-                        self.copy(shard, entry, 0..entry.bytes, &mut file)?;
-                    }
-                }
-            }
-        }
-        file.finish()
     }
 
-    /// Copies bytes of a tensor.
-    fn copy(
-        &self,
-        shard: &Shard,
-        entry: &Entry,
-        bytes: Range<u64>,
-        file: &mut OutputFile,
-    ) -> Result<(), Error> {
-        let mut buffer = vec![0; COPIED.min((bytes.end - bytes.start) as usize)];
-        let mut offset = bytes.start;
-        while offset < bytes.end {
-            let part = buffer.len().min((bytes.end - offset) as usize);
-            shard.read(entry, offset, &mut buffer[..part])?;
-            file.write(&buffer[..part])?;
-            offset += part as u64;
-            self.progress.inc(part as u64);
-        }
-        Ok(())
-    }
-
-    /// Writes a tensor of which some rows change, in order: `write` writes those, and the others are copied.
-    fn rows<T>(
-        &mut self,
-        shard: &Shard,
-        entry: &Entry,
-        parts: &[(Range<usize>, T)],
-        file: &mut OutputFile,
-        write: impl Fn(
-            &mut Self,
-            &Shard,
-            &Entry,
-            Range<usize>,
-            &T,
-            &mut OutputFile,
-        ) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        let row = row_bytes(entry);
-        let mut done = 0;
-        for (rows, part) in parts {
-            let before = done as u64 * row..rows.start as u64 * row;
-            self.copy(shard, entry, before, file)?;
-            write(self, shard, entry, rows.clone(), part, file)?;
-            done = rows.end;
-        }
-        self.copy(shard, entry, done as u64 * row..entry.bytes, file)
-    }
-
-    fn rotate(
-        &mut self,
-        shard: &Shard,
-        entry: &Entry,
-        rows: Range<usize>,
-        steps: &Vec<Step>,
-        file: &mut OutputFile,
-    ) -> Result<(), Error> {
-        let refuse = |reason: String| Error::tensor(&shard.path, &entry.key, reason);
-        let d_input: usize = entry.shape[1..].iter().product();
-        self.turn.start(steps, d_input).map_err(refuse)?;
-        let row = row_bytes(entry);
-        let together = together(steps);
-        let step = (COMPUTED / d_input / together).max(1) * together;
-        for start in rows.clone().step_by(step) {
-            let part = start..rows.end.min(start + step);
-            let mut bytes = vec![0; part.len() * row as usize];
-            shard.read(entry, start as u64 * row, &mut bytes)?;
-            let numbers = decode(entry.dtype, &bytes, vec![part.len(), d_input])
-                .ok_or_else(|| refuse(format!("is {}", file_name(entry.dtype))))?;
-            let turned = self.turn.turn(numbers, part).map_err(refuse)?;
-            check_finite(&turned, shard, &entry.key)?;
-            file.write(&encoded(&turned, shard, &entry.key)?)?;
+    fn write(&self, pieces: &[Vec<u8>], file: &mut OutputFile) -> Result<(), Error> {
+        for bytes in pieces {
+            file.write(bytes)?;
             self.progress.inc(bytes.len() as u64);
         }
         Ok(())
     }
+}
 
-    fn replace(
-        &mut self,
-        shard: &Shard,
-        entry: &Entry,
-        rows: Range<usize>,
-        tensor: &&SavedTensor,
-        file: &mut OutputFile,
-    ) -> Result<(), Error> {
-        write_rounded(tensor, shard, entry, file)?;
-        self.progress.inc(rows.len() as u64 * row_bytes(entry));
-        Ok(())
+/// The next pieces, of [`WAVE`] bytes or a little more; none at the end.
+fn wave<'a, R>(
+    pieces: &mut impl Iterator<Item = Result<Piece<'a, R>, Error>>,
+) -> Result<Vec<Piece<'a, R>>, Error> {
+    let (mut wave, mut bytes) = (Vec::new(), 0);
+    while bytes < WAVE
+        && let Some(piece) = pieces.next().transpose()?
+    {
+        bytes += piece.len();
+        wave.push(piece);
     }
+    Ok(wave)
 }
 
 /// The count in a JSON number, which may be written as a float.
@@ -366,64 +299,5 @@ fn added_layout(base: &Base, added: &Added) -> Option<(Dtype, Vec<usize>)> {
             let (_, entry) = base.entry(of)?;
             Some((entry.dtype, entry.shape.clone()))
         }
-    }
-}
-
-/// The bytes of one step along the first axis.
-pub fn row_bytes(entry: &Entry) -> u64 {
-    let rows = entry.shape.first().copied().unwrap_or(1) as u64;
-    entry.bytes.checked_div(rows).unwrap_or(0)
-}
-
-/// Writes a saved tensor in the precision of the one it replaces.
-fn write_rounded(
-    tensor: &SavedTensor,
-    shard: &Shard,
-    entry: &Entry,
-    file: &mut OutputFile,
-) -> Result<(), Error> {
-    let dtype = from_file(entry.dtype).ok_or_else(|| {
-        Error::tensor(
-            &shard.path,
-            &entry.key,
-            format!("is {}", file_name(entry.dtype)),
-        )
-    })?;
-    write_saved(tensor.data(), dtype, shard, &entry.key, file)
-}
-
-/// Writes numbers in a precision, and converts only a part of them at a time to save memory.
-fn write_saved(
-    data: &TensorData,
-    dtype: DType,
-    shard: &Shard,
-    key: &str,
-    file: &mut OutputFile,
-) -> Result<(), Error> {
-    let count = data.num_elements();
-    for start in (0..count).step_by(COMPUTED) {
-        let numbers = part(data, start..count.min(start + COMPUTED)).convert_dtype(dtype);
-        check_finite(&numbers, shard, key)?;
-        file.write(&encoded(&numbers, shard, key)?)?;
-    }
-    Ok(())
-}
-
-/// The bytes of numbers as the file holds them.
-fn encoded(data: &TensorData, shard: &Shard, key: &str) -> Result<Vec<u8>, Error> {
-    encode(data).ok_or_else(|| {
-        let why = format!("would be {}, which no file keeps", data.dtype().name());
-        Error::tensor(&shard.path, key, why)
-    })
-}
-
-fn check_finite(data: &TensorData, shard: &Shard, key: &str) -> Result<(), Error> {
-    match is_finite(data) {
-        true => Ok(()),
-        false => Err(Error::tensor(
-            &shard.path,
-            key,
-            "would not be finite: it or the adapter holds NaN, infinity or numbers beyond its precision",
-        )),
     }
 }

@@ -1,6 +1,7 @@
 //! Rotating a weight with an adapter, and undoing that.
 
 use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use burn_boft::ops::{Blocks, Direction, Side};
@@ -11,7 +12,7 @@ use faer::linalg::solvers::DenseSolveCore;
 
 use crate::changes::Step;
 use crate::distance::Difference;
-use crate::rewrite::Turn;
+use crate::pieces::Turn;
 
 /// A block counts as singular where its largest entry times the largest of its inverse reaches this. Such an inverse is
 /// mostly rounding errors.
@@ -21,11 +22,10 @@ const SINGULAR: f64 = 1e6;
 /// rotations one after the other, without rounding to the precision of the weight in between.
 pub struct Forward {
     device: Device,
-    rotations: Vec<Rotation>,
 }
 
 /// The rotation and the scale of one layer, ready to use.
-struct Rotation {
+pub struct Rotation {
     /// None where blocks of one channel do not rotate.
     blocks: Option<Blocks>,
     scale: Option<Tensor<1>>,
@@ -92,24 +92,29 @@ impl Forward {
     pub fn new() -> Self {
         Self {
             device: Device::flex(),
-            rotations: Vec::new(),
         }
     }
 }
 
 impl Turn for Forward {
-    fn start(&mut self, steps: &[Step], d_input: usize) -> Result<(), String> {
+    type Rotations = Vec<Rotation>;
+
+    fn prepare(&self, steps: &[Step], d_input: usize) -> Result<Vec<Rotation>, String> {
         let rotations = steps
             .iter()
             .map(|step| Rotation::new(step, d_input, &self.device));
-        self.rotations = rotations.collect::<Result<_, _>>()?;
-        Ok(())
+        rotations.collect()
     }
 
-    fn turn(&mut self, numbers: TensorData, rows: Range<usize>) -> Result<TensorData, String> {
+    fn turn(
+        &self,
+        rotations: &Vec<Rotation>,
+        numbers: TensorData,
+        rows: Range<usize>,
+    ) -> Result<TensorData, String> {
         let dtype = numbers.dtype();
         let weight = tensor(numbers, &self.device);
-        let rotations = self.rotations.iter();
+        let rotations = rotations.iter();
         let weight = rotations.fold(weight, |weight, rotation| rotation.apply(weight, &rows));
         Ok(rounded(weight, dtype))
     }
@@ -129,22 +134,43 @@ fn rounded(weight: Tensor<2>, dtype: DType) -> TensorData {
 /// `W'`.
 pub struct Backward {
     device: Device,
-    rotations: Vec<(Rotation, Inverse)>,
-    /// How far the merged weights are from those that come out when the restored weights are merged again.
-    pub difference: Difference,
+    /// Of every weight, how far the merged numbers are from those that come out when the restored ones are merged again.
+    differences: Mutex<Vec<Difference>>,
 }
 
-/// What undoes a rotation: the transposed inverses of its blocks, a `[n, b, b]` tensor, or its transpose where it is
-/// orthogonal.
-type Inverse = Option<Tensor<3>>;
+/// The rotations that are taken out of a weight.
+pub struct Undo {
+    rotations: Vec<(Rotation, Inverse)>,
+    /// Which of the weights it is.
+    weight: usize,
+}
+
+/// What undoes a rotation: the transposed inverses of its blocks, or none where it is orthogonal and undoes itself.
+type Inverse = Option<Blocks>;
 
 impl Backward {
     pub fn new() -> Self {
         Self {
             device: Device::flex(),
-            rotations: Vec::new(),
-            difference: Difference::default(),
+            differences: Mutex::default(),
         }
+    }
+
+    /// How far the merged weights are from those that come out when the restored weights are merged again.
+    pub fn difference(&self) -> Difference {
+        let mut all = Difference::default();
+        for weight in self.lock().iter() {
+            all.next();
+            all.include(weight);
+        }
+        all
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Difference>> {
+        // Whoever panicked has changed nothing by halves.
+        self.differences
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn restore(
@@ -153,7 +179,6 @@ impl Backward {
         weight: Tensor<2>,
         rows: &Range<usize>,
     ) -> Tensor<2> {
-        let [count, d_input] = weight.dims();
         let rows = rotation.own(rows);
         let weight = weight.cast(FloatDType::from(rotation.dtype));
         let weight = match rotation.scale(rows.clone()) {
@@ -166,20 +191,18 @@ impl Backward {
                 let blocks = rotation.of_rows(blocks, &rows);
                 blocks.rotate(weight, Side::Left, Direction::Back)
             }
-            (Some(blocks), None) => blocks.rotate(weight, Side::Right, Direction::Forward),
-            (Some(_), Some(blocks)) => {
-                let [n, b, _] = blocks.dims();
-                let parts = weight.reshape([count, n, b]).swap_dims(0, 1);
-                let turned = parts.matmul(blocks.clone());
-                turned.swap_dims(0, 1).reshape([count, d_input])
+            (Some(blocks), None) | (Some(_), Some(blocks)) => {
+                blocks.rotate(weight, Side::Right, Direction::Forward)
             }
         }
     }
 }
 
 impl Turn for Backward {
-    fn start(&mut self, steps: &[Step], d_input: usize) -> Result<(), String> {
-        self.rotations.clear();
+    type Rotations = Undo;
+
+    fn prepare(&self, steps: &[Step], d_input: usize) -> Result<Undo, String> {
+        let mut rotations = Vec::new();
         for step in steps {
             if let Some(scale) = step.layer.scale()
                 && let Some(row) = scale.iter::<f64>().position(|scale| scale == 0.0)
@@ -195,15 +218,22 @@ impl Turn for Backward {
                 }
                 _ => None,
             };
-            self.rotations.push((rotation, inverse));
+            rotations.push((rotation, inverse));
         }
-        self.difference.next();
-        Ok(())
+        let mut differences = self.lock();
+        differences.push(Difference::default());
+        let weight = differences.len() - 1;
+        Ok(Undo { rotations, weight })
     }
 
-    fn turn(&mut self, numbers: TensorData, rows: Range<usize>) -> Result<TensorData, String> {
+    fn turn(
+        &self,
+        undo: &Undo,
+        numbers: TensorData,
+        rows: Range<usize>,
+    ) -> Result<TensorData, String> {
         let dtype = numbers.dtype();
-        let rotations = || self.rotations.iter();
+        let rotations = || undo.rotations.iter();
         let merged = tensor(numbers.clone(), &self.device);
         let restored = rotations().rfold(merged, |weight, (rotation, inverse)| {
             Self::restore(rotation, inverse, weight, &rows)
@@ -211,13 +241,15 @@ impl Turn for Backward {
         let restored = rounded(restored, dtype);
         let again = tensor(restored.clone(), &self.device);
         let again = rotations().fold(again, |weight, (rotation, _)| rotation.apply(weight, &rows));
-        self.difference.widen(&rounded(again, dtype), &numbers);
+        let mut difference = Difference::default();
+        difference.widen(&rounded(again, dtype), &numbers);
+        self.lock()[undo.weight].include(&difference);
         Ok(restored)
     }
 }
 
 /// The transposed inverses of the blocks of one factor.
-fn invert(blocks: &Blocks, device: &Device) -> Result<Tensor<3>, String> {
+fn invert(blocks: &Blocks, device: &Device) -> Result<Blocks, String> {
     let squares = blocks.values();
     let ([m, n, b, _], dtype) = (squares.dims(), squares.dtype());
     if m != 1 {
@@ -248,6 +280,7 @@ fn invert(blocks: &Blocks, device: &Device) -> Result<Tensor<3>, String> {
         }
         inverses.extend((0..b * b).map(|at| inverse[(at % b, at / b)]));
     }
-    let data = from_values(inverses, [n, b, b], dtype);
-    Ok(Tensor::from_data(data, (device, dtype)))
+    let data = from_values(inverses, [1, n, b, b], dtype);
+    let inverses = Tensor::from_data(data, (device, dtype));
+    Ok(Blocks::from_values(inverses))
 }

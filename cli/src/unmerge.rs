@@ -39,17 +39,11 @@ pub fn run(options: &Unmerge, json: bool) -> Result<(), Error> {
     if let Some(base) = &base {
         check_base(base, &merged, options, &changes)?;
     }
-    let mut turn = Backward::new();
+    let turn = Backward::new();
     let others = merged.other_files()?;
     others.note().iter().for_each(|line| note(line));
-    rewrite(
-        &merged,
-        &others.copied,
-        &changes,
-        &options.output,
-        &mut turn,
-    )?;
-    let again = turn.difference;
+    rewrite(&merged, &others.copied, &changes, &options.output, &turn)?;
+    let again = turn.difference();
     let base = match &base {
         Some(base) => {
             let restored = Base::open(&options.output)?;

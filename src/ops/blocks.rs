@@ -124,6 +124,45 @@ impl Blocks {
         }
     }
 
+    /// Blocks of these numbers, which need not be orthogonal: the inverses of a polynomial's, for one.
+    ///
+    /// # Shapes
+    ///
+    /// - values: a `[m, n, b, b]` tensor
+    ///
+    /// # Numerics
+    ///
+    /// Half precision is widened to f32.
+    ///
+    /// # Panics
+    ///
+    /// - If there is no factor, or blocks are not square or smaller than 2 × 2.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use burn::tensor::{Device, Tensor};
+    /// use burn_boft::ops::{Blocks, Direction, Side};
+    ///
+    /// # let device = Device::flex();
+    /// // One block, which is not orthogonal.
+    /// let blocks = Blocks::from_values(Tensor::from_data([[[[1.0, 2.0], [0.0, 3.0]]]], &device));
+    /// let x = Tensor::<2>::from_data([[5.0, 7.0]], &device);
+    /// let product = blocks.rotate(x, Side::Right, Direction::Forward);
+    /// assert_eq!(product.into_data().iter::<f32>().collect::<Vec<_>>(), [5.0, 31.0]);
+    /// ```
+    pub fn from_values(values: Tensor<4>) -> Self {
+        let [m, _, rows, columns] = values.dims();
+        assert!(
+            m > 0 && rows == columns && rows > 1,
+            "from_values: {m} factors of {rows} × {columns} blocks"
+        );
+        Self {
+            values: widen(values),
+            orthogonal: false,
+        }
+    }
+
     /// Repeats the only block of each factor `block_num` times, as PEFT's block sharing does.
     ///
     /// # Panics

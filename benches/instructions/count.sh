@@ -11,10 +11,13 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 counts=counts.txt
-program="${CARGO_TARGET_DIR:-../../target}/release/instructions"
 compiler=$(rustc --version)
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
+
+program=$(cargo test --release --workspace --test instructions --no-run 2>&1 |
+    sed -n 's/^ *Executable .*(\(.*\))$/\1/p')
+[[ -x "$program" ]] || { echo "error: the program was not built: cargo test --release --workspace --test instructions" >&2; exit 2; }
 
 # Instructions of the whole program that runs an operation so many times.
 total() {
@@ -22,9 +25,9 @@ total() {
         2>&1 >/dev/null | sed -n 's/.*Collected : \([0-9]*\)$/\1/p'
 }
 
-# The first run of an operation also allocates and starts threads, so the second and third are what is counted.
-"$program" --list | while read -r operation; do
-    echo "$operation $((($(total "$operation" 3) - $(total "$operation" 1)) / 2))"
+# The first run of an operation also allocates and starts threads, so those after it are counted.
+"$program" | while read -r operation _; do
+    echo "$operation $((($(total "$operation" 5) - $(total "$operation" 1)) / 4))"
 done >"$scratch/counts"
 
 if [[ "${1:-}" == --write ]]; then

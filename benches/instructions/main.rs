@@ -1,69 +1,93 @@
-//! Runs one operation of the engine on fixed numbers, for a program that counts instructions.
+//! The engine's operations on fixed numbers, for a program that counts instructions: `count.sh` beside this file.
 //!
-//! `count.sh` beside this file runs it under valgrind and compares the counts with those of `counts.txt`.
+//! It is a test without a harness, so that `cargo test` builds it like everything else and runs each operation once. With the
+//! name of an operation and a number, it runs that one so many times.
+
+use std::env;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_boft::ops::{Blocks, Direction, Route, Side};
-use clap::{Parser, ValueEnum};
 
-/// Runs one operation of the engine a number of times.
-#[derive(Parser)]
-struct Cli {
-    /// The operation.
-    #[arg(value_enum, required_unless_present = "list")]
-    operation: Option<Operation>,
-    /// How many times.
-    #[arg(default_value_t = 1)]
-    times: u32,
-    /// Print the names of the operations.
-    #[arg(long)]
-    list: bool,
-}
-
-/// The operations. Numbers in their names are the block size, and the number of factors where it is not one.
-#[derive(Clone, Copy, ValueEnum)]
-enum Operation {
-    Cayley4,
-    Cayley32,
-    CayleyBackward4,
-    CayleyBackward32,
-    ComposeSpans4x2,
-    ComposeSpans4x4,
-    WeightLeft4x2,
-    WeightLeft32,
-    WeightRight4x2,
-    WeightRight32,
-    Input4x2,
-    Step4x1,
-    Step4x2,
-    Step32,
-    StepScale4x2,
-}
-
-/// Inputs and outputs of the layer, and its tokens. Neither is a multiple of a vector.
+/// Inputs and outputs of the layer, and its tokens. The outputs and the tokens do not fill whole vectors.
 const D_INPUT: usize = 192;
 const D_OUTPUT: usize = 260;
 const TOKENS: usize = 133;
 
+struct Operation {
+    name: &'static str,
+    block_size: usize,
+    factors: usize,
+    /// Whether it differentiates.
+    backward: bool,
+    /// Runs it once, and returns a number of the result.
+    run: fn(&Inputs) -> f64,
+}
+
+/// Numbers in the names are the block size, and the number of factors where it is not one.
+const OPERATIONS: &[Operation] = &[
+    forward("cayley-4", (4, 1), |inputs| {
+        number(inputs.blocks().values())
+    }),
+    forward("cayley-32", (32, 1), |inputs| {
+        number(inputs.blocks().values())
+    }),
+    backward("cayley-backward-4", (4, 1), cayley_backward),
+    backward("cayley-backward-32", (32, 1), cayley_backward),
+    forward("spans-4x2", (4, 2), |inputs| {
+        number(inputs.blocks().spans())
+    }),
+    forward("spans-4x4", (4, 4), |inputs| {
+        number(inputs.blocks().spans())
+    }),
+    forward("weight-left-4x2", (4, 2), weight_left),
+    forward("weight-left-32", (32, 1), weight_left),
+    forward("weight-right-4x2", (4, 2), weight_right),
+    forward("weight-right-32", (32, 1), weight_right),
+    backward("step-4", (4, 1), step),
+    backward("step-4x2", (4, 2), step),
+    backward("step-32", (32, 1), step),
+    backward("step-scale-4x2", (4, 2), step_with_scale),
+];
+
+const fn forward(
+    name: &'static str,
+    (block_size, factors): (usize, usize),
+    run: fn(&Inputs) -> f64,
+) -> Operation {
+    Operation {
+        name,
+        block_size,
+        factors,
+        backward: false,
+        run,
+    }
+}
+
+const fn backward(name: &'static str, sizes: (usize, usize), run: fn(&Inputs) -> f64) -> Operation {
+    Operation {
+        backward: true,
+        ..forward(name, sizes, run)
+    }
+}
+
 fn main() {
-    let cli = Cli::parse();
-    if cli.list {
-        for operation in Operation::value_variants() {
-            let name = operation
-                .to_possible_value()
-                .map(|value| value.get_name().to_string());
-            println!("{}", name.unwrap_or_default());
+    let mut arguments = env::args().skip(1);
+    let chosen = arguments.next();
+    let chosen = OPERATIONS
+        .iter()
+        .find(|operation| Some(operation.name) == chosen.as_deref());
+    let times = arguments.next().and_then(|times| times.parse().ok());
+    match (chosen, times) {
+        (Some(operation), Some(times)) => {
+            let inputs = Inputs::new(operation);
+            (0..times).for_each(|_: u32| drop((operation.run)(&inputs)));
         }
+        _ => OPERATIONS.iter().for_each(|operation| {
+            let result = (operation.run)(&Inputs::new(operation));
+            println!("{} {result:e}", operation.name);
+            assert!(result.is_finite() && result != 0.0, "{}", operation.name);
+        }),
     }
-    let Some(operation) = cli.operation else {
-        return;
-    };
-    let inputs = Inputs::new(operation);
-    let mut sum = 0.0;
-    for _ in 0..cli.times {
-        sum += inputs.run(operation);
-    }
-    println!("{sum}");
 }
 
 /// What the operations compute with.
@@ -77,9 +101,9 @@ struct Inputs {
 }
 
 impl Inputs {
-    fn new(operation: Operation) -> Self {
-        let (b, m) = operation.sizes();
-        let device = match operation.is_backward() {
+    fn new(operation: &Operation) -> Self {
+        let (b, m) = (operation.block_size, operation.factors);
+        let device = match operation.backward {
             true => Device::flex().autodiff(),
             false => Device::flex(),
         };
@@ -93,71 +117,49 @@ impl Inputs {
         }
     }
 
-    fn blocks(&self, skew: Tensor<3>) -> Blocks {
-        Blocks::cayley(skew, self.block_size)
-    }
-
-    /// Runs it once, and returns a number of the result.
-    fn run(&self, operation: Operation) -> f64 {
-        use Operation::*;
-        match operation {
-            Cayley4 | Cayley32 => number(self.blocks(self.skew.clone()).values()),
-            ComposeSpans4x2 | ComposeSpans4x4 => number(self.blocks(self.skew.clone()).spans()),
-            CayleyBackward4 | CayleyBackward32 => {
-                let skew = self.skew.clone().require_grad();
-                let values = self.blocks(skew.clone()).values();
-                let gradients = values.clone().square().sum().backward();
-                skew.grad(&gradients).map_or(f64::NAN, number)
-            }
-            WeightLeft4x2 | WeightLeft32 => {
-                let blocks = self.blocks(self.skew.clone());
-                let scale = Some(self.scale.clone());
-                number(blocks.weight(self.weight.clone(), scale, Side::Left))
-            }
-            WeightRight4x2 | WeightRight32 => {
-                let blocks = self.blocks(self.skew.clone());
-                number(blocks.weight(self.input.clone(), None, Side::Right))
-            }
-            Input4x2 => {
-                let blocks = self.blocks(self.skew.clone());
-                number(blocks.rotate(self.input.clone(), Side::Right, Direction::Forward))
-            }
-            Step4x1 | Step4x2 | Step32 => self.step(None),
-            StepScale4x2 => self.step(Some(self.scale.clone().require_grad())),
-        }
-    }
-
-    /// Forward and backward pass of a layer in the middle of a model.
-    fn step(&self, scale: Option<Tensor<1>>) -> f64 {
-        let skew = self.skew.clone().require_grad();
-        let input = self.input.clone().require_grad();
-        let (weight, blocks) = (self.weight.clone(), self.blocks(skew.clone()));
-        let output = blocks.linear(input, weight, scale, None, Route::Weight);
-        let gradients = (output * self.gradient.clone()).sum().backward();
-        skew.grad(&gradients).map_or(f64::NAN, number)
+    fn blocks(&self) -> Blocks {
+        Blocks::cayley(self.skew.clone(), self.block_size)
     }
 }
 
-impl Operation {
-    /// The block size and the number of factors.
-    fn sizes(self) -> (usize, usize) {
-        use Operation::*;
-        match self {
-            Cayley4 | CayleyBackward4 | Step4x1 => (4, 1),
-            Cayley32 | CayleyBackward32 | WeightLeft32 | WeightRight32 | Step32 => (32, 1),
-            ComposeSpans4x2 | WeightLeft4x2 | WeightRight4x2 | Input4x2 | Step4x2
-            | StepScale4x2 => (4, 2),
-            ComposeSpans4x4 => (4, 4),
-        }
-    }
+fn cayley_backward(inputs: &Inputs) -> f64 {
+    let skew = inputs.skew.clone().require_grad();
+    let values = Blocks::cayley(skew.clone(), inputs.block_size).values();
+    let gradients = values.powi_scalar(3).sum().backward();
+    skew.grad(&gradients).map_or(f64::NAN, number)
+}
 
-    fn is_backward(self) -> bool {
-        use Operation::*;
-        matches!(
-            self,
-            CayleyBackward4 | CayleyBackward32 | Step4x1 | Step4x2 | Step32 | StepScale4x2
-        )
-    }
+fn weight_left(inputs: &Inputs) -> f64 {
+    let (weight, scale) = (inputs.weight.clone(), inputs.scale.clone());
+    number(inputs.blocks().weight(weight, Some(scale), Side::Left))
+}
+
+/// A weight with outputs in rows, and an input, go the same way.
+fn weight_right(inputs: &Inputs) -> f64 {
+    let input = inputs.input.clone();
+    number(
+        inputs
+            .blocks()
+            .rotate(input, Side::Right, Direction::Forward),
+    )
+}
+
+fn step(inputs: &Inputs) -> f64 {
+    layer(inputs, None)
+}
+
+fn step_with_scale(inputs: &Inputs) -> f64 {
+    layer(inputs, Some(inputs.scale.clone().require_grad()))
+}
+
+/// Forward and backward pass of a layer in the middle of a model.
+fn layer(inputs: &Inputs, scale: Option<Tensor<1>>) -> f64 {
+    let skew = inputs.skew.clone().require_grad();
+    let input = inputs.input.clone().require_grad();
+    let blocks = Blocks::cayley(skew.clone(), inputs.block_size);
+    let output = blocks.linear(input, inputs.weight.clone(), scale, None, Route::Weight);
+    let gradients = (output * inputs.gradient.clone()).sum().backward();
+    skew.grad(&gradients).map_or(f64::NAN, number)
 }
 
 /// Numbers between −0.1 and 0.1, which are the same on every machine.

@@ -27,7 +27,9 @@ fuzz_target!(|arguments: &str| {
         Command::Merge(options) => &options.adapter.maps,
         Command::Unmerge(options) => &options.adapter.maps,
         Command::Convert(options) => &options.maps,
-        Command::Inspect(_) => return,
+        Command::Inspect(_) | Command::Formats | Command::Completions(_) | Command::Man(_) => {
+            return;
+        }
     };
     let mut names = KeyMap::new();
     for rule in maps {

@@ -40,6 +40,11 @@ ARGUMENTS = {
     "inspect": ["inspect", "adapter", "--json", "--plot", "angles.svg"],
     "convert": ["convert", "adapter", "--to", "record", "--output", "adapter.bpk", "--map", "a=b"],
     "convert-lora": ["convert", "adapter", "--to-lora", "8", "--base", "b", "--output", "o"],
+    "convert-sd-scripts": ["convert", "lyco.safetensors", "--to=sd-scripts", "--part", "lora_unet_",
+                           "--output", "o.safetensors"],
+    "formats": ["formats", "--json", "--clean"],
+    "completions": ["completions", "zsh"],
+    "manual": ["man", "merge"],
     "help": ["convert", "--help"],
 }
 

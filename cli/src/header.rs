@@ -8,6 +8,7 @@ use std::path::Path;
 use burn_boft::peft::input::{self, LONGEST_HEADER};
 use burn_boft::tensors::file_name;
 use safetensors::Dtype;
+use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use serde_json::{Value, json};
 
@@ -101,6 +102,7 @@ pub fn read(path: &Path, file: &mut File) -> Result<Header, Error> {
         return Err(Error::tensor(path, &key, reason));
     }
     read?;
+    check_keys(path, &entries)?;
     entries.sort_by(|a, b| (a.start, a.bytes, &a.key).cmp(&(b.start, b.bytes, &b.key)));
     check_cover(path, &entries, data, length)?;
     Ok(Header { metadata, entries })
@@ -135,12 +137,16 @@ impl<'de> Visitor<'de> for &mut HeaderReader {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        while let Some((key, value)) = map.next_entry::<String, Value>()? {
+        while let Some(key) = map.next_key::<String>()? {
             if key == METADATA {
-                self.metadata = Some(value);
+                self.metadata = Some(map.next_value()?);
                 continue;
             }
-            match entry(&key, &value, self.data) {
+            let entry = match map.next_value() {
+                Ok(fields) => entry(&key, fields, self.data),
+                Err(error) => Err(format!("is malformed: {error}")),
+            };
+            match entry {
                 Ok(entry) => self.entries.push(entry),
                 Err(reason) => {
                     self.fault = Some((key, reason));
@@ -152,16 +158,25 @@ impl<'de> Visitor<'de> for &mut HeaderReader {
     }
 }
 
+/// What a header says of one tensor. A field that stands there twice is refused, as the `safetensors` crate refuses it.
+#[derive(Deserialize)]
+#[serde(expecting = "an object")]
+struct Fields {
+    dtype: Option<Value>,
+    shape: Option<Value>,
+    data_offsets: Option<Value>,
+}
+
 /// One tensor of a header.
-fn entry(key: &str, value: &Value, data: u64) -> Result<Entry, String> {
-    let field = |name: &str| value.get(name).ok_or(format!("has no {name}"));
-    let dtype = field("dtype")?;
+fn entry(key: &str, fields: Fields, data: u64) -> Result<Entry, String> {
+    let none = |name: &str| format!("has no {name}");
+    let dtype = fields.dtype.ok_or_else(|| none("dtype"))?;
     let dtype: Dtype = serde_json::from_value(dtype.clone())
         .map_err(|_| format!("has the unknown dtype {dtype}"))?;
-    let shape = field("shape")?;
+    let shape = fields.shape.ok_or_else(|| none("shape"))?;
     let shape: Vec<usize> =
         serde_json::from_value(shape.clone()).map_err(|_| format!("has the shape {shape}"))?;
-    let offsets = field("data_offsets")?;
+    let offsets = fields.data_offsets.ok_or_else(|| none("data_offsets"))?;
     let (start, end): (u64, u64) = serde_json::from_value(offsets.clone())
         .map_err(|_| format!("has the offsets {offsets}"))?;
     let name = file_name(dtype);
@@ -182,6 +197,16 @@ fn entry(key: &str, value: &Value, data: u64) -> Result<Entry, String> {
         start,
         bytes,
     })
+}
+
+/// Refuses a header that has a tensor twice, of which a reader would take the one or the other.
+fn check_keys(path: &Path, entries: &[Entry]) -> Result<(), Error> {
+    let mut keys: Vec<&str> = entries.iter().map(|entry| entry.key.as_str()).collect();
+    keys.sort_unstable();
+    match keys.windows(2).find(|pair| pair[0] == pair[1]) {
+        Some(pair) => Err(Error::tensor(path, pair[0], "stands in the header twice")),
+        None => Ok(()),
+    }
 }
 
 /// Refuses numbers that overlap, leave a gap or do not end where the file does.
@@ -281,7 +306,19 @@ mod tests {
     fn hostile_headers_are_refused_with_their_key() {
         let one = |entry: &str| parse(&format!("{{\"w\":{entry}}}"), 24).unwrap_err();
         for (entry, expected) in [
-            ("1", "file: `w` has no dtype"),
+            (
+                "1",
+                "file: `w` is malformed: invalid type: integer `1`, expected an object at line 1 column 6",
+            ),
+            ("{}", "file: `w` has no dtype"),
+            (
+                r#"{"dtype":"F32","shape":[6],"dtype":"F32","data_offsets":[0,24]}"#,
+                "file: `w` is malformed: duplicate field `dtype` at line 1 column 39",
+            ),
+            (
+                r#"{"dtype":"F32","shape":[3],"data_offsets":[0,12]},"w":{"dtype":"F32","shape":[3],"data_offsets":[12,24]}"#,
+                "file: `w` stands in the header twice",
+            ),
             (
                 r#"{"dtype":"F12"}"#,
                 r#"file: `w` has the unknown dtype "F12""#,

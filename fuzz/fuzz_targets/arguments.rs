@@ -28,7 +28,9 @@ fuzz_target!(|arguments: &str| {
         Command::Unmerge(options) => &options.adapters.maps,
         Command::Diff(options) => &options.maps,
         Command::Convert(options) => &options.maps,
-        Command::Inspect(_) => return,
+        Command::Inspect(_) | Command::Formats | Command::Completions(_) | Command::Man(_) => {
+            return;
+        }
     };
     let mut names = KeyMap::new();
     for rule in maps {

@@ -8,6 +8,7 @@ use burn::data::dataloader::batcher::Batcher;
 use burn::data::dataloader::{DataLoaderBuilder, Progress};
 use burn::data::dataset::InMemDataset;
 use burn::grad_clipping::GradientClippingConfig;
+use burn::module::{Module, Param};
 use burn::optim::{AdamWConfig, GradientsParams, SgdConfig};
 use burn::tensor::{DType, Device, Int, Tensor};
 use burn::train::ClassificationOutput;
@@ -15,7 +16,7 @@ use burn::train::metric::{
     Adaptor, LearningRateMetric, LossMetric, Metric, MetricMetadata, Numeric, NumericEntry,
 };
 
-use super::{INPUTS, OUTPUTS, pin};
+use super::{INPUTS, OUTPUTS, pin, weight};
 use crate::common::models::{linear, numbers};
 use crate::common::{noise, tensor};
 
@@ -63,6 +64,30 @@ fn adamw_has_an_epsilon_a_thousand_times_that_of_pytorch() {
     let shares = bias.iter().map(|x| (10.0 * x / RATE).round());
     let name = "adamw_has_an_epsilon_a_thousand_times_that_of_pytorch";
     pin(name, shares.collect(), vec![5.0; OUTPUTS]);
+}
+
+#[test]
+fn an_optimizer_steps_a_shared_parameter_at_its_first_place_only() {
+    #[derive(Module, Debug)]
+    struct Shared {
+        first: Param<Tensor<2>>,
+        second: Param<Tensor<2>>,
+    }
+
+    let first = weight(&Device::flex().autodiff());
+    let shared = Shared {
+        second: first.clone(),
+        first,
+    };
+    let before = numbers(&shared);
+    let mut gradients = GradientsParams::new();
+    let values = noise(INPUTS * OUTPUTS, 4, 1.0);
+    let gradient = tensor(&values, [INPUTS, OUTPUTS], DType::F32, &Device::flex());
+    gradients.register(shared.first.id, gradient);
+    let after = numbers(&SgdConfig::new().init().step(RATE, shared, gradients));
+    let moved = ["first", "second"].map(|name| before[name] != after[name]);
+    let name = "an_optimizer_steps_a_shared_parameter_at_its_first_place_only";
+    pin(name, moved, [true, false]);
 }
 
 fn metadata(rate: f64) -> MetricMetadata {

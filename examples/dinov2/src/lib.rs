@@ -3,7 +3,7 @@
 pub mod cli;
 mod commands;
 pub mod device;
-mod digits;
+pub mod digits;
 mod error;
 pub mod evidence;
 mod files;

@@ -208,7 +208,7 @@ impl Method {
 /// Starts the first factor of every LoRA as PEFT does: uniform with `a = √5` in Kaiming's formula, which is within
 /// `±1/√d_input`. Burn starts it with a standard deviation of `1/rank`, many times as large.
 #[derive(Default)]
-struct KaimingUniform {
+pub struct KaimingUniform {
     path: Vec<(String, String)>,
 }
 

@@ -80,7 +80,8 @@ fn main() {
     match (chosen, times) {
         (Some(operation), Some(times)) => {
             let inputs = Inputs::new(operation);
-            (0..times).for_each(|_: u32| drop((operation.run)(&inputs)));
+            let sum: f64 = (0..times).map(|_: u32| (operation.run)(&inputs)).sum();
+            println!("{sum:e}");
         }
         _ => OPERATIONS.iter().for_each(|operation| {
             let result = (operation.run)(&Inputs::new(operation));

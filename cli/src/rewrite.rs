@@ -3,7 +3,9 @@
 //! A file is computed in waves of a few megabytes, so that memory does not grow with the model. While one wave is computed on
 //! all cores, the one before it is written.
 
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::thread::{self, ScopedJoinHandle};
 
 use burn_boft::tensors::{from_file, is_float, to_file};
 use indicatif::ProgressBar;
@@ -68,7 +70,9 @@ pub fn rewrite(
     let result = match base.is_folder() {
         true => writer.folder(others, output),
         false => {
-            OutputFile::create(output).and_then(|file| writer.shard(&base.shards[0], true, file))
+            let file = OutputFile::create(output);
+            let file = file.and_then(|file| writer.shard(&base.shards[0], true, file));
+            file.and_then(OutputFile::finish)
         }
     };
     writer.progress.finish_and_clear();
@@ -107,10 +111,17 @@ impl<T: Turn> Writer<'_, T> {
 
     fn fill(&self, others: &[PathBuf], folder: &OutputFolder) -> Result<(), Error> {
         let base = self.base;
-        for (index, shard) in base.shards.iter().enumerate() {
-            let file = folder.file(Path::new(&shard.name))?;
-            self.shard(shard, index + 1 == base.shards.len(), file)?;
-        }
+        thread::scope(|scope| {
+            // The disk takes up one file while the next is computed.
+            let mut finishing: Option<ScopedJoinHandle<Result<(), Error>>> = None;
+            for (index, shard) in base.shards.iter().enumerate() {
+                let file = folder.file(Path::new(&shard.name))?;
+                let file = self.shard(shard, index + 1 == base.shards.len(), file)?;
+                let next = scope.spawn(|| file.finish());
+                finished(finishing.replace(next))?;
+            }
+            finished(finishing)
+        })?;
         if let Some((name, index)) = &base.index {
             let index = self.index(index.clone());
             let mut file = folder.file(Path::new(name))?;
@@ -200,7 +211,13 @@ impl<T: Turn> Writer<'_, T> {
         (entry.dtype, shape)
     }
 
-    fn shard(&self, shard: &Shard, is_last: bool, mut file: OutputFile) -> Result<(), Error> {
+    /// Writes the tensors of a file, which is finished by the caller.
+    fn shard(
+        &self,
+        shard: &Shard,
+        is_last: bool,
+        mut file: OutputFile,
+    ) -> Result<OutputFile, Error> {
         let entries = &shard.header.entries;
         let mut layouts: Vec<_> = entries
             .iter()
@@ -250,7 +267,7 @@ impl<T: Turn> Writer<'_, T> {
             let next: Vec<_> = next;
             computed = next.into_iter().collect::<Result<_, _>>()?;
             if wave.is_empty() {
-                return file.finish();
+                return Ok(file);
             }
         }
     }
@@ -262,6 +279,13 @@ impl<T: Turn> Writer<'_, T> {
         }
         Ok(())
     }
+}
+
+/// What became of a file that a thread finishes; of none, that all is well.
+fn finished(thread: Option<ScopedJoinHandle<Result<(), Error>>>) -> Result<(), Error> {
+    thread.map_or(Ok(()), |thread| {
+        thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+    })
 }
 
 /// The next pieces, of [`WAVE`] bytes or a little more; none at the end.

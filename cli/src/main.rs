@@ -44,6 +44,11 @@ use crate::cli::{Cli, Command};
 use crate::error::Error;
 use crate::terminal::{note, print};
 
+/// Buffers of the same sizes come and go on every thread. This allocator keeps their pages, where the system's gives them back
+/// each time.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,

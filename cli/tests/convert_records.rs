@@ -1,5 +1,7 @@
 //! `convert` to and from the records of Burn.
 
+use std::path::Path;
+
 use burn::module::Module;
 use burn::nn::{LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use burn::store::ModuleRecord;
@@ -127,9 +129,20 @@ impl Mlp {
     }
 }
 
+/// The model of a case with the record `adapter.bpk` in it. Its merged weights have to be those of PEFT.
+fn loaded(case: &Case, folder: &Path, config: AdapterConfig) -> Mlp {
+    let model = inject(Mlp::new(&case.base, &Device::flex()), config).unwrap();
+    let record = ModuleRecord::load(folder.join("adapter.bpk")).unwrap();
+    let model = model.try_load_record(record.allow_partial(true)).unwrap();
+    let found = merge(model.clone()).unwrap().tensors();
+    let mut expected = case.merged.clone();
+    expected.retain(|key, _| found.contains_key(key));
+    assert_models(&found, &expected, 1e-5, "in Burn");
+    model
+}
+
 #[test]
 fn a_record_loads_into_an_injected_model_and_one_of_it_becomes_pefts() {
-    let device = Device::flex();
     let case = Case::open("cases/boft-mlp-bias-only-saved");
     let folder = case.folder();
     succeed(
@@ -137,13 +150,7 @@ fn a_record_loads_into_an_injected_model_and_one_of_it_becomes_pefts() {
         &convert_command(case.adapter(), "record", "adapter.bpk"),
     );
     let (adapter, _) = Adapter::load(&case.adapter).unwrap();
-    let model = inject(Mlp::new(&case.base, &device), adapter.config().clone()).unwrap();
-    let record = ModuleRecord::load(folder.path().join("adapter.bpk")).unwrap();
-    let model = model.try_load_record(record.allow_partial(true)).unwrap();
-    let found = merge(model.clone()).unwrap().tensors();
-    let mut expected = case.merged.clone();
-    expected.retain(|key, _| found.contains_key(key));
-    assert_models(&found, &expected, 1e-5, "in Burn");
+    let model = loaded(&case, folder.path(), adapter.config().clone());
 
     // Burn's own record of the whole model says nothing of settings and kinds: those are given beside.
     model
@@ -172,7 +179,6 @@ fn a_record_loads_into_an_injected_model_and_one_of_it_becomes_pefts() {
 /// A record holds what is trained, under a name that says whether that is a multiple of the numbers of `Q`.
 #[test]
 fn a_record_of_a_scaled_skew_has_the_numbers_that_are_trained() {
-    let device = Device::flex();
     let case = Case::open("cases/boft-mlp-bias-only-saved");
     let folder = case.folder();
     let (adapter, _) = Adapter::load(&case.adapter).unwrap();
@@ -186,13 +192,7 @@ fn a_record_of_a_scaled_skew_has_the_numbers_that_are_trained() {
         &convert_command("scaled", "record", "adapter.bpk"),
     );
 
-    let model = inject(Mlp::new(&case.base, &device), config).unwrap();
-    let record = ModuleRecord::load(folder.path().join("adapter.bpk")).unwrap();
-    let model = model.try_load_record(record.allow_partial(true)).unwrap();
-    let found = merge(model.clone()).unwrap().tensors();
-    let mut expected = case.merged.clone();
-    expected.retain(|key, _| found.contains_key(key));
-    assert_models(&found, &expected, 1e-5, "in Burn");
+    let model = loaded(&case, folder.path(), config);
 
     // Burn's own record of the model, and the one from before, are read as what they are.
     model

@@ -497,7 +497,7 @@ impl Found {
 
     /// The largest modules of which every parameter is trained.
     ///
-    /// Running statistics are not counted, since they are no parameters. The model itself and lists of modules are
+    /// Running statistics are not counted, since they are no parameters, and a module without any has nothing to save. The model itself and lists of modules are
     /// never among them: `modules_to_save` cannot name the first, and PEFT does not wrap the second.
     fn trained_modules(&self) -> Vec<String> {
         let mut counts: HashMap<&str, (usize, usize)> = HashMap::new();
@@ -524,7 +524,7 @@ impl Found {
             let path = module.path.as_str();
             let whole = counts
                 .get(path)
-                .is_some_and(|(total, trained)| total == trained);
+                .is_some_and(|(total, trained)| total == trained && *total > 0);
             // PEFT wraps modules, and no lists of them.
             let is_list = matches!(module.type_name.as_str(), "Vec" | "Array" | "Tuple");
             let is_inside = chosen.last().is_some_and(|holder| {

@@ -182,3 +182,29 @@ fn extraction_names_an_adapted_layer_so_that_no_other_layer_is_meant() {
     let attached = again.attach(Nested::new()).unwrap();
     assert_eq!(numbers(&attached), numbers(&model));
 }
+
+/// An activation has nothing to save, and a file that names it would be missing it.
+#[test]
+fn a_module_without_parameters_is_not_named() {
+    #[derive(Module, Debug)]
+    struct Block {
+        query: BoftLinear,
+        activation: burn::nn::Gelu,
+        head: BoftLinear,
+    }
+    let device = device();
+    let base = Block {
+        query: linear([INPUT, 8], 3, DType::F32, &device).into(),
+        activation: burn::nn::Gelu::new(),
+        head: linear([8, 5], 4, DType::F32, &device).into(),
+    };
+    let config = OftConfig::new()
+        .with_block_size(4)
+        .with_init(INIT)
+        .with_target_modules(["query"])
+        .with_modules_to_save(["head"]);
+    let adapter = Adapter::extract(&inject(base, config).unwrap()).unwrap();
+    assert_eq!(adapter.config().selection().modules_to_save, ["head"]);
+    let (_, report) = Adapter::load(saved(&adapter).path()).unwrap();
+    assert!(report.warnings.is_empty(), "{report}");
+}

@@ -1,6 +1,7 @@
 //! Taking an adapter out of a model.
 
 use burn::module::{Module, ParamGroup};
+use burn::nn::activation::{Activation, ActivationConfig};
 use burn::tensor::DType;
 use burn_boft::value::ExtractError;
 use burn_boft::{
@@ -189,13 +190,13 @@ fn a_module_without_parameters_is_not_named() {
     #[derive(Module, Debug)]
     struct Block {
         query: BoftLinear,
-        activation: burn::nn::Gelu,
+        activation: Activation,
         head: BoftLinear,
     }
     let device = device();
     let base = Block {
         query: linear([INPUT, 8], 3, DType::F32, &device).into(),
-        activation: burn::nn::Gelu::new(),
+        activation: ActivationConfig::Gelu.init(&device),
         head: linear([8, 5], 4, DType::F32, &device).into(),
     };
     let config = OftConfig::new()

@@ -761,15 +761,20 @@ impl AdapterConfig {
 /// The method in a few words, such as `OFT, exact, COFT radius 0.001`.
 impl Display for AdapterConfig {
     fn fmt(&self, f: &mut Formatter) -> fmt::Result {
-        let Self::Oft(config) = self else {
-            return f.write_str("BOFT");
-        };
-        write!(f, "OFT, {}", config.cayley)?;
-        if let Some(radius) = config.coft_radius {
-            write!(f, ", COFT radius {radius}")?;
+        match self {
+            Self::Boft(_) => f.write_str("BOFT")?,
+            Self::Oft(config) => {
+                write!(f, "OFT, {}", config.cayley)?;
+                if let Some(radius) = config.coft_radius {
+                    write!(f, ", COFT radius {radius}")?;
+                }
+                if config.block_share {
+                    f.write_str(", one block per layer")?;
+                }
+            }
         }
-        match config.block_share {
-            true => f.write_str(", one block per layer"),
+        match self.scaled_skew() {
+            true => f.write_str(", scaled skew"),
             false => Ok(()),
         }
     }

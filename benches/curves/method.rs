@@ -6,20 +6,11 @@ use burn::module::{Lora, Module, ParamGroup, QLora, Quantizer};
 use burn::tensor::Device;
 use burn::tensor::quantization::{Calibration, QuantScheme, QuantValue, ScaleDtype};
 use burn_boft::{BoftConfig, OftConfig, inject};
-use dinov2::method::{HEAD, KaimingUniform};
+use dinov2::method::{HEAD, KaimingUniform, PROJECTIONS};
 use dinov2::model::Dinov2ForImageClassification;
 use serde::de::Error;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// The layers whose weights are packed and adapted, by the ends of their paths.
-const TARGETS: [&str; 6] = [
-    "query",
-    "key",
-    "value",
-    "output.dense",
-    "mlp.fc1",
-    "mlp.fc2",
-];
 /// With this rank LoRA has as many numbers as [`Method::Boft`] has: 9216. [`Method::Oft`] has 8064; its next size is 17,280.
 const RANK: usize = 2;
 /// QLoRA's paper has one scale for 64 numbers, too.
@@ -95,7 +86,7 @@ impl Method {
                 let config = BoftConfig::new()
                     .with_block_size(4)
                     .with_n_butterfly_factor(2)
-                    .with_target_modules(TARGETS)
+                    .with_target_modules(PROJECTIONS)
                     .with_modules_to_save([HEAD]);
                 inject(packed, config).map_err(|error| error.to_string())
             }
@@ -103,7 +94,7 @@ impl Method {
                 let packed = model.quantize_weights_group(&mut quantizer, weights());
                 let config = OftConfig::new()
                     .with_block_size(8)
-                    .with_target_modules(TARGETS)
+                    .with_target_modules(PROJECTIONS)
                     .with_modules_to_save([HEAD]);
                 inject(packed, config).map_err(|error| error.to_string())
             }
@@ -123,7 +114,7 @@ impl Method {
 
 /// The weights of the layers that are packed and adapted.
 fn weights() -> ParamGroup {
-    let paths = TARGETS.map(|target| format!("{target}.weight"));
+    let paths = PROJECTIONS.map(|target| format!("{target}.weight"));
     ParamGroup::from_any_predicates(paths.to_vec())
 }
 

@@ -3,22 +3,21 @@
 use std::fmt::Display;
 use std::ops::Range;
 
+use dinov2::evidence::plot::{COLOURS, GRID, INK};
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
 use crate::method::{Bits, Method};
 use crate::table::{Curve, Point};
 
-/// Colours that people with the common kinds of colour blindness can tell apart (Okabe and Ito), one for each method.
-const COLOURS: [RGBColor; Method::ALL.len()] = [
+/// A colour for each method, grey for the head alone.
+const METHOD_COLOURS: [RGBColor; Method::ALL.len()] = [
     RGBColor(110, 110, 110),
-    RGBColor(0, 114, 178),
-    RGBColor(0, 158, 115),
-    RGBColor(213, 94, 0),
-    RGBColor(230, 159, 0),
+    COLOURS[0],
+    COLOURS[2],
+    COLOURS[1],
+    COLOURS[4],
 ];
-const INK: RGBColor = RGBColor(40, 40, 40);
-const GRID: RGBColor = RGBColor(225, 225, 225);
 /// Plotters divides the size by 1.24.
 const FONT: (&str, i32) = ("sans-serif", 16);
 /// The size of a panel, and the height of a line of the legend.
@@ -124,7 +123,7 @@ fn legend(area: &Area) -> Result<(), String> {
 
 fn colour(method: Method) -> RGBColor {
     let place = Method::ALL.iter().position(|other| *other == method);
-    COLOURS[place.expect("every method is in the list")]
+    METHOD_COLOURS[place.expect("every method is in the list")]
 }
 
 fn failed(error: impl Display) -> String {

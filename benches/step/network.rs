@@ -5,6 +5,7 @@ use burn::nn::{Lstm, LstmConfig, PaddingConfig2d};
 use burn::tensor::activation::relu;
 use burn::tensor::{Device, Distribution, Tensor};
 use burn_boft::{BoftConv2d, BoftConv2dConfig, BoftLinear, BoftLinearConfig, rotate_once};
+use dinov2::method::PROJECTIONS;
 use dinov2::model::{Dinov2Config, Dinov2Model};
 
 /// A model under test.
@@ -18,14 +19,7 @@ pub trait Network: Module {
 }
 
 impl Network for Dinov2Model {
-    const TARGETS: &'static [&'static str] = &[
-        "query",
-        "key",
-        "value",
-        "output.dense",
-        "mlp.fc1",
-        "mlp.fc2",
-    ];
+    const TARGETS: &'static [&'static str] = &PROJECTIONS;
 
     fn forward(&self, pixels: Tensor<4>, tracked: bool) -> Tensor<4> {
         let tokens = track(self.embeddings.forward(pixels, None), tracked);

@@ -70,9 +70,10 @@ impl Adapter {
     /// without locks, let one process write at a time. Other files in the folder are left alone.
     ///
     /// PEFT's BOFT always has a scale. Where none is trained, ones are written, and a line of text beside the tensors
-    /// lets [`Adapter::load`] leave them out again. Another such line says that a scaled skew was trained. More than one factor needs PEFT's CUDA kernel; without it, PEFT
-    /// refuses the file. [`Cayley::Neumann016`](crate::Cayley::Neumann016) is written as PEFT 0.16 and 0.17 wrote it,
-    /// and only those versions and this crate compute it.
+    /// lets [`Adapter::load`] leave them out again. Another such line says that a scaled skew was trained. More than
+    /// one factor needs PEFT's CUDA kernel; without it, PEFT refuses the file.
+    /// [`Cayley::Neumann016`](crate::Cayley::Neumann016) is written as PEFT 0.16 and 0.17 wrote it, and only those
+    /// versions and this crate compute it.
     ///
     /// # Errors
     ///

@@ -497,8 +497,9 @@ impl Found {
 
     /// The largest modules of which every parameter is trained.
     ///
-    /// Running statistics are not counted, since they are no parameters, and a module without any has nothing to save. The model itself and lists of modules are
-    /// never among them: `modules_to_save` cannot name the first, and PEFT does not wrap the second.
+    /// Running statistics are not counted, since they are no parameters, and a module without any has nothing to save.
+    /// The model itself and lists of modules are never among them: `modules_to_save` cannot name the first, and PEFT
+    /// does not wrap the second.
     fn trained_modules(&self) -> Vec<String> {
         let mut counts: HashMap<&str, (usize, usize)> = HashMap::new();
         let mut count = |path, (more, more_trained)| {

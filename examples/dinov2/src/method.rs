@@ -12,18 +12,21 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::Dinov2ForImageClassification;
 
-/// The projections of every transformer layer, by the ends of their paths. The MLP of the giant model has other names
-/// than the rest.
-const TARGETS: [&str; 8] = [
+/// The projections of a transformer layer, by the ends of their paths, of every model but the giant one.
+pub const PROJECTIONS: [&str; 6] = [
     "query",
     "key",
     "value",
     "output.dense",
     "mlp.fc1",
     "mlp.fc2",
-    "mlp.weights_in",
-    "mlp.weights_out",
 ];
+/// The same of every model. The MLP of the giant one has other names than the rest.
+const TARGETS: [&str; 8] = {
+    let [query, key, value, output, fc1, fc2] = PROJECTIONS;
+    let [weights_in, weights_out] = ["mlp.weights_in", "mlp.weights_out"];
+    [query, key, value, output, fc1, fc2, weights_in, weights_out]
+};
 /// The head: always trained, always saved.
 pub const HEAD: &str = "classifier";
 

@@ -15,7 +15,7 @@ use super::summary::{Row, Summary};
 use crate::method::Method;
 
 /// Colours that people with the common kinds of colour blindness can tell apart (Okabe and Ito), darkest first.
-const COLOURS: [RGBColor; 6] = [
+pub const COLOURS: [RGBColor; 6] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
     RGBColor(0, 158, 115),
@@ -23,8 +23,10 @@ const COLOURS: [RGBColor; 6] = [
     RGBColor(230, 159, 0),
     RGBColor(86, 180, 233),
 ];
-const INK: RGBColor = RGBColor(40, 40, 40);
-const GRID: RGBColor = RGBColor(225, 225, 225);
+/// The colour of words and axes.
+pub const INK: RGBColor = RGBColor(40, 40, 40);
+/// The colour of lines behind the marks.
+pub const GRID: RGBColor = RGBColor(225, 225, 225);
 const FONT: (&str, i32) = ("sans-serif", 15);
 /// About the width of a character of that font, and the height of a line.
 const CHARACTER: u32 = 9;

@@ -42,6 +42,7 @@ const OPERATIONS: &[Operation] = &[
     forward("weight-right-32", (32, 1, D_INPUT), weight_right),
     backward("step-4", (4, 1, D_INPUT), step),
     backward("step-4x2", (4, 2, D_INPUT), step),
+    backward("step-4x4", (4, 4, D_INPUT), step),
     backward("step-32", (32, 1, D_INPUT), step),
     backward("step-scale-4x2", (4, 2, D_INPUT), step_with_scale),
 ];
@@ -190,5 +191,7 @@ fn noise<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
 
 /// The last number of a tensor, so that nothing of it can be left out.
 fn number<const D: usize>(tensor: Tensor<D>) -> f64 {
-    tensor.into_data().iter::<f64>().last().unwrap_or(f64::NAN)
+    let data = tensor.into_data();
+    let last = data.as_slice::<f32>().ok().and_then(<[f32]>::last);
+    last.map_or(f64::NAN, |&last| last.into())
 }

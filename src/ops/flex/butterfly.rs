@@ -13,7 +13,7 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::real::Real;
-use super::span::{Sizes, multiply_by_stage, transpose};
+use super::span::{Scratch, Sizes, first_stage, multiply_by_stage, transpose};
 use super::tile::{PASSING_ROWS, ROWS, add_scaled, line, with_tile};
 use crate::ops::butterfly::Direction;
 
@@ -69,19 +69,18 @@ impl<E: Real> WithSimd for Compose<'_, E> {
     fn with_simd<S: Simd>(self, _: S) {
         let s = self.sizes.span;
         let mut product = vec![0.0; s * s];
-        let mut rows = vec![0.0; self.sizes.b * s];
-        for (span, rotation) in self.rotations.chunks_exact_mut(s * s).enumerate() {
-            product.fill(0.0);
-            (0..s).for_each(|i| product[i * (s + 1)] = 1.0);
-            for stage in 0..self.sizes.m {
-                let place = (stage, self.first + span);
+        let mut scratch = Scratch::new(self.sizes.b);
+        for (index, rotation) in self.rotations.chunks_exact_mut(s * s).enumerate() {
+            let span = self.first + index;
+            first_stage(&mut product, self.blocks, self.sizes, span);
+            for stage in 1..self.sizes.m {
                 multiply_by_stage(
                     &mut product,
                     self.blocks,
                     self.sizes,
-                    place,
+                    (stage, span),
                     Direction::Forward,
-                    &mut rows,
+                    &mut scratch,
                 );
             }
             if self.direction == Direction::Back {

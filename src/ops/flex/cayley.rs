@@ -3,10 +3,13 @@
 //! The portable version works on all blocks at once and therefore makes `b` passes over memory. Here a block stays in
 //! a first-level cache from the first sweep to the last, and sweeps in f64 take the place of the Newton-Schulz step.
 
+use std::mem;
+
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::real::Real;
+use super::tile::multiply;
 use crate::ops::cayley::upper_triangle;
 
 /// The blocks of one task, enough work to be worth a thread: about 32,768 multiplications, of which a block takes
@@ -99,9 +102,11 @@ fn cayley_blocks<E: Real>(blocks: &mut [E], skew: &[E], b: usize) {
             inverse[column * b + row] = -value.into();
         }
         invert(&mut inverse, b);
-        for (index, (value, inverse)) in block.iter_mut().zip(&inverse).enumerate() {
-            let identity = if index % (b + 1) == 0 { 1.0 } else { 0.0 };
-            *value = E::rounded(2.0 * inverse - identity);
+        for (value, inverse) in block.iter_mut().zip(&inverse) {
+            *value = E::rounded(2.0 * inverse);
+        }
+        for i in 0..b {
+            block[i * (b + 1)] = E::rounded(2.0 * inverse[i * (b + 1)] - 1.0);
         }
     }
 }
@@ -116,21 +121,30 @@ fn cayley_blocks<E: Real>(blocks: &mut [E], skew: &[E], b: usize) {
 ///
 /// Each pivot is that of a Schur complement, whose symmetric part is at least `I` again, so that `p ≥ 1` in every
 /// sweep. This is the rank-one update of the portable version, written out for each entry.
+///
+/// With `1` in place of `A[k,k]` and `0` in place of `A[i,k]`, the rule for `A[i,j]` serves all columns, so that whole
+/// rows are updated by vector instructions.
 #[inline(always)]
 fn invert(matrix: &mut [f64], b: usize) {
     for k in 0..b {
-        let pivot = 1.0 / matrix[k * b + k];
-        for column in (0..b).filter(|&column| column != k) {
-            matrix[k * b + column] *= pivot;
+        let (above, rest) = matrix.split_at_mut(k * b);
+        let (pivots, below) = rest.split_at_mut(b);
+        let reciprocal = 1.0 / pivots[k];
+        pivots[k] = 1.0;
+        pivots.iter_mut().for_each(|pivot| *pivot *= reciprocal);
+        eliminate(above, pivots, k);
+        eliminate(below, pivots, k);
+    }
+}
+
+/// Takes the entry in column `k` out of rows, in whose place the sweep has `−A[i,k] / p`.
+#[inline(always)]
+fn eliminate(rows: &mut [f64], pivots: &[f64], k: usize) {
+    for row in rows.chunks_exact_mut(pivots.len()) {
+        let factor = -mem::take(&mut row[k]);
+        for (value, &pivot) in row.iter_mut().zip(pivots) {
+            *value = factor.mul_add(pivot, *value);
         }
-        for row in (0..b).filter(|&row| row != k) {
-            let factor = matrix[row * b + k];
-            for column in (0..b).filter(|&column| column != k) {
-                matrix[row * b + column] -= factor * matrix[k * b + column];
-            }
-            matrix[row * b + k] = -factor * pivot;
-        }
-        matrix[k * b + k] = pivot;
     }
 }
 
@@ -193,33 +207,25 @@ impl<E: Real> WithSimd for CayleyBackward<'_, E> {
 
 /// Computes `−½ (P_ij − P_ji)` with `P = (I + C)ᵀ · ∂L/∂C · (I + C)ᵀ`.
 ///
-/// `shifted` holds `(I + C)ᵀ` row by row, transposed once when it is filled. The first of the two products is formed
-/// completely. Of the second only the entries off the diagonal are, in pairs, since the difference needs no others.
+/// `shifted` holds `(I + C)ᵀ` row by row, transposed once when it is filled.
 #[inline(always)]
 fn skew_gradients<E: Real>(skew: &mut [E], blocks: &[E], gradient: &[E], b: usize) {
-    let (mut shifted, mut product) = (vec![0.0; b * b], vec![0.0; b * b]);
+    let [mut shifted, mut wide, mut product] = [(); 3].map(|()| vec![0.0; b * b]);
     let matrices = blocks.chunks_exact(b * b).zip(gradient.chunks_exact(b * b));
     for (skew, (block, gradient)) in skew.chunks_exact_mut(b * (b - 1) / 2).zip(matrices) {
-        for row in 0..b {
-            for column in 0..b {
-                let identity = if row == column { 1.0 } else { 0.0 };
-                shifted[column * b + row] = block[row * b + column].into() + identity;
+        for (row, values) in block.chunks_exact(b).enumerate() {
+            for (column, &value) in values.iter().enumerate() {
+                shifted[column * b + row] = value.into();
             }
         }
-        for row in 0..b {
-            for column in 0..b {
-                product[row * b + column] = (0..b)
-                    .map(|k| shifted[row * b + k] * gradient[k * b + column].into())
-                    .sum();
-            }
+        (0..b).for_each(|i| shifted[i * (b + 1)] += 1.0);
+        for (wide, &value) in wide.iter_mut().zip(gradient) {
+            *wide = value.into();
         }
-        let entry = |row: usize, column: usize| -> f64 {
-            (0..b)
-                .map(|k| product[row * b + k] * shifted[k * b + column])
-                .sum()
-        };
+        multiply(&mut product, &shifted, &wide, b);
+        multiply(&mut wide, &product, &shifted, b);
         for (value, (row, column)) in skew.iter_mut().zip(upper_triangle(b)) {
-            *value = E::rounded(-0.5 * (entry(row, column) - entry(column, row)));
+            *value = E::rounded(-0.5 * (wide[row * b + column] - wide[column * b + row]));
         }
     }
 }

@@ -8,9 +8,9 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::real::Real;
-use super::span::{Sizes, multiply_by_stage, transpose};
+use super::span::{Scratch, Sizes, multiply_by_stage, transpose};
 use super::sums::{dot, total};
-use super::tile::{PASSING_ROWS, ROWS, add_scaled, line, with_tile};
+use super::tile::{PASSING_ROWS, ROWS, add_scaled, line, multiply, places, with_tile};
 use crate::ops::butterfly::{Direction, Side};
 
 /// `G` per span along the rotated axis, `lhs·rhsᵀ` on the left and `lhsᵀ·rhs` on the right.
@@ -161,20 +161,13 @@ fn gram_of_columns<E: Real, const LINES: usize, const LINE: usize>(
     }
 }
 
-/// The corners of the tiles of a square, row by row.
-#[inline(always)]
-fn places(size: usize, rows: usize, columns: usize) -> impl Iterator<Item = (usize, usize)> {
-    let along = move |step| (0..size).step_by(step);
-    along(rows).flat_map(move |row| along(columns).map(move |column| (row, column)))
-}
-
 /// The gradient of the blocks from `G`, where `∂L/∂R = G·R`.
 ///
 /// For each factor from the last to the first: `∂L/∂C = G[L,L]·C` for the indices `L` that a block couples, then
 /// `G ← F_iᵀ·G·F_i`. The portable version, `backward` in `ops/butterfly.rs`, has the proof.
 ///
 /// A span's blocks of different factors lie far apart in the result, so that tasks cannot share it among themselves.
-/// Each returns its own list, and the numbers, few as they are, are put in place by one thread.
+/// Each returns a list of its own, and the numbers, few as they are, are put in place by one thread.
 ///
 /// # Shapes
 ///
@@ -185,26 +178,29 @@ fn places(size: usize, rows: usize, columns: usize) -> impl Iterator<Item = (usi
 ///
 /// In f64 throughout, rounded once to the precision of the blocks.
 pub(super) fn block_gradient<E: Real>(mut gram: Vec<f64>, blocks: &[E], sizes: Sizes) -> Vec<E> {
-    let Sizes { b, span: s, .. } = sizes;
+    let Sizes { m, b, span: s, .. } = sizes;
     let per_span = s / b;
+    let task = sizes.spans_per_task();
     let arch = Arch::new();
     let gradients: Vec<Vec<f64>> = gram
-        .par_chunks_mut(s * s)
+        .par_chunks_mut(task * s * s)
         .enumerate()
-        .with_min_len(sizes.spans_per_task())
-        .map(|(span, gram)| {
+        .map(|(index, gram)| {
             arch.dispatch(BlockGradient {
                 gram,
                 blocks,
                 sizes,
-                span,
+                first: index * task,
             })
         })
         .collect();
     let mut output = vec![E::default(); blocks.len()];
-    for (index, gradients) in gradients.into_iter().enumerate() {
-        for (stage, gradients) in gradients.chunks(per_span * b * b).enumerate() {
-            let target = &mut output[sizes.offset(stage, index * per_span)..][..gradients.len()];
+    let spans = gradients
+        .iter()
+        .flat_map(|task| task.chunks_exact(m * s * b));
+    for (span, gradients) in spans.enumerate() {
+        for (stage, gradients) in gradients.chunks_exact(s * b).enumerate() {
+            let target = &mut output[sizes.offset(stage, span * per_span)..][..gradients.len()];
             for (target, &gradient) in target.iter_mut().zip(gradients) {
                 *target = E::rounded(gradient);
             }
@@ -213,8 +209,7 @@ pub(super) fn block_gradient<E: Real>(mut gram: Vec<f64>, blocks: &[E], sizes: S
     output
 }
 
-/// One span of [`block_gradient`]. Its output lists the blocks of each factor, factor by factor, a `[m, s/b, b, b]`
-/// tensor.
+/// Some spans of [`block_gradient`]. Its output lists the blocks of each span and factor, a `[spans, m, s/b, b, b]` tensor.
 ///
 /// Of `G·F_i` it forms only the entries that a block couples, `b·s` of `s²`. The whole of `F_iᵀ·G·F_i` is needed only
 /// for factors that are still to come, so `F_0`, the last of them, ends the loop without it.
@@ -222,7 +217,8 @@ struct BlockGradient<'a, E> {
     gram: &'a mut [f64],
     blocks: &'a [E],
     sizes: Sizes,
-    span: usize,
+    /// The first of the spans.
+    first: usize,
 }
 
 impl<E: Real> WithSimd for BlockGradient<'_, E> {
@@ -234,39 +230,34 @@ impl<E: Real> WithSimd for BlockGradient<'_, E> {
             gram,
             blocks,
             sizes,
-            span,
+            first,
         } = self;
         let Sizes { m, b, span: s, .. } = sizes;
-        let per_span = s / b;
-        let mut gradients = vec![0.0; m * s * b];
-        let mut rows = vec![0.0; b * s];
-        for stage in (0..m).rev() {
-            for local in 0..per_span {
-                let block = &blocks[sizes.offset(stage, span * per_span + local)..][..b * b];
-                let gradient = &mut gradients[(stage * per_span + local) * b * b..][..b * b];
-                for row in 0..b {
-                    let source = sizes.coupled(stage, local, row) * s;
-                    for inner in 0..b {
-                        let value = gram[source + sizes.coupled(stage, local, inner)];
-                        for column in 0..b {
-                            let factor: f64 = block[inner * b + column].into();
-                            gradient[row * b + column] += value * factor;
+        let mut gradients = vec![0.0; gram.len() / s * m * b];
+        let (mut scratch, mut coupled) = (Scratch::new(b), vec![0.0; b * b]);
+        let spans = gram
+            .chunks_exact_mut(s * s)
+            .zip(gradients.chunks_exact_mut(m * s * b));
+        for (index, (gram, gradients)) in spans.enumerate() {
+            let span = first + index;
+            for (stage, gradients) in gradients.chunks_exact_mut(s * b).enumerate().rev() {
+                for (local, gradient) in gradients.chunks_exact_mut(b * b).enumerate() {
+                    scratch.take(blocks, sizes, (stage, span, local), Direction::Forward);
+                    let Scratch { block, places, .. } = &scratch;
+                    for (row, place) in coupled.chunks_exact_mut(b).zip(places) {
+                        for (value, column) in row.iter_mut().zip(places) {
+                            *value = gram[place * s + column];
                         }
                     }
+                    multiply(gradient, &coupled, block, b);
                 }
-            }
-            if stage > 0 {
-                // Fᵀ·G·F = (Fᵀ·(Fᵀ·G)ᵀ)ᵀ.
-                for _ in 0..2 {
-                    multiply_by_stage(
-                        gram,
-                        blocks,
-                        sizes,
-                        (stage, span),
-                        Direction::Back,
-                        &mut rows,
-                    );
-                    transpose(gram, s);
+                if stage > 0 {
+                    // Fᵀ·G·F = (Fᵀ·(Fᵀ·G)ᵀ)ᵀ.
+                    for _ in 0..2 {
+                        let (place, back) = ((stage, span), Direction::Back);
+                        multiply_by_stage(gram, blocks, sizes, place, back, &mut scratch);
+                        transpose(gram, s);
+                    }
                 }
             }
         }

@@ -4,6 +4,7 @@
 //! section 4 is the arithmetic of [`Sizes::coupled`], which finds the rows that a block couples where they are.
 
 use super::real::Real;
+use super::tile::{add_scaled, line};
 use crate::ops::butterfly::Direction;
 
 /// The sizes of a rotation, as the `[m, n, b, b]` shape of its blocks gives them.
@@ -68,7 +69,28 @@ impl Sizes {
     }
 }
 
-/// Multiplies a span's rows by a factor in place, `t ← op(F)·t`, where `op` transposes for [`Direction::Back`].
+/// The first factor of a span as a matrix: its blocks on the diagonal, and zeros.
+///
+/// # Shapes
+///
+/// - matrix: `[span, span]`
+/// - blocks: all blocks of the rotation, `[m, n, b, b]`
+#[inline(always)]
+pub(super) fn first_stage<E: Real>(matrix: &mut [f64], blocks: &[E], sizes: Sizes, span: usize) {
+    let Sizes { b, span: s, .. } = sizes;
+    let per_span = s / b;
+    matrix.fill(0.0);
+    let blocks = &blocks[sizes.offset(0, span * per_span)..][..s * b];
+    for (row, values) in blocks.chunks_exact(b).enumerate() {
+        let start = row * s + row / b * b;
+        for (target, &value) in matrix[start..][..b].iter_mut().zip(values) {
+            *target = value.into();
+        }
+    }
+}
+
+/// Multiplies a span's rows by a factor after the first in place, `t ← op(F)·t`, where `op` transposes for
+/// [`Direction::Back`].
 ///
 /// The blocks of a factor couple disjoint rows, so they follow one another without a second matrix.
 ///
@@ -76,7 +98,6 @@ impl Sizes {
 ///
 /// - matrix: `[span, span]`
 /// - blocks: all blocks of the rotation, `[m, n, b, b]`
-/// - rows: `[b, span]`, scratch of the caller
 ///
 /// # Numerics
 ///
@@ -88,46 +109,99 @@ pub(super) fn multiply_by_stage<E: Real>(
     sizes: Sizes,
     (stage, span): (usize, usize),
     direction: Direction,
-    rows: &mut [f64],
+    scratch: &mut Scratch,
 ) {
-    let per_span = sizes.span / sizes.b;
-    for local in 0..per_span {
-        let block = &blocks[sizes.offset(stage, span * per_span + local)..];
-        multiply_rows(matrix, block, sizes, (stage, local), direction, rows);
+    let Sizes { b, span: s, .. } = sizes;
+    for local in 0..s / b {
+        scratch.take(blocks, sizes, (stage, span, local), direction);
+        // Sides of a tile that divide the block and the span, which is twice the block at least.
+        match (b % 4, s % 16) {
+            (0, 0) => multiply_rows::<4, 16>(matrix, s, scratch),
+            (0, _) => multiply_rows::<4, 8>(matrix, s, scratch),
+            (_, 0 | 8) => multiply_rows::<2, 8>(matrix, s, scratch),
+            _ => multiply_rows::<2, 4>(matrix, s, scratch),
+        }
     }
 }
 
-/// Multiplies the rows that a block couples by the block: `t[L] ← op(C)·t[L]`.
-///
-/// The innermost loop runs along a row, whose numbers are neighbours in memory, so that it becomes vector
-/// instructions for every block size. All `b` results are formed in `rows` before the first is written back, since
-/// each of them reads all `b` rows.
-#[inline(always)]
-fn multiply_rows<E: Real>(
-    matrix: &mut [f64],
-    block: &[E],
-    sizes: Sizes,
-    (stage, local): (usize, usize),
-    direction: Direction,
-    rows: &mut [f64],
-) {
-    let Sizes { b, span: s, .. } = sizes;
-    rows.fill(0.0);
-    for (to, row) in rows.chunks_exact_mut(s).enumerate() {
-        for from in 0..b {
-            let place = match direction {
-                Direction::Forward => to * b + from,
-                Direction::Back => from * b + to,
-            };
-            let factor: f64 = block[place].into();
-            let source = &matrix[sizes.coupled(stage, local, from) * s..][..s];
-            for (sum, value) in row.iter_mut().zip(source) {
-                *sum += factor * value;
-            }
+/// One block at a time, in f64, and what a product with it needs. It is allocated once for many spans.
+pub(super) struct Scratch {
+    /// The block, `[b, b]`.
+    pub(super) block: Vec<f64>,
+    /// The `b` places in the span that the block couples.
+    pub(super) places: Vec<usize>,
+    /// A piece of the `b` results.
+    results: Vec<f64>,
+}
+
+impl Scratch {
+    pub(super) fn new(b: usize) -> Self {
+        Self {
+            block: vec![0.0; b * b],
+            places: vec![0; b],
+            results: vec![0.0; b * WIDEST],
         }
     }
-    for (to, row) in rows.chunks_exact(s).enumerate() {
-        matrix[sizes.coupled(stage, local, to) * s..][..s].copy_from_slice(row);
+
+    /// Takes a block of a span and a factor, transposed for [`Direction::Back`].
+    #[inline(always)]
+    pub(super) fn take<E: Real>(
+        &mut self,
+        blocks: &[E],
+        sizes: Sizes,
+        (stage, span, local): (usize, usize, usize),
+        direction: Direction,
+    ) {
+        let b = sizes.b;
+        let block = &blocks[sizes.offset(stage, span * (sizes.span / b) + local)..][..b * b];
+        for (row, values) in block.chunks_exact(b).enumerate() {
+            for (column, &value) in values.iter().enumerate() {
+                let place = match direction {
+                    Direction::Forward => row * b + column,
+                    Direction::Back => column * b + row,
+                };
+                self.block[place] = value.into();
+            }
+        }
+        for (index, place) in self.places.iter_mut().enumerate() {
+            *place = sizes.coupled(stage, local, index);
+        }
+    }
+}
+
+/// The most columns that [`multiply_rows`] takes at a time.
+const WIDEST: usize = 16;
+
+/// Multiplies the rows that a block couples by the block: `t[L] ← C·t[L]`, `LINES` rows of `LINE` sums at a time.
+///
+/// The columns of the rows take turns in pieces of `LINE` neighbours, which make vector instructions. All `b` results
+/// of a piece are formed before the first is written back, since each of them reads all `b` rows.
+#[inline(always)]
+fn multiply_rows<const LINES: usize, const LINE: usize>(
+    matrix: &mut [f64],
+    s: usize,
+    Scratch {
+        block,
+        places,
+        results,
+    }: &mut Scratch,
+) {
+    let b = places.len();
+    for start in (0..s).step_by(LINE) {
+        let groups = block.chunks_exact(LINES * b);
+        for (block, results) in groups.zip(results.chunks_exact_mut(LINES * LINE)) {
+            let mut sums = [[0.0; LINE]; LINES];
+            for (from, place) in places.iter().enumerate() {
+                let source = line::<f64, LINE>(matrix, place * s + start);
+                for (to, sums) in sums.iter_mut().enumerate() {
+                    add_scaled(sums, block[to * b + from], source);
+                }
+            }
+            results.copy_from_slice(sums.as_flattened());
+        }
+        for (place, result) in places.iter().zip(results.chunks_exact(LINE)) {
+            matrix[place * s + start..][..LINE].copy_from_slice(result);
+        }
     }
 }
 

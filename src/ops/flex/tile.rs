@@ -77,3 +77,41 @@ pub(super) fn add_scaled<E: Real, const N: usize>(sums: &mut [E; N], factor: E, 
         *sum = factor.mul_add(value, *sum);
     }
 }
+
+/// The product of two square matrices in f64, a tile of it at a time.
+#[inline(always)]
+pub(super) fn multiply(product: &mut [f64], lhs: &[f64], rhs: &[f64], size: usize) {
+    with_tile!(size, LINES, LINE => multiply_tiles::<LINES, LINE>(product, lhs, rhs, size));
+}
+
+#[inline(always)]
+fn multiply_tiles<const LINES: usize, const LINE: usize>(
+    product: &mut [f64],
+    lhs: &[f64],
+    rhs: &[f64],
+    size: usize,
+) {
+    for (row, column) in places(size, LINES, LINE) {
+        let mut sums = [[0.0; LINE]; LINES];
+        for inner in 0..size {
+            let line = line::<f64, LINE>(rhs, inner * size + column);
+            for (index, sums) in sums.iter_mut().enumerate() {
+                add_scaled(sums, lhs[(row + index) * size + inner], line);
+            }
+        }
+        for (index, sums) in sums.iter().enumerate() {
+            product[(row + index) * size + column..][..LINE].copy_from_slice(sums);
+        }
+    }
+}
+
+/// The corners of the tiles of a square, row by row.
+#[inline(always)]
+pub(super) fn places(
+    size: usize,
+    rows: usize,
+    columns: usize,
+) -> impl Iterator<Item = (usize, usize)> {
+    let along = move |step| (0..size).step_by(step);
+    along(rows).flat_map(move |row| along(columns).map(move |column| (row, column)))
+}

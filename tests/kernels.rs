@@ -506,7 +506,7 @@ fn flex_gives_the_same_numbers_on_any_count_of_threads() {
     }
 }
 
-/// Blocks of a polynomial are no rotation, and kernels multiply by them only where nothing is differentiated.
+/// Blocks of a polynomial are no rotation.
 #[test]
 fn a_polynomial_is_multiplied_as_it_is_and_not_as_if_it_were_orthogonal() {
     let sizes = Sizes { d: 24, b: 8, m: 1 };
@@ -539,8 +539,142 @@ fn a_polynomial_is_multiplied_as_it_is_and_not_as_if_it_were_orthogonal() {
     for (backend, device) in kernel_devices() {
         let (_, found) = run(&device, DType::F32);
         assert_close(backend, &found, &expected, 1e-5);
-        // The portable versions differentiate it, with the same result.
+        // Where it is differentiated, the result is the same.
         let (_, differentiated) = run(&device.autodiff(), DType::F32);
         assert_close(backend, &differentiated, &found, 1e-5);
     }
+}
+
+/// Blocks of a polynomial have a backward pass that does not take them for orthogonal. The gradients are those that Burn finds
+/// for products with the whole matrix.
+#[test]
+fn gradients_through_a_polynomial_are_those_of_products_with_its_matrix() {
+    let sizes = Sizes { d: 24, b: 8, m: 1 };
+    let (tokens, outputs) = (13, 10);
+    let numbers = |count, seed| noise(count, seed, 1.0);
+    let run = |device: &Device, dtype: DType, way: Product| -> Vec<Vec<f64>> {
+        let leaf = |values: &[f64], shape| tensor::<2>(values, shape, dtype, device).require_grad();
+        let skew = tensor::<3>(
+            &noise(sizes.skew_len(), 1, 0.6),
+            sizes.skew_shape(),
+            dtype,
+            device,
+        );
+        let skew = skew.require_grad();
+        let input = leaf(&numbers(tokens * sizes.d, 2), [tokens, sizes.d]);
+        let weight = leaf(&numbers(sizes.d * outputs, 3), [sizes.d, outputs]);
+        let scale = tensor::<1>(&noise(outputs, 4, 0.5), [outputs], dtype, device) + 1.5;
+        let scale = scale.detach().require_grad();
+        let bias = tensor::<1>(&numbers(outputs, 5), [outputs], dtype, device).require_grad();
+        let blocks = Blocks::neumann(skew.clone(), sizes.b, 5);
+        let output = way(
+            &blocks,
+            [input.clone(), weight.clone()],
+            [scale.clone(), bias.clone()],
+        );
+        let probe = numbers(output.shape().num_elements(), 6);
+        let probe = tensor::<2>(&probe, output.dims(), dtype, device);
+        let gradients = (output.clone() * probe).sum().backward();
+        let of = |tensor: Option<Vec<f64>>| tensor.unwrap_or_default();
+        vec![
+            host(output),
+            of(skew.grad(&gradients).map(host)),
+            of(input.grad(&gradients).map(host)),
+            of(weight.grad(&gradients).map(host)),
+            of(scale.grad(&gradients).map(host)),
+            of(bias.grad(&gradients).map(host)),
+        ]
+    };
+    #[allow(deprecated)] // Burn 0.22 deprecates ndarray and still ships it.
+    let ndarray = Device::ndarray().autodiff();
+    for (name, ours, dense) in products() {
+        let expected = run(&ndarray, DType::F64, dense);
+        assert!(!expected[1].is_empty(), "{name}");
+        let devices = kernel_devices().into_iter();
+        let devices =
+            devices.map(|(backend, device)| (backend, device.autodiff(), DType::F32, 2e-5));
+        for (backend, device, dtype, tolerance) in
+            devices.chain([("ndarray", ndarray.clone(), DType::F64, 1e-12)])
+        {
+            for (index, (found, expected)) in
+                run(&device, dtype, ours).iter().zip(&expected).enumerate()
+            {
+                let what = format!("{name}, quantity {index}, on {backend}");
+                assert_eq!(found.len(), expected.len(), "{what}");
+                if !expected.is_empty() {
+                    assert_close(&what, found, expected, tolerance);
+                }
+            }
+        }
+    }
+}
+
+/// A product of blocks with an input and a weight, and what follows it: a scale and a bias.
+type Product = fn(&Blocks, [Tensor<2>; 2], [Tensor<1>; 2]) -> Tensor<2>;
+
+/// Every product with blocks, as the library computes it and with the whole matrix.
+fn products() -> [(&'static str, Product, Product); 8] {
+    [
+        (
+            "x·R",
+            |blocks, [x, _], _| blocks.rotate(x, Side::Right, Direction::Forward),
+            |blocks, [x, _], _| x.matmul(whole(blocks)),
+        ),
+        (
+            "x·Rᵀ",
+            |blocks, [x, _], _| blocks.rotate(x, Side::Right, Direction::Back),
+            |blocks, [x, _], _| x.matmul(whole(blocks).transpose()),
+        ),
+        (
+            "R·W",
+            |blocks, [_, w], _| blocks.rotate(w, Side::Left, Direction::Forward),
+            |blocks, [_, w], _| whole(blocks).matmul(w),
+        ),
+        (
+            "Rᵀ·W",
+            |blocks, [_, w], _| blocks.rotate(w, Side::Left, Direction::Back),
+            |blocks, [_, w], _| whole(blocks).transpose().matmul(w),
+        ),
+        (
+            "a layer by its weight",
+            |blocks, [x, w], _| blocks.linear(x, w, None, None, Route::Weight),
+            |blocks, [x, w], _| x.matmul(whole(blocks)).matmul(w),
+        ),
+        (
+            "a layer with a bias by its weight",
+            |blocks, [x, w], [_, bias]| blocks.linear(x, w, None, Some(bias), Route::Weight),
+            |blocks, [x, w], [_, bias]| x.matmul(whole(blocks)).matmul(w) + bias.unsqueeze::<2>(),
+        ),
+        (
+            "a layer with a bias by its activations",
+            |blocks, [x, w], [_, bias]| blocks.linear(x, w, None, Some(bias), Route::Activation),
+            |blocks, [x, w], [_, bias]| x.matmul(whole(blocks)).matmul(w) + bias.unsqueeze::<2>(),
+        ),
+        (
+            "a layer with a scale and a bias by its weight",
+            |blocks, [x, w], [scale, bias]| {
+                blocks.linear(x, w, Some(scale), Some(bias), Route::Weight)
+            },
+            |blocks, [x, w], [scale, bias]| {
+                let product = x.matmul(whole(blocks)).matmul(w);
+                product * scale.unsqueeze::<2>() + bias.unsqueeze::<2>()
+            },
+        ),
+    ]
+}
+
+/// One factor as a `[d, d]` matrix.
+fn whole(blocks: &Blocks) -> Tensor<2> {
+    let values = blocks.values();
+    let [_, n, b, _] = values.dims();
+    let rows = (0..n).map(|index| {
+        let block = values.clone().slice([0..1, index..index + 1]);
+        let zeros = |columns: usize| {
+            let zeros = Tensor::<2>::zeros([b, columns], &values.device());
+            zeros.cast(values.dtype())
+        };
+        let (before, after) = (zeros(index * b), zeros((n - 1 - index) * b));
+        Tensor::cat(vec![before, block.reshape([b, b]), after], 1)
+    });
+    Tensor::cat(rows.collect(), 0)
 }

@@ -253,6 +253,44 @@ pub trait BoftBackend: Backend {
         Self::boft_product(input, weight, bias)
     }
 
+    /// Multiplies a matrix by blocks that need not be orthogonal, as [`boft_butterfly`](Self::boft_butterfly) does by those of
+    /// a rotation. There is one factor, `m = 1`.
+    ///
+    /// The two differ in their backward pass alone.
+    ///
+    /// # Shapes
+    ///
+    /// - matrix: `[d, columns]` for [`Side::Left`], `[rows, d]` for [`Side::Right`]; so is the result
+    #[fusion(default)]
+    fn boft_block_diagonal(
+        matrix: FloatTensor<Self>,
+        blocks: FloatTensor<Self>,
+        side: Side,
+        direction: Direction,
+    ) -> FloatTensor<Self> {
+        Self::boft_butterfly(matrix, blocks, side, direction)
+    }
+
+    /// Multiplies rows by a weight that blocks have changed, `x·(R·W) + bias`. The blocks need not be orthogonal, and there is
+    /// one factor.
+    ///
+    /// # Shapes
+    ///
+    /// - input: `[tokens, d]`
+    /// - weight: `[d, o]`
+    /// - bias: `[o]`
+    /// - result: `[tokens, o]`
+    #[fusion(default)]
+    fn boft_block_diagonal_linear(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        blocks: FloatTensor<Self>,
+        #[extension_type] bias: OptionalTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let weight = Self::boft_block_diagonal(weight, blocks, Side::Left, Direction::Forward);
+        Self::boft_product(input, weight, bias)
+    }
+
     /// Convolves with a rotated and scaled weight, `diag(s)·W·Rᵀ` for the weight as an `[o, c·kh·kw]` matrix, and adds a
     /// bias.
     ///

@@ -85,8 +85,8 @@ impl Blocks {
     /// PEFT's Cayley-Neumann polynomial of packed skew-symmetric matrices: `I` for fewer than two terms,
     /// `I + 2Q` for two, else `I + 2Q + ··· + 2Q^(k−1) + Q^k` with `k = max(terms − 1, 3)`.
     ///
-    /// It approximates the transpose of the exact map and is not orthogonal, so that Burn differentiates the
-    /// products with these blocks. Kernels compute them where nothing is differentiated.
+    /// It approximates the transpose of the exact map and is not orthogonal, so that products with these blocks have a
+    /// backward pass of their own.
     ///
     /// # Shapes
     ///
@@ -105,7 +105,7 @@ impl Blocks {
 
     /// A polynomial of packed skew-symmetric matrices, `Σ coefficients[k]·Q^k`.
     ///
-    /// Most polynomials are not orthogonal, so that Burn differentiates the products with these blocks.
+    /// Most polynomials are not orthogonal, so that products with these blocks have a backward pass of their own.
     ///
     /// # Shapes
     ///
@@ -270,11 +270,16 @@ impl Blocks {
     /// - If `d` is not `n·b`.
     pub fn rotate(&self, matrix: Tensor<2>, side: Side, direction: Direction) -> Tensor<2> {
         self.assert_rotates("rotate", side.rotated(matrix.dims()));
-        let kernel = self.is_operation(&matrix);
+        let operation = self.operation(&matrix);
         let (matrix, blocks) = (matrix.into_dispatch(), self.values().into_dispatch());
-        Tensor::from_dispatch(match kernel {
-            true => <Dispatch as BoftBackend>::boft_butterfly(matrix, blocks, side, direction),
-            false => butterfly::apply::<Dispatch>(matrix, blocks, side, direction),
+        Tensor::from_dispatch(match operation {
+            Operation::Rotation => {
+                <Dispatch as BoftBackend>::boft_butterfly(matrix, blocks, side, direction)
+            }
+            Operation::BlockDiagonal => {
+                <Dispatch as BoftBackend>::boft_block_diagonal(matrix, blocks, side, direction)
+            }
+            Operation::Portable => butterfly::apply::<Dispatch>(matrix, blocks, side, direction),
         })
     }
 
@@ -302,12 +307,14 @@ impl Blocks {
         };
         self.assert_rotates("weight", side.rotated(weight.dims()));
         assert_outputs("weight", "scale", &scale, side.other(weight.dims()));
-        let kernel = self.is_operation(&weight);
+        let operation = self.operation(&weight);
         let weight = weight.into_dispatch();
         let (blocks, scale) = (self.values().into_dispatch(), scale.into_dispatch());
-        Tensor::from_dispatch(match kernel {
-            true => <Dispatch as BoftBackend>::boft_weight(weight, blocks, scale, side),
-            false => linear::weight::<Dispatch>(weight, blocks, scale, side),
+        Tensor::from_dispatch(match operation {
+            Operation::Rotation => {
+                <Dispatch as BoftBackend>::boft_weight(weight, blocks, scale, side)
+            }
+            _ => linear::weight::<Dispatch>(weight, blocks, scale, side),
         })
     }
 
@@ -420,7 +427,7 @@ impl Blocks {
                 assert_outputs("conv2d", name, vector, o);
             }
         }
-        if !self.is_operation(&weight) {
+        if self.operation(&weight) != Operation::Rotation {
             let rotated = self.weight(weight.reshape([o, c * kh * kw]), scale, Side::Right);
             let rotated = rotated.reshape([o, c, kh, kw]);
             return burn::tensor::module::conv2d(input, rotated, bias, options);
@@ -449,8 +456,8 @@ impl Blocks {
 
     /// The weight route, `x·(R·W·diag(s)) + bias`, for rows of input that are already a matrix.
     ///
-    /// In training with blocks that are not orthogonal, and on backends without [`BoftBackend`], the weight is rotated and
-    /// multiplied in separate operations, which Burn differentiates.
+    /// In training with a scale and blocks that are not orthogonal, and on backends without [`BoftBackend`], the weight is
+    /// rotated and multiplied in separate operations, which Burn differentiates.
     ///
     /// # Shapes
     ///
@@ -465,17 +472,33 @@ impl Blocks {
         scale: Option<Tensor<1>>,
         bias: Option<Tensor<1>>,
     ) -> Tensor<2> {
-        if !self.is_operation(&weight) {
+        let operation = self.operation(&weight);
+        if operation == Operation::Portable
+            || operation == Operation::BlockDiagonal && scale.is_some()
+        {
             return with_bias(input.matmul(self.weight(weight, scale, Side::Left)), bias);
         }
         let scale = self.or_ones(scale, weight.dims()[1]);
-        Tensor::from_dispatch(<Dispatch as BoftBackend>::boft_linear(
-            input.into_dispatch(),
-            weight.into_dispatch(),
+        let (input, weight) = (input.into_dispatch(), weight.into_dispatch());
+        let (blocks, bias) = (
             self.values().into_dispatch(),
-            scale.into_dispatch(),
-            bias.map(Tensor::into_dispatch).into(),
-        ))
+            bias.map(Tensor::into_dispatch),
+        );
+        Tensor::from_dispatch(match operation {
+            Operation::Rotation => <Dispatch as BoftBackend>::boft_linear(
+                input,
+                weight,
+                blocks,
+                scale.into_dispatch(),
+                bias.into(),
+            ),
+            _ => <Dispatch as BoftBackend>::boft_block_diagonal_linear(
+                input,
+                weight,
+                blocks,
+                bias.into(),
+            ),
+        })
     }
 
     /// The scale, or one of ones, which leaves the weight as it is, bit for bit, and asks for no gradient.
@@ -484,14 +507,19 @@ impl Blocks {
         scale.unwrap_or_else(|| Tensor::ones([outputs], options))
     }
 
-    /// Whether a product of this operand runs as one of [`BoftBackend`]'s operations, on a backend that the trait lists.
+    /// How a product with this operand runs.
     ///
-    /// Their backward pass takes `Rᵀ·R = I` for granted, so a polynomial has none, and is one of them only where nothing is
-    /// differentiated.
-    fn is_operation<const D: usize>(&self, operand: &Tensor<D>) -> bool {
+    /// The backward pass of a rotation takes `Rᵀ·R = I` for granted, so blocks that are not orthogonal, such as those of a
+    /// polynomial, have another one. It serves one factor, which is all that they are used with.
+    fn operation<const D: usize>(&self, operand: &Tensor<D>) -> Operation {
         let device = operand.device();
         let differentiates = device.is_autodiff() || self.values.device().is_autodiff();
-        (self.orthogonal || !differentiates) && is_listed(device.as_dispatch())
+        let one_factor = self.values.dims()[0] == 1;
+        match is_listed(device.as_dispatch()) {
+            true if self.orthogonal || !differentiates => Operation::Rotation,
+            true if one_factor => Operation::BlockDiagonal,
+            _ => Operation::Portable,
+        }
     }
 
     /// Panics unless the factors rotate an axis of this length.
@@ -515,6 +543,17 @@ impl Blocks {
             "{operation}: {n} blocks of {b} do not form {m} butterfly factors"
         );
     }
+}
+
+/// How a product with blocks runs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Operation {
+    /// As one of [`BoftBackend`]'s operations with a rotation.
+    Rotation,
+    /// As one of those with blocks that need not be orthogonal.
+    BlockDiagonal,
+    /// In Burn's operations, which Burn differentiates.
+    Portable,
 }
 
 /// `x·W + bias` with a weight that is not rotated, and may be quantized.

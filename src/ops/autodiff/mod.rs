@@ -12,6 +12,7 @@
 //! | [`PackedProduct`] | the packed weight | the floats of every quantized weight at once |
 //! | [`Scaled`](scaled::Scaled) | its output, for a trained scale | the output before it was scaled |
 //! | [`Linear`](linear::Linear) | its input, base, blocks, scale and bias; the output for a trained scale; the rotated weight if small | a gradient of the shape of the weight |
+//! | [`BlockDiagonal`](block_diagonal::BlockDiagonal), [`BlockDiagonalLinear`](block_diagonal::BlockDiagonalLinear) | the blocks, and the operand or the input and the base | a gradient of the shape of the weight |
 //! | [`Conv2d`](conv::Conv2d) | the same as `Linear` | a gradient of the shape of the weight, where there is a kernel |
 //!
 //! Tensors are shared, so what is kept costs memory only if nobody else keeps it: an output is usually the input that
@@ -32,6 +33,7 @@
 //! Gradients are registered only for parents that are tracked, and a [`Linear`](linear::Linear) with a frozen base forms no gradient
 //! of the base's shape.
 
+mod block_diagonal;
 mod conv;
 mod gradients;
 mod linear;
@@ -49,6 +51,7 @@ use burn::backend::{
 };
 use burn::tensor::ops::ConvOptions;
 
+use block_diagonal::{block_diagonal, block_diagonal_linear};
 use conv::rotated_conv2d;
 use gradients::{scale_gradient, weight_gradient};
 use linear::rotated_linear;
@@ -139,6 +142,34 @@ impl<B: BoftBackend, C: CheckpointStrategy> BoftBackend for Autodiff<B, C> {
                 let nodes = [i, w, b, s, bias.node()];
                 let bias = Some(bias.into_primitive());
                 rotated_linear::<B, C, 5>(nodes, input, weight, blocks, scale, bias)
+            }
+        }
+    }
+
+    fn boft_block_diagonal(
+        matrix: FloatTensor<Self>,
+        blocks: FloatTensor<Self>,
+        side: Side,
+        direction: Direction,
+    ) -> FloatTensor<Self> {
+        block_diagonal::<B, C>(matrix, blocks, side, direction)
+    }
+
+    fn boft_block_diagonal_linear(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        blocks: FloatTensor<Self>,
+        bias: OptionalTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let [i, w, b] = [input.node(), weight.node(), blocks.node()];
+        match bias {
+            OptionalTensor::Absent => {
+                block_diagonal_linear::<B, C, 3>([i, w, b], input, weight, blocks, None)
+            }
+            OptionalTensor::Present(bias) => {
+                let nodes = [i, w, b, bias.node()];
+                let bias = Some(bias.into_primitive());
+                block_diagonal_linear::<B, C, 4>(nodes, input, weight, blocks, bias)
             }
         }
     }

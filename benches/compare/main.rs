@@ -27,10 +27,12 @@ struct Cli {
 }
 
 /// Steps of this crate, each with the step of PEFT that it is compared with.
-const PAIRS: [(&str, &str); 6] = [
+const PAIRS: [(&str, &str); 7] = [
     ("frozen", "frozen"),
     ("lora-r8", "lora-r8"),
     ("boft-m2-b4", "lora-r8"),
+    // PEFT's default is the polynomial.
+    ("oft-b32-neumann", "oft-b32"),
     ("oft-b32", "oft-b32"),
     ("boft-m1-b4", "boft-m1-b4"),
     ("boft-m2-b4", "boft-m2-b4"),
@@ -52,7 +54,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .env("OMP_WAIT_POLICY", "passive");
     let mut peers = Server::start(&mut peers)?;
     println!(
-        "{:<16} {:<12} {:>9} {:<12} {:>9} {:>7}",
+        "{:<16} {:<16} {:>9} {:<12} {:>9} {:>7}",
         "case", "burn-boft", "ms", "PEFT", "ms", "ratio"
     );
     for case in &cli.cases {
@@ -70,7 +72,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 times[times.len() / 2]
             });
             println!(
-                "{case:<16} {ours:<12} {a:>9.1} {theirs:<12} {b:>9.1} {:>7.2}",
+                "{case:<16} {ours:<16} {a:>9.1} {theirs:<12} {b:>9.1} {:>7.2}",
                 a / b
             );
         }

@@ -12,7 +12,8 @@ use burn::tensor::quantization::{Calibration, QuantValue};
 use burn::tensor::{Device, Tensor};
 use burn_boft::ops::Blocks;
 use burn_boft::{
-    Adapter, AdapterBank, AdapterConfig, BoftAdapter, BoftConfig, Init, OftConfig, inject, merge,
+    Adapter, AdapterBank, AdapterConfig, BoftAdapter, BoftConfig, Cayley, Init, OftConfig, inject,
+    merge,
 };
 
 use crate::network::Network;
@@ -26,6 +27,8 @@ pub enum Method {
     Boft { b: usize, m: usize, layer: Layer },
     /// OFT with blocks of 32.
     Oft,
+    /// The same with the polynomial that PEFT takes by default.
+    OftNeumann,
     /// Burn's own LoRA of rank 8.
     Lora,
     /// [`Frozen`](Self::Frozen) with the weights of the targets in eight bits, a scale each.
@@ -89,6 +92,7 @@ impl Method {
         }
         methods.extend([
             Self::Oft,
+            Self::OftNeumann,
             Self::Full,
             Self::Cayley,
             Self::Plain,
@@ -120,10 +124,17 @@ impl Method {
         let init = Init::Random { seed };
         let targets: Vec<String> = targets.iter().map(|target| target.to_string()).collect();
         match self {
-            Self::Oft => OftConfig::new()
-                .with_init(init)
-                .with_target_modules(targets)
-                .into(),
+            Self::Oft | Self::OftNeumann => {
+                let cayley = match self {
+                    Self::OftNeumann => Cayley::Neumann { terms: 5 },
+                    _ => Cayley::Exact,
+                };
+                OftConfig::new()
+                    .with_cayley(cayley)
+                    .with_init(init)
+                    .with_target_modules(targets)
+                    .into()
+            }
             _ => {
                 let (b, m) = match self {
                     Self::Boft { b, m, .. } => (b, m),
@@ -157,7 +168,7 @@ impl Method {
                     targets: N::TARGETS,
                 })
             }
-            Self::Boft { .. } | Self::Oft | Self::Cayley => adapted(model)?,
+            Self::Boft { .. } | Self::Oft | Self::OftNeumann | Self::Cayley => adapted(model)?,
             Self::Attached => adapted(model)?.valid(),
             Self::Merged => merge(adapted(model)?.valid()).map_err(|error| error.to_string())?,
             Self::Lora => model.apply_lora(lora::<N>()),
@@ -412,6 +423,7 @@ impl Display for Method {
             }
             Self::Frozen => f.write_str("frozen"),
             Self::Oft => f.write_str("oft-b32"),
+            Self::OftNeumann => f.write_str("oft-b32-neumann"),
             Self::Lora => f.write_str("lora-r8"),
             Self::FrozenQuantized => f.write_str("frozen-q8"),
             Self::BoftQuantized => f.write_str("qboft-m2-b4"),

@@ -1,4 +1,4 @@
-//! Alternates the steps of this crate with the same steps of PEFT, in one run.
+//! Alternates the steps of this crate with the same steps of PEFT or LyCORIS, in one run.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use clap::Parser;
 
-/// Alternates steps of the step benchmark with steps of PEFT and prints the ratios.
+/// Alternates steps of the step benchmark with steps of PEFT or LyCORIS and prints the ratios.
 #[derive(Parser)]
 struct Cli {
     /// The Python that has the packages of benches/peers/requirements.txt.
@@ -24,19 +24,29 @@ struct Cli {
     /// How many times the two programs take turns.
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
+    /// The steps to compare: one of this crate and one of a peer, as in boft-m2-b8=lycoris-boft-b8.
+    #[arg(
+        long = "pair",
+        value_name = "OURS=THEIRS",
+        value_parser = pair,
+        default_values = [
+            "frozen=frozen",
+            "lora-r8=lora-r8",
+            "boft-m2-b4=lora-r8",
+            // PEFT's default is the polynomial.
+            "oft-b32-neumann=oft-b32",
+            "oft-b32=oft-b32",
+            "boft-m1-b4=boft-m1-b4",
+            "boft-m2-b4=boft-m2-b4",
+        ]
+    )]
+    pairs: Vec<(String, String)>,
 }
 
-/// Steps of this crate, each with the step of PEFT that it is compared with.
-const PAIRS: [(&str, &str); 7] = [
-    ("frozen", "frozen"),
-    ("lora-r8", "lora-r8"),
-    ("boft-m2-b4", "lora-r8"),
-    // PEFT's default is the polynomial.
-    ("oft-b32-neumann", "oft-b32"),
-    ("oft-b32", "oft-b32"),
-    ("boft-m1-b4", "boft-m1-b4"),
-    ("boft-m2-b4", "boft-m2-b4"),
-];
+fn pair(text: &str) -> Result<(String, String), String> {
+    let (ours, theirs) = text.split_once('=').ok_or("has no `=`")?;
+    Ok((ours.to_string(), theirs.to_string()))
+}
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let cli = Cli::parse();
@@ -54,11 +64,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .env("OMP_WAIT_POLICY", "passive");
     let mut peers = Server::start(&mut peers)?;
     println!(
-        "{:<16} {:<16} {:>9} {:<12} {:>9} {:>7}",
-        "case", "burn-boft", "ms", "PEFT", "ms", "ratio"
+        "{:<16} {:<16} {:>9} {:<16} {:>9} {:>7}",
+        "case", "burn-boft", "ms", "peer", "ms", "ratio"
     );
     for case in &cli.cases {
-        for (ours, theirs) in PAIRS {
+        for (ours, theirs) in &cli.pairs {
             // The first step of both programs is not measured: it allocates memory, and tunes kernels on a GPU.
             here.step(case, ours)?;
             peers.step(case, theirs)?;
@@ -72,7 +82,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 times[times.len() / 2]
             });
             println!(
-                "{case:<16} {ours:<16} {a:>9.1} {theirs:<12} {b:>9.1} {:>7.2}",
+                "{case:<16} {ours:<16} {a:>9.1} {theirs:<16} {b:>9.1} {:>7.2}",
                 a / b
             );
         }

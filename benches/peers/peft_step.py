@@ -1,4 +1,4 @@
-"""The step benchmark of `benches/step`, in PyTorch and Hugging Face PEFT.
+"""The step benchmark of `benches/step`, in PyTorch, Hugging Face PEFT and LyCORIS.
 
     pip install -r requirements.txt
     python peft_step.py                                     # every case and method, a table
@@ -26,7 +26,12 @@ as it does in the middle of a model: for DINOv2 that is the output of the embedd
 PEFT is measured as it ships where its CUDA extension does not compile, with one exception: it then trains BOFT with one
 factor whatever the config says, so for m > 1 the extension's entry points are replaced by a block diagonal in tensor
 operations (faster than the `torch.block_diag` that PEFT falls back to for m = 1). What PEFT's OFT convolution computes
-is not what merging it computes; it is timed all the same.
+is not what merging it computes; it is timed all the same. With PEFT's rewrite of BOFT (its pull request 3540, commit
+d850d8b1, put before the installed one by PYTHONPATH) there is no extension, and all factors run.
+
+`lycoris-oft-b32` and `lycoris-boft-b8` are `diag-oft` and `boft` of LyCORIS, on linear layers, if it is installed. It
+chooses its own sizes: blocks of no more than 32 numbers, or as many factors of blocks of 8 as fit. It rotates
+outputs where PEFT rotates inputs. A layer whose width it cannot factor ends the method.
 """
 
 import argparse
@@ -35,6 +40,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import tempfile
 import time
 
 import peft.tuners.boft.layer as boft_layer
@@ -47,6 +53,7 @@ from transformers.utils import logging
 
 DINOV2_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 ADAPTERS = ["lora-r8", "oft-b32", "boft-m1-b4", "boft-m2-b4", "boft-m4-b4", "boft-m2-b8"]
+LYCORIS = ["lycoris-oft-b32", "lycoris-boft-b8"]
 TRAINING = ["frozen", *ADAPTERS, "full", "plain", "merged"]
 INFERENCE = ["plain", *ADAPTERS, "merged"]
 
@@ -123,8 +130,37 @@ CASES = {
 }
 
 
+def adapt_by_lycoris(model, method):
+    """The model with LyCORIS's modules in front of its layers, whose parameters are part of it."""
+    import toml
+    from lycoris import create_lycoris
+    from lycoris.wrapper import LycorisNetwork
+
+    _, kind, size = method.split("-")
+    names = [f".*{name.replace('.', '[.]')}" for name in model.targets]
+    preset = {"enable_conv": False, "target_module": [], "target_name": names, "name_algo_map": {}}
+    model.requires_grad_(False)
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+        toml.dump(preset, file)
+        file.flush()
+        LycorisNetwork.apply_preset(preset)
+        algo = {"oft": "diag-oft", "boft": "boft"}[kind]
+        dim = int(size[1:])
+        network = create_lycoris(model, 1.0, linear_dim=dim, linear_alpha=0, algo=algo, preset=file.name)
+    network.apply_to()
+    if len(network.loras) != model.adapted:
+        sys.exit(f"error: {method} adapted {len(network.loras)} layers, expected {model.adapted}")
+    # Blocks of zeros cost the same, but let nobody see a wrong product.
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.lycoris = network
+    return model
+
+
 def adapt(model, method):
     """The model wrapped by PEFT."""
+    if method in LYCORIS:
+        return adapt_by_lycoris(model, method)
     if method == "merged":
         method = "boft-m2-b4"
     kind, *numbers = method.split("-")
@@ -234,6 +270,7 @@ def measure(case, args):
     device, dtype = args.device, getattr(torch, args.dtype)
     floor, *others = CASES[case][2]
     methods = [floor, *(method for method in others if not args.method or method in args.method)]
+    methods += [method for method in LYCORIS if method in (args.method or [])]
     steps = {method: Step(case, method, device, dtype) for method in methods}
     cold = {method: step.run() for method, step in steps.items()}
     for step in steps.values():
@@ -264,7 +301,7 @@ def measure(case, args):
 def print_row(row):
     peak_mib = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
     times = "".join(f"{row[key]:10.2f}" for key in ("median_ms", "min_ms", "max_ms", "cold_ms"))
-    print(f"{row['method']:<12}{times}{row['ratio_to_frozen']:9.3f}{peak_mib:>10}{row['trainable']:>12}", flush=True)
+    print(f"{row['method']:<16}{times}{row['ratio_to_frozen']:9.3f}{peak_mib:>10}{row['trainable']:>12}", flush=True)
 
 
 def serve(args):
@@ -281,7 +318,7 @@ def serve(args):
 def main():
     parser = argparse.ArgumentParser(description="The step benchmark, in PyTorch and PEFT.")
     parser.add_argument("--case", action="append", choices=CASES, help="cases to run; all if none is given")
-    parser.add_argument("--method", action="append", choices=TRAINING, help="methods beside the floor; default all")
+    parser.add_argument("--method", action="append", choices=TRAINING + LYCORIS, help="methods beside the floor; default PEFT's")
     parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the base")
     parser.add_argument("--rounds", type=int, default=11, help="times that every method takes its turn")
@@ -296,7 +333,7 @@ def main():
     for case in args.case or CASES:
         if not args.json:
             print(f"\n{case} (ratio to {CASES[case][2][0]})")
-            print(f"{'method':<12}{'median ms':>10}{'min':>10}{'max':>10}{'cold':>10}", end="")
+            print(f"{'method':<16}{'median ms':>10}{'min':>10}{'max':>10}{'cold':>10}", end="")
             print(f"{'ratio':>9}{'peak MiB':>10}{'trainable':>12}")
         for row in measure(case, args):
             print(json.dumps(row), flush=True) if args.json else print_row(row)

@@ -5,12 +5,14 @@
 #   benches/gpu/run.sh run cuda results    runs what was packed, and writes results/gpu.json and results/log
 #
 # The backend is cuda, rocm, vulkan, metal or wgpu. `run` takes less than eight minutes: what does not fit is left out and the
-# result says so. With a Python that has benches/peers/requirements.txt in PYTHON, the same steps are measured in PEFT.
+# result says so. With a Python that has PyTorch and transformers in PYTHON, the same steps are measured in PEFT. Wheels of peers
+# that this Python lacks travel too, in benches/gpu/wheels: PEFT, LyCORIS and what they need, and PEFT's rewrite of BOFT in
+# benches/gpu/wheels/rewrite.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 usage() {
-    sed -n '2,8s/^# \{0,1\}//p' "$0"
+    sed -n '2,10s/^# \{0,1\}//p' "$0"
     exit 2
 }
 
@@ -34,6 +36,7 @@ build() {
     cargo test --release -p burn-boft --features "$backend" --no-run --message-format json "${tests[@]}" >"$messages"
     cargo build --release -p burn-boft-benches --features "$backend" --bin step --message-format json >>"$messages"
     mkdir "$folder/gpu"
+    [ ! -d benches/gpu/wheels ] || cp -r benches/gpu/wheels "$folder/gpu/"
     for name in "${suites[@]}" step; do
         strip -o "$folder/gpu/$name" "$(executable "$name" "$messages")"
     done
@@ -86,15 +89,32 @@ run() {
     BURN_BOFT_TABLES=write step backends "$folder/gpu/backends" --nocapture
     cp README.md docs/backends.md "$out/"
 
+    # Where the peers are installed; the rewrite comes before PEFT as it was released.
+    local peers="$folder/peers" rewrite="$folder/rewrite:$folder/peers"
+    if [ -n "${PYTHON:-}" ]; then
+        for target in peers rewrite; do
+            local wheels=("$folder/gpu/wheels/${target#peers}"/*.whl)
+            [ ! -e "${wheels[0]}" ] ||
+                step "install $target" "$PYTHON" -m pip install --no-index --no-deps --target "$folder/$target" "${wheels[@]}"
+        done
+    fi
+    peers() {
+        local path=$1
+        shift
+        [ -z "${PYTHON:-}" ] || measure env PYTHONPATH="$path" "$PYTHON" benches/peers/peft_step.py --device cuda --json \
+            --rounds "${ROUNDS:-15}" "$@"
+    }
+
     for dtype in f32 bf16; do
         for case in dinov2-s dinov2-l-block llm-linear-512 llm-linear-8192; do
             measure "$folder/gpu/step" --device "$backend" --dtype "$dtype" --case "$case" --rounds "${ROUNDS:-15}" --json
         done
-        if [ -n "${PYTHON:-}" ]; then
-            local torch=float32
-            [ "$dtype" = bf16 ] && torch=bfloat16
-            measure "$PYTHON" benches/peers/peft_step.py --device cuda --dtype "$torch" --case dinov2-s --rounds "${ROUNDS:-15}" --json
-        fi
+        local torch=float32
+        [ "$dtype" = f32 ] || torch=bfloat16
+        peers "$peers" --dtype "$torch" --case dinov2-s
+        [ ! -d "$folder/rewrite" ] ||
+            peers "$rewrite" --dtype "$torch" --case dinov2-s --method boft-m1-b4 --method boft-m2-b4 --method boft-m4-b4
+        peers "$peers" --dtype "$torch" --case llm-linear-512 --method lycoris-oft-b32 --method lycoris-boft-b8
     done
     measure "$folder/gpu/step" --device "$backend" --case decode --rounds 41 --json
     { printf '[\n'; sed '$!s/$/,/' "$out/lines"; printf ']\n'; } >"$out/gpu.json"

@@ -43,6 +43,7 @@ import sys
 import tempfile
 import time
 
+import peft
 import peft.tuners.boft.layer as boft_layer
 import torch
 from peft import BOFTConfig, LoraConfig, OFTConfig, get_peft_model
@@ -286,6 +287,7 @@ def measure(case, args):
         yield {
             "case": case,
             "backend": "pytorch",
+            "peft": peft.__version__,
             "device": str(device),
             "method": method,
             "median_ms": medians[method],

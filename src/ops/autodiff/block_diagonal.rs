@@ -1,14 +1,11 @@
-//! Products with blocks that need not be orthogonal, such as those of a Cayley-Neumann polynomial.
+//! A linear layer with blocks that need not be orthogonal, such as those of a Cayley-Neumann polynomial.
 //!
-//! Without `RᵀR = I` the result says too little about the operand, so both operations keep the operand itself. For one factor
-//! the gradient of a block is the product of the numbers that it meets, with no step after it:
+//! Without `RᵀR = I` the gradient of the input says too little, so the large product of the backward pass is that of `x·R`. For one
+//! factor the gradient of a block is then the product of the numbers that it meets, with no step after it:
 //!
 //! ```text
-//! y = R·t          ∂L/∂R = dy·tᵀ      dt = Rᵀ·dy
-//! y = (x·R)·W      ∂L/∂R = xᵀ·dz      dx = dz·Rᵀ      with dz = dy·Wᵀ
+//! y = (x·R)·W      dz = dy·Wᵀ      ∂L/∂R = xᵀ·dz      dx = dz·Rᵀ
 //! ```
-//!
-//! of which only the blocks on the diagonal are formed: the Gram backward with the identity in place of its blocks.
 
 use burn::backend::autodiff::{
     Autodiff, NodeId,
@@ -19,85 +16,12 @@ use burn::backend::autodiff::{
 use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
 use burn::tensor::DType;
 
+use super::butterfly::products_of_blocks;
 use super::gradients::nodes;
 use crate::ops::backend::{BoftBackend, OptionalTensor};
 use crate::ops::butterfly::{Direction, Side};
-use crate::ops::cayley;
 use crate::ops::linear::{Channels, channel_sum};
-use crate::ops::precision::{cast, reshape};
-
-/// [`BoftBackend::boft_block_diagonal`] in the graph. Its parents are the matrix and the blocks.
-#[derive(Debug)]
-pub(super) struct BlockDiagonal;
-
-/// What the backward pass reads.
-#[derive(Clone, Debug)]
-pub(super) struct BlockDiagonalState<B: Backend> {
-    /// The node of the matrix.
-    matrix: NodeId,
-    blocks: FloatTensor<B>,
-    side: Side,
-    direction: Direction,
-}
-
-/// Computes the product and enters it into the graph.
-pub(super) fn block_diagonal<B: BoftBackend, C: CheckpointStrategy>(
-    matrix: FloatTensor<Autodiff<B, C>>,
-    blocks: FloatTensor<Autodiff<B, C>>,
-    side: Side,
-    direction: Direction,
-) -> FloatTensor<Autodiff<B, C>> {
-    let nodes = [matrix.node(), blocks.node()];
-    let blocks = blocks.into_primitive();
-    let operand = matrix.primitive().clone();
-    let output = B::boft_block_diagonal(operand, blocks.clone(), side, direction);
-    match BlockDiagonal.prepare::<C>(nodes).compute_bound().stateful() {
-        OpsKind::Tracked(mut prep) => {
-            let state = BlockDiagonalState {
-                matrix: prep.checkpoint(&matrix),
-                blocks,
-                side,
-                direction,
-            };
-            prep.finish(state, output)
-        }
-        OpsKind::UnTracked(prep) => prep.finish(output),
-    }
-}
-
-impl<B: BoftBackend> Backward<B, 2> for BlockDiagonal {
-    type State = BlockDiagonalState<B>;
-
-    fn backward(
-        self,
-        ops: Ops<Self::State, 2>,
-        gradients: &mut Gradients,
-        checkpointer: &mut Checkpointer,
-    ) {
-        let [matrix_node, blocks_node] = ops.parents;
-        let BlockDiagonalState {
-            matrix,
-            blocks,
-            side,
-            direction,
-        } = ops.state;
-        let gradient = gradients.consume::<B>(&ops.node);
-        if let Some(node) = blocks_node {
-            let matrix = checkpointer.retrieve_node_output(matrix);
-            // R·t and t·Rᵀ put the gradient first, t·R and Rᵀ·t the operand.
-            let (lhs, rhs) = match direction == side.weight_direction() {
-                true => (gradient.clone(), matrix),
-                false => (matrix, gradient.clone()),
-            };
-            let gradient = products_of_blocks::<B>(lhs, rhs, &blocks, side);
-            gradients.register::<B>(node.id, gradient);
-        }
-        if let Some(node) = matrix_node {
-            let gradient = B::boft_block_diagonal(gradient, blocks, side, direction.reversed());
-            gradients.register::<B>(node.id, gradient);
-        }
-    }
-}
+use crate::ops::precision::cast;
 
 /// [`BoftBackend::boft_block_diagonal_linear`] in the graph. Its parents are the input, the weight, the blocks and, if there is
 /// one, the bias.
@@ -208,22 +132,4 @@ impl<B: BoftBackend, const N: usize> Backward<B, N> for BlockDiagonalLinear {
             gradients.register::<B>(node, gradient);
         }
     }
-}
-
-/// The diagonal blocks of `lhs·rhsᵀ` on the left, or of `lhsᵀ·rhs` on the right.
-///
-/// # Shapes
-///
-/// - lhs, rhs: two `[d, columns]` for [`Side::Left`], or two `[rows, d]` for [`Side::Right`]
-/// - blocks: `[1, n, b, b]`; so is the result
-fn products_of_blocks<B: BoftBackend>(
-    lhs: FloatTensor<B>,
-    rhs: FloatTensor<B>,
-    blocks: &FloatTensor<B>,
-    side: Side,
-) -> FloatTensor<B> {
-    let [m, n, b, _] = blocks.shape().dims::<4>();
-    let identity = reshape::<B, 4>(cayley::identity::<B>(blocks, b), [1, 1, b, b]);
-    let identities = B::float_expand(identity, [m, n, b, b].into());
-    B::boft_block_gradient(lhs, rhs, identities, side)
 }

@@ -7,20 +7,20 @@
 //! | step | keeps | so that the backward pass does without |
 //! |---|---|---|
 //! | [`Cayley`] | the blocks | a second inverse |
-//! | [`Butterfly`] | the blocks, and either its input or its output | results of single factors |
+//! | [`Butterfly`](butterfly::Butterfly) | the blocks, and either its input or its output | results of single factors |
 //! | [`Weight`] | the blocks, the scale, its output | the base itself |
 //! | [`PackedProduct`] | the packed weight | the floats of every quantized weight at once |
 //! | [`Scaled`](scaled::Scaled) | its output, for a trained scale | the output before it was scaled |
 //! | [`Linear`](linear::Linear) | its input, base, blocks, scale and bias; the output for a trained scale; the rotated weight if small | a gradient of the shape of the weight |
-//! | [`BlockDiagonal`](block_diagonal::BlockDiagonal), [`BlockDiagonalLinear`](block_diagonal::BlockDiagonalLinear) | the blocks, and the operand or the input and the base | a gradient of the shape of the weight |
+//! | [`BlockDiagonalLinear`](block_diagonal::BlockDiagonalLinear) | its input, base and blocks | a gradient of the shape of the weight |
 //! | [`Conv2d`](conv::Conv2d) | the same as `Linear` | a gradient of the shape of the weight, where there is a kernel |
 //!
 //! Tensors are shared, so what is kept costs memory only if nobody else keeps it: an output is usually the input that
 //! the next operation keeps, and base and scale live in the model. All operations are *compute bound* in Burn's
 //! words: under gradient checkpointing their outputs are not computed again.
 //!
-//! [`Butterfly`], [`Weight`], [`Linear`](linear::Linear) and [`Conv2d`](conv::Conv2d) end in `G` of the Gram backward, which is proved in the documentation
-//! of [`ops`](super). Its two operands differ:
+//! [`Butterfly`](butterfly::Butterfly), [`Weight`], [`Linear`](linear::Linear) and [`Conv2d`](conv::Conv2d) end in `G` of the Gram
+//! backward, which is proved in the documentation of [`ops`](super). Its two operands differ:
 //!
 //! | operation | gradient of the operand | `G` |
 //! |---|---|---|
@@ -34,13 +34,14 @@
 //! of the base's shape.
 
 mod block_diagonal;
+mod butterfly;
 mod conv;
 mod gradients;
 mod linear;
 mod scaled;
 
 use burn::backend::autodiff::{
-    Autodiff, NodeId,
+    Autodiff,
     checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
     grads::Gradients,
     ops::{Backward, Ops, OpsKind},
@@ -51,7 +52,8 @@ use burn::backend::{
 };
 use burn::tensor::ops::ConvOptions;
 
-use block_diagonal::{block_diagonal, block_diagonal_linear};
+use block_diagonal::block_diagonal_linear;
+use butterfly::{Keep, multiplied};
 use conv::rotated_conv2d;
 use gradients::{scale_gradient, weight_gradient};
 use linear::rotated_linear;
@@ -77,30 +79,14 @@ impl<B: BoftBackend, C: CheckpointStrategy> BoftBackend for Autodiff<B, C> {
         side: Side,
         direction: Direction,
     ) -> FloatTensor<Self> {
-        let nodes = [matrix.node(), blocks.node()];
-        let output = B::boft_butterfly(
-            matrix.primitive().clone(),
-            blocks.primitive().clone(),
-            side,
-            direction,
-        );
-        match Butterfly.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(mut prep) => {
-                // R·t and t·Rᵀ rotate as weights do, where G = dW'·W'ᵀ; t·R and Rᵀ·t as activations, where G = xᵀ·dx.
-                let kept = match direction == side.weight_direction() {
-                    true => Kept::Output(output.clone()),
-                    false => Kept::Input(prep.checkpoint(&matrix)),
-                };
-                let state = ButterflyState {
-                    kept,
-                    blocks: blocks.into_primitive(),
-                    side,
-                    direction,
-                };
-                prep.finish(state, output)
-            }
-            OpsKind::UnTracked(prep) => prep.finish(output),
-        }
+        let (operand, values) = (matrix.primitive().clone(), blocks.primitive().clone());
+        let output = B::boft_butterfly(operand, values, side, direction);
+        // R·t and t·Rᵀ rotate as weights do, where G = dW'·W'ᵀ; t·R and Rᵀ·t as activations, where G = xᵀ·dx.
+        let keep = match direction == side.weight_direction() {
+            true => Keep::Output,
+            false => Keep::Input,
+        };
+        multiplied::<B, C>([matrix, blocks], output, (side, direction), keep)
     }
 
     fn boft_weight(
@@ -152,7 +138,9 @@ impl<B: BoftBackend, C: CheckpointStrategy> BoftBackend for Autodiff<B, C> {
         side: Side,
         direction: Direction,
     ) -> FloatTensor<Self> {
-        block_diagonal::<B, C>(matrix, blocks, side, direction)
+        let (operand, values) = (matrix.primitive().clone(), blocks.primitive().clone());
+        let output = B::boft_block_diagonal(operand, values, side, direction);
+        multiplied::<B, C>([matrix, blocks], output, (side, direction), Keep::Operand)
     }
 
     fn boft_block_diagonal_linear(
@@ -244,81 +232,6 @@ impl<B: BoftBackend> Backward<B, 1> for Cayley {
         if let Some(skew) = skew {
             let gradient = B::boft_cayley_backward(ops.state, gradient);
             gradients.register::<B>(skew.id, gradient);
-        }
-    }
-}
-
-/// [`BoftBackend::boft_butterfly`] in the graph. Its parents are the matrix and the blocks.
-///
-/// The gradient of the matrix is the gradient of the output, rotated back. Where the rotation acts as on activations,
-/// that same tensor is one of the two operands of `G`, which needs it even if the matrix is frozen. Where it acts as
-/// on weights it is not, and it is not computed for a frozen matrix.
-#[derive(Debug)]
-struct Butterfly;
-
-/// What the backward pass reads: the blocks to rotate the gradient back with, and the operand of `G` that is not a
-/// gradient.
-#[derive(Clone, Debug)]
-struct ButterflyState<B: Backend> {
-    kept: Kept<B>,
-    blocks: FloatTensor<B>,
-    side: Side,
-    direction: Direction,
-}
-
-/// The input where the rotation acts as on activations, the output where it acts as on weights.
-///
-/// The choice follows from the algebra: `R·t` and `t·Rᵀ` take `G` from the output, `t·R` and `Rᵀ·t` from the input.
-#[derive(Clone, Debug)]
-enum Kept<B: Backend> {
-    /// The node of the input, for `G = tᵀ·dt` or `t·dtᵀ`.
-    Input(NodeId),
-    /// The output `y`, for `G = dy·yᵀ` or `dyᵀ·y`.
-    Output(FloatTensor<B>),
-}
-
-impl<B: BoftBackend> Backward<B, 2> for Butterfly {
-    type State = ButterflyState<B>;
-
-    fn backward(
-        self,
-        ops: Ops<Self::State, 2>,
-        gradients: &mut Gradients,
-        checkpointer: &mut Checkpointer,
-    ) {
-        let [matrix_node, blocks_node] = ops.parents;
-        let ButterflyState {
-            kept,
-            blocks,
-            side,
-            direction,
-        } = ops.state;
-        let gradient = gradients.consume::<B>(&ops.node);
-        let rotate_back =
-            |gradient| B::boft_butterfly(gradient, blocks.clone(), side, direction.reversed());
-        match kept {
-            Kept::Input(id) => {
-                let input_gradient = rotate_back(gradient);
-                if let Some(node) = blocks_node {
-                    let input = checkpointer.retrieve_node_output(id);
-                    let gradient =
-                        B::boft_block_gradient(input, input_gradient.clone(), blocks, side);
-                    gradients.register::<B>(node.id, gradient);
-                }
-                if let Some(node) = matrix_node {
-                    gradients.register::<B>(node.id, input_gradient);
-                }
-            }
-            Kept::Output(output) => {
-                // A frozen weight needs no gradient of its own, so nothing is rotated back.
-                if let Some(node) = matrix_node {
-                    gradients.register::<B>(node.id, rotate_back(gradient.clone()));
-                }
-                if let Some(node) = blocks_node {
-                    let gradient = B::boft_block_gradient(gradient, output, blocks, side);
-                    gradients.register::<B>(node.id, gradient);
-                }
-            }
         }
     }
 }

@@ -9,6 +9,7 @@ mod dense;
 mod dialects;
 mod diff;
 mod files;
+mod half;
 mod inspect;
 #[cfg(unix)]
 mod interrupts;

@@ -22,6 +22,7 @@ mod names;
 mod numbers;
 mod orientation;
 mod outputs;
+mod quantize;
 mod saved;
 mod several;
 mod strength;

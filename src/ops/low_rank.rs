@@ -114,10 +114,10 @@ fn orthonormal(mut vectors: Vec<Vec<f64>>) -> Vec<Vec<f64>> {
                 pairs.for_each(|(x, y)| *x -= along * y);
             }
             let left = dot(vector, vector).sqrt();
-            // Where much was taken away, rounding has left something of the others.
-            let is_done = left > 0.5 * length || left <= DEPENDENT * whole;
+            // Where much was taken away, rounding has left something of the others. NaN ends this too.
+            let goes_on = left <= 0.5 * length && left > DEPENDENT * whole;
             length = left;
-            if is_done {
+            if !goes_on {
                 break;
             }
         }
@@ -269,6 +269,14 @@ mod tests {
             assert!(apart < tolerance, "rank {rank}: {apart:e}");
             assert!((length(&found) / length(&values) - 1.0).abs() < 1e-5);
         }
+    }
+
+    #[test]
+    fn a_matrix_with_nan_has_factors_with_nan() {
+        let mut whole = matrix([5, 7], &[2.0, 1.0]);
+        whole[9] = f64::NAN;
+        let found = product(&whole, [5, 7], 2, DType::F32);
+        assert!(found.iter().any(|x| x.is_nan()));
     }
 
     #[test]

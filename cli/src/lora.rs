@@ -6,7 +6,7 @@ use std::slice;
 
 use burn::tensor::{DType, TensorData};
 use burn_boft::peft::{Folder, key, saved_key};
-use burn_boft::tensors::{decode, file_name, from_values, values};
+use burn_boft::tensors::{from_values, values};
 use burn_boft::value::AdapterLayer;
 use burn_boft::{Adapter, Bias, LayerKind};
 use faer::Mat;
@@ -19,7 +19,7 @@ use crate::copies;
 use crate::error::Error;
 use crate::load::Loaded;
 use crate::output::OutputFolder;
-use crate::pieces::{Turn, row_bytes};
+use crate::pieces::{Turn, d_input, read_rows, row_bytes};
 use crate::terminal::{note, plural, progress, report, shown};
 use crate::tie::Head;
 use crate::turn::Forward;
@@ -150,14 +150,9 @@ impl Weight {
             .entry(key)
             .ok_or_else(|| refuse("is not there".into()))?;
         shard.check_numbers(entry)?;
-        let d_input: usize = entry.shape[1..].iter().product();
-        let row = row_bytes(entry);
-        let mut bytes = vec![0; rows.len() * row as usize];
-        shard.read(entry, rows.start as u64 * row, &mut bytes)?;
-        let before = decode(entry.dtype, &bytes, vec![rows.len(), d_input])
-            .ok_or_else(|| refuse(format!("is {}", file_name(entry.dtype))))?;
+        let d_input = d_input(entry);
         // Widened first: the change is not rounded to the weight's precision.
-        let before = before.convert_dtype(step.layer.skew().dtype());
+        let before = read_rows(shard, entry, rows)?.convert_dtype(step.layer.skew().dtype());
         let turn = Forward::new();
         let rotations = turn
             .prepare(slice::from_ref(step), d_input)
@@ -181,7 +176,7 @@ impl Weight {
             shape,
             change,
             merged_norm,
-            bytes: rows.len() as u64 * row,
+            bytes: rows.len() as u64 * row_bytes(entry),
         })
     }
 }

@@ -26,6 +26,7 @@ mod names;
 mod output;
 mod pieces;
 mod plot;
+mod quantize;
 mod record;
 mod rewrite;
 mod sd_scripts;

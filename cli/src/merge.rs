@@ -16,8 +16,9 @@ use crate::error::Error;
 use crate::header::Entry;
 use crate::labels;
 use crate::load::{Loaded, Share, Wanted, load_all};
+use crate::quantize::Check;
 use crate::rewrite::{check_output, rewrite};
-use crate::terminal::{note, plural, report, shown};
+use crate::terminal::{note, plural, report, rows_of, shown};
 use crate::tie::{Head, Rotated};
 use crate::turn::Forward;
 
@@ -55,15 +56,23 @@ pub fn run(options: &Merge, json: bool) -> Result<(), Error> {
         changes: &changes,
         others: &others,
     };
-    match &options.output {
+    // Before the merge, which leaves no output if the check fails.
+    let check = options.quantize_check.then(|| Check::new(&base, &changes));
+    let check = check.transpose()?;
+    let (mut text, mut value) = match &options.output {
         Some(output) if !options.dry_run => {
             rewrite(&base, &others.copied, &changes, output, &Forward::new())?;
             let counts = plan.counts(["rotated", "replaced", "added"]);
             let text = format!("{}: {counts}\n", output.display());
-            report(json, &text, &plan.to_json(Some(output)))
+            (text, plan.to_json(Some(output)))
         }
-        _ => report(json, &plan.table(), &plan.to_json(None)),
+        _ => (plan.table(), plan.to_json(None)),
+    };
+    if let Some(check) = check {
+        text = format!("{text}\n{}", check.table());
+        value["quantize_check"] = check.to_json();
     }
+    report(json, &text, &value)
 }
 
 /// What a merge changes, to be reported.
@@ -255,12 +264,4 @@ fn entry_shape(entry: &Entry) -> String {
 fn shape_of(tensor: &SavedTensor) -> String {
     let data = tensor.data();
     format!("{:?} {}", &**data.shape(), data.dtype().name())
-}
-
-/// Which rows are meant, unless all of them are.
-fn rows_of(count: usize, start: usize, all: usize) -> String {
-    match count == all {
-        true => String::new(),
-        false => format!("rows {start} to {} ", start + count - 1),
-    }
 }

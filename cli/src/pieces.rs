@@ -141,9 +141,8 @@ fn turned<'a, T: Turn>(
     (rows, steps): (Range<usize>, &'a [Step<'a>]),
     turn: &'a T,
 ) -> Pieces<'a, T::Rotations> {
-    let d_input: usize = entry.shape[1..].iter().product();
-    let together = together(steps);
-    let at_once = (COMPUTED / d_input / together).max(1) * together;
+    let d_input = d_input(entry);
+    let at_once = at_once(steps, d_input);
     let prepare = move || turn.prepare(steps, d_input);
     Box::new(
         iter::once_with(prepare).flat_map(move |rotations| -> Pieces<_> {
@@ -233,12 +232,7 @@ impl<R> Piece<'_, R> {
                 rotations,
             } => {
                 let refuse = |reason: String| Error::tensor(&shard.path, &entry.key, reason);
-                let mut bytes = vec![0; self.len()];
-                shard.read(entry, rows.start as u64 * row_bytes(entry), &mut bytes)?;
-                let d_input = entry.shape[1..].iter().product();
-                let numbers = decode(entry.dtype, &bytes, vec![rows.len(), d_input])
-                    .ok_or_else(|| refuse(format!("is {}", file_name(entry.dtype))))?;
-                drop(bytes);
+                let numbers = read_rows(shard, entry, rows)?;
                 let turned = turn.turn(rotations, numbers, rows.clone());
                 encoded(&turned.map_err(refuse)?, shard, &entry.key)
             }
@@ -257,6 +251,28 @@ impl<R> Piece<'_, R> {
     }
 }
 
+/// How many numbers a row of a weight has.
+pub fn d_input(entry: &Entry) -> usize {
+    entry.shape[1..].iter().product()
+}
+
+/// How many rows of a weight are computed with at a time.
+pub fn at_once(steps: &[Step], d_input: usize) -> usize {
+    let together = together(steps);
+    (COMPUTED / d_input / together).max(1) * together
+}
+
+/// Rows of a weight, in the precision of the file.
+pub fn read_rows(shard: &Shard, entry: &Entry, rows: &Range<usize>) -> Result<TensorData, Error> {
+    let row = row_bytes(entry);
+    let mut bytes = vec![0; rows.len() * row as usize];
+    shard.read(entry, rows.start as u64 * row, &mut bytes)?;
+    decode(entry.dtype, &bytes, vec![rows.len(), d_input(entry)]).ok_or_else(|| {
+        let why = format!("is {}", file_name(entry.dtype));
+        Error::tensor(&shard.path, &entry.key, why)
+    })
+}
+
 /// The bytes of one step along the first axis.
 pub fn row_bytes(entry: &Entry) -> u64 {
     let rows = entry.shape.first().copied().unwrap_or(1) as u64;
@@ -269,17 +285,21 @@ pub fn row_bytes(entry: &Entry) -> u64 {
 ///
 /// They are not finite, or of a precision that no file keeps.
 fn encoded(data: &TensorData, shard: &Shard, key: &str) -> Result<Vec<u8>, Error> {
-    let refuse = |why: String| Error::tensor(&shard.path, key, why);
-    if !is_finite(data) {
-        return Err(refuse(
-            "would not be finite: it or the adapter holds NaN, infinity or numbers beyond its precision"
-                .into(),
-        ));
-    }
+    check_finite(data, shard, key)?;
     encode(data).ok_or_else(|| {
-        refuse(format!(
-            "would be {}, which no file keeps",
-            data.dtype().name()
-        ))
+        let why = format!("would be {}, which no file keeps", data.dtype().name());
+        Error::tensor(&shard.path, key, why)
     })
+}
+
+/// Refuses merged numbers that are not finite.
+pub fn check_finite(data: &TensorData, shard: &Shard, key: &str) -> Result<(), Error> {
+    match is_finite(data) {
+        true => Ok(()),
+        false => Err(Error::tensor(
+            &shard.path,
+            key,
+            "would not be finite: it or the adapter holds NaN, infinity or numbers beyond its precision",
+        )),
+    }
 }

@@ -56,3 +56,11 @@ pub fn plural(count: usize, what: &str) -> String {
         count => format!("{count} {what}s"),
     }
 }
+
+/// Which rows are meant, unless all of them are.
+pub fn rows_of(count: usize, start: usize, all: usize) -> String {
+    match count == all {
+        true => String::new(),
+        false => format!("rows {start} to {} ", start + count - 1),
+    }
+}

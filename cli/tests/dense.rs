@@ -125,10 +125,26 @@ impl Matrix {
         self.numbers.iter().map(|x| x * x).sum::<f64>().sqrt()
     }
 
-    /// The angles of a rotation from the eigenvalues of its symmetric part, which are their cosines, by Jacobi's rotations.
+    /// The angles of a rotation from the eigenvalues of its symmetric part, which are their cosines.
     pub fn angles(&self) -> Vec<f64> {
+        let symmetric = self.plus(1.0, &self.transposed()).scaled(0.5);
+        let (values, _) = symmetric.eigen();
+        values.iter().map(|x| x.clamp(-1.0, 1.0).acos()).collect()
+    }
+
+    /// The nearest matrix of this rank, from the eigenvectors of `self·selfᵀ`.
+    pub fn of_rank(&self, rank: usize) -> Self {
+        let (values, vectors) = self.times(&self.transposed()).eigen();
+        let mut order: Vec<_> = (0..self.rows).collect();
+        order.sort_by(|a, b| values[*b].total_cmp(&values[*a]));
+        let left = Self::from_fn(self.rows, rank, |i, k| vectors.at(i, order[k]));
+        left.times(&left.transposed().times(self))
+    }
+
+    /// The eigenvalues of a symmetric matrix, and its eigenvectors as columns, by Jacobi's rotations.
+    fn eigen(&self) -> (Vec<f64>, Self) {
         let n = self.rows;
-        let mut s = self.plus(1.0, &self.transposed()).scaled(0.5);
+        let (mut s, mut vectors) = (self.clone(), Self::identity(n));
         for _ in 0..60 {
             for (p, q) in (0..n).flat_map(|p| (p + 1..n).map(move |q| (p, q))) {
                 if s.at(p, q).abs() < 1e-300 {
@@ -143,9 +159,10 @@ impl Matrix {
                     (i, j) => f64::from(u8::from(i == j)),
                 });
                 s = turn.transposed().times(&s).times(&turn);
+                vectors = vectors.times(&turn);
             }
         }
-        (0..n).map(|i| s.at(i, i).clamp(-1.0, 1.0).acos()).collect()
+        ((0..n).map(|i| s.at(i, i)).collect(), vectors)
     }
 }
 

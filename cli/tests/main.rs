@@ -9,6 +9,7 @@ mod dense;
 mod dialects;
 mod diff;
 mod files;
+mod half;
 mod inspect;
 #[cfg(unix)]
 mod interrupts;
@@ -21,6 +22,7 @@ mod names;
 mod numbers;
 mod orientation;
 mod outputs;
+mod quantize;
 mod saved;
 mod several;
 mod strength;

@@ -7,12 +7,12 @@ use serde_json::json;
 
 use crate::files::*;
 
-/// The most memory that merging took, by the kernel's count, with the adapter given so many times.
-fn peak_of_merge(folder: &Path, times: usize) -> u64 {
+/// The most memory that merging took, by the kernel's count, with these options beside the usual ones.
+fn peak_of_merge(folder: &Path, options: &[&str]) -> u64 {
     use std::process::{Command, Stdio};
     let mut child = Command::new(env!("CARGO_BIN_EXE_burn-boft"))
         .args(merge_command("base.safetensors", "adapter", "/dev/null"))
-        .args(vec!["--adapter=adapter"; times - 1])
+        .args(options)
         .current_dir(folder)
         .stdout(Stdio::null())
         .spawn()
@@ -62,7 +62,7 @@ fn a_saved_module_is_held_in_memory_only_once() {
     let own = [("fc.oft_R.weight".to_string(), [2, 6]), (head, WIDTHS)];
     let own = own.map(|(key, shape)| (format!("base_model.model.{key}"), shape));
     write_zeros(&adapter.join("adapter_model.safetensors"), own.into_iter());
-    let peak = peak_of_merge(folder.path(), 1);
+    let peak = peak_of_merge(folder.path(), &[]);
     let bound = 2 * 4 * (WIDTHS[0] * WIDTHS[1]) as u64 + (200 << 20);
     assert!(peak < bound, "{} of {} MiB", peak >> 20, bound >> 20);
 }
@@ -84,17 +84,26 @@ fn merging_a_large_model_takes_little_memory() {
         ]
     });
     write_adapter(&folder.path().join("adapter"), &config, &adapter.collect());
-    let peak = peak_of_merge(folder.path(), 1);
+    let peak = peak_of_merge(folder.path(), &[]);
     assert!(peak > 1 << 20, "the count is read");
     assert!(peak < 200 << 20, "merging 768 MiB took {} MiB", peak >> 20);
     // Every adapter is in memory, and of the model no more than before.
-    let several = peak_of_merge(folder.path(), 5);
+    let several = peak_of_merge(folder.path(), &["--adapter=adapter"; 4]);
     let one = (WIDTHS[0] * 4 + WIDTHS[1] * 4 * 4) * LAYERS;
     let bound = peak + 4 * (4 * one as u64) + (16 << 20);
     assert!(
         several < bound,
         "merging five adapters took {} MiB, and one took {}",
         several >> 20,
+        peak >> 20
+    );
+    // The check holds the change of one layer in f32, and a copy of it on the way.
+    let checked = peak_of_merge(folder.path(), &["--quantize-check"]);
+    let bound = peak + 2 * 4 * (WIDTHS[0] * WIDTHS[1]) as u64 + (16 << 20);
+    assert!(
+        checked < bound,
+        "the check took {} MiB, and the merge {}",
+        checked >> 20,
         peak >> 20
     );
 }

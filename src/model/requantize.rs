@@ -11,7 +11,7 @@ use super::merge::{MergeError, merge};
 use super::report::matrix;
 use super::walk::{Parameter, walk};
 use crate::config::LayerKind;
-use crate::ops::dequantized;
+use crate::ops::{dequantized, largest_rank, low_rank};
 use crate::rotation::Rotation;
 
 /// What quantizing merged weights again costs, as [`merge_quantized`] measured it. `Display` prints a table.
@@ -153,7 +153,7 @@ fn measured<const D: usize>(
     let merged_matrix = matrix::<D>(merged.stored.tensor(), rotation.kind());
     let change = merged_matrix.clone() - base.clone();
     let [d_input, d_output] = base.dims();
-    let rank = (rotation.parameters() / (d_input + d_output)).clamp(1, d_input.min(d_output));
+    let rank = largest_rank(rotation.parameters(), [d_input, d_output]);
     let error = |weight: Tensor<2>| {
         // Blocks of numbers that share a scale lie along the axes of the stored weight.
         let stored = match rotation.kind() {
@@ -162,12 +162,14 @@ fn measured<const D: usize>(
         };
         relative_error(stored, &scheme)
     };
+    let relative_change = norm(change.clone()) / norm(base.clone());
+    let [left, right] = low_rank(change, rank);
     LayerRequantization {
         path: merged.owner().to_string(),
         scheme,
-        change: norm(change.clone()) / norm(base.clone()),
+        change: relative_change,
         error: error(merged_matrix),
-        lora_error: error(base + low_rank(change, rank)),
+        lora_error: error(base + left.matmul(right)),
         lora_rank: rank,
     }
 }
@@ -184,41 +186,4 @@ fn relative_error<const D: usize>(exact: Tensor<D>, scheme: &QuantScheme) -> f64
 fn norm<const D: usize>(tensor: Tensor<D>) -> f64 {
     let sum: f64 = tensor.powf_scalar(2.0).sum().into_scalar();
     sum.sqrt()
-}
-
-/// The nearest matrix of this rank, made as large as the matrix itself. Zero stays zero.
-///
-/// Singular vectors are found one after the other by power iteration, which is exact enough for a comparison.
-fn low_rank(matrix: Tensor<2>, rank: usize) -> Tensor<2> {
-    const STEPS: usize = 20;
-    let size = norm(matrix.clone());
-    let mut rest = matrix.clone();
-    for _ in 0..rank {
-        let lengths = rest.clone().powf_scalar(2.0).sum_dim(1).sqrt();
-        // The largest row is a start that no singular vector of a large value is orthogonal to in practice.
-        let row = lengths.argmax(0).into_scalar::<i64>();
-        let row = usize::try_from(row).unwrap_or_default();
-        let mut right = rest.clone().narrow(0, row, 1).transpose();
-        for _ in 0..STEPS {
-            let length = norm(right.clone());
-            if length == 0.0 {
-                break;
-            }
-            let unit = right / length;
-            right = rest.clone().transpose().matmul(rest.clone().matmul(unit));
-        }
-        let length = norm(right.clone());
-        if length == 0.0 {
-            break;
-        }
-        let unit = right / length;
-        let left = rest.clone().matmul(unit.clone());
-        rest = rest - left.matmul(unit.transpose());
-    }
-    let nearest = matrix - rest;
-    let length = norm(nearest.clone());
-    match length > 0.0 {
-        true => nearest * (size / length),
-        false => nearest,
-    }
 }

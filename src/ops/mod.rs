@@ -52,6 +52,7 @@ mod cube;
 #[cfg(feature = "flex")]
 mod flex;
 mod linear;
+mod low_rank;
 mod per_request;
 mod precision;
 mod requests;
@@ -61,6 +62,7 @@ pub use backend::{BoftBackend, OptionalTensor, Tensors};
 pub use blocks::Blocks;
 pub use butterfly::{Direction, Side};
 pub use linear::Channels;
+pub use low_rank::{largest_rank, low_rank};
 pub use per_request::{PerRequest, linear_requests, rotate_requests};
 pub use route::{Base, Pass, Route, route};
 

@@ -23,6 +23,7 @@ mod orientation;
 mod outputs;
 mod saved;
 mod several;
+mod stable_diffusion;
 mod strength;
 mod terminal;
 mod tied;

@@ -10,6 +10,7 @@ use burn_boft::peft::input::{self, LONGEST_HEADER, LONGEST_SETTINGS};
 use burn_boft::peft::{CONFIG_FILE, TENSORS_FILE};
 use serde_json::{Map, Value};
 
+use crate::attention::projections;
 use crate::error::Error;
 use crate::header::{self, Entry, Header};
 
@@ -139,15 +140,17 @@ impl Base {
         self.places.keys().map(String::as_str)
     }
 
-    /// The modules that have a weight, with its shape.
+    /// The modules that have a weight, with its shape, and the projections that one tensor holds together.
     pub fn weighted_modules(&self) -> BTreeMap<String, Vec<usize>> {
         let shards = self.shards.iter();
         let entries = shards.flat_map(|shard| &shard.header.entries);
+        let mut modules = projections(entries.clone());
         let module = |entry: &Entry| {
             let module = entry.key.strip_suffix(".weight")?;
             Some((module.to_string(), entry.shape.clone()))
         };
-        entries.filter_map(module).collect()
+        modules.extend(entries.filter_map(module));
+        modules
     }
 
     /// The files of the folder beside the weights.

@@ -10,6 +10,7 @@ use burn_boft::value::{AdapterLayer, Axis, join};
 use burn_boft::{Adapter, AdapterConfig, BoftConfig, Cayley, KeyMap, LayerKind, OftConfig};
 use serde_json::json;
 
+use crate::attention;
 use crate::base::Base;
 use crate::cli::{Convert, To};
 use crate::conv1d::Orientation;
@@ -68,6 +69,7 @@ fn of_file(
         return Err(Error::Settings(refused));
     }
     let adapter = place(file, options.part.as_deref(), base, &names)?;
+    refuse_projections(&adapter, base)?;
     let adapter = share(options).of(adapter, &options.input)?;
     if let Some(rank) = options.to_lora {
         return to_lora(options, adapter, base, Names::default(), rank, json);
@@ -93,6 +95,22 @@ fn of_file(
         }
     };
     tell(options, &written, error, json)
+}
+
+/// Refuses a third of a tensor that holds three projections: every form but a merged model has adapters of modules alone.
+fn refuse_projections(adapter: &Adapter, base: &Base) -> Result<(), Error> {
+    let has = |key: &str| base.entry(key).is_some();
+    let layers = adapter.layers().iter().map(AdapterLayer::path);
+    let mut others = layers.filter(|path| !has(&join(path, "weight")));
+    let third = others.find_map(|path| Some((path, attention::place(path, "weight", has)?)));
+    match third {
+        None => Ok(()),
+        Some((path, place)) => Err(Error::Settings(format!(
+            "`{path}` is a third of the rows of `{}`, which only a merged model can say; merge it, or convert it for \
+             the same model in diffusers' layout",
+            attention::key(&place, "weight")
+        ))),
+    }
 }
 
 /// Writes the nearest LoRA.

@@ -4,8 +4,9 @@
 //! one that the adapter was trained on.
 
 use burn_boft::tensors::{decode, from_file, is_float, is_same, part};
-use burn_boft::value::{SavedTensor, join};
+use burn_boft::value::SavedTensor;
 
+use crate::attention::key;
 use crate::base::Base;
 use crate::changes::Changes;
 use crate::error::Error;
@@ -19,7 +20,7 @@ pub fn check(of: &Loaded, base: &Base, head: &Head, before: &Changes) -> Result<
     let mut problems = Vec::new();
     for copy in of.adapter.base_copies() {
         let place = of.names.place(copy.module(), copy.name(), base)?;
-        let key = join(&place.module, copy.name());
+        let key = key(&place, copy.name());
         let path = base.path.display();
         if let Some(first) = before.by.get(&key) {
             problems.push(format!(

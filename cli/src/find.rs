@@ -10,6 +10,7 @@ use burn_boft::tensors::{file_name, from_file, is_float};
 use burn_boft::value::{AdapterLayer, Place, SavedTensor, join};
 use safetensors::Dtype;
 
+use crate::attention::key;
 use crate::base::Base;
 use crate::changes::{Added, Change, Changes, Step};
 use crate::conv1d::Orientation;
@@ -85,7 +86,7 @@ impl<'a> Finder<'a, '_> {
             return Ok(());
         }
         let place = self.names.place(layer.path(), "weight", self.base)?;
-        let key = join(&place.module, "weight");
+        let key = key(&place, "weight");
         let Some((shard, entry)) = self.base.entry(&key) else {
             let (path, module) = (self.base.path.display(), layer.path());
             self.problems.push(match self.head.is_tied(&key) {
@@ -125,7 +126,7 @@ impl<'a> Finder<'a, '_> {
         let place = self
             .names
             .place(tensor.module(), tensor.name(), self.base)?;
-        let key = join(&place.module, tensor.name());
+        let key = key(&place, tensor.name());
         let Some((shard, entry)) = self.base.entry(&key) else {
             let is_new = is_saved_module && self.is_new_head(tensor.module(), &key);
             match is_new || self.head.is_shared(&key) {

@@ -223,8 +223,12 @@ pub fn place(
             )),
         }
     }
-    file.adapter(&base.weighted_modules(), names.key_map())
-        .map_err(with_remedies)
+    let placed = file.place(&base.weighted_modules(), names.key_map());
+    let placed = placed.map_err(with_remedies)?;
+    for line in &placed.notes {
+        note(&format!("note: {line}"));
+    }
+    Ok(placed.adapter)
 }
 
 /// The error with what the tool's options can do about it.

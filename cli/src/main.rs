@@ -1,5 +1,6 @@
 //! `burn-boft`: adapters and models on disk, without Python and without the model's architecture.
 
+mod attention;
 mod base;
 mod changes;
 mod cli;

@@ -2,9 +2,10 @@
 
 use std::cell::Cell;
 
-use burn_boft::value::{Place, join};
+use burn_boft::value::Place;
 use burn_boft::{KeyMap, Transformers};
 
+use crate::attention::{self, key};
 use crate::base::Base;
 use crate::error::Error;
 use crate::families;
@@ -96,7 +97,7 @@ impl Names {
     /// Where a module of the adapter is in the file: the first of its names that the file has a tensor for, or else
     /// the name that the rules give it. What the rules of `--map` find goes before what the type of the model finds.
     pub fn place(&self, module: &str, tensor: &str, base: &Base) -> Result<Place, Error> {
-        let is_there = |place: &&Place| base.entry(&join(&place.module, tensor)).is_some();
+        let is_there = |place: &&Place| base.entry(&key(place, tensor)).is_some();
         let places = places(&self.own, module)?;
         if let Some(found) = places.iter().find(is_there) {
             return Ok(found.clone());
@@ -109,7 +110,9 @@ impl Names {
             family.found.set(family.found.get() + 1);
             return Ok(found.clone());
         }
-        Ok(places[0].clone())
+        let has = |key: &str| base.entry(key).is_some();
+        let projection = attention::place(&places[0].module, tensor, has);
+        Ok(projection.unwrap_or_else(|| places[0].clone()))
     }
 
     /// What is to be said of names that only the type of the model explains.

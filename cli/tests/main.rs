@@ -25,6 +25,7 @@ mod outputs;
 mod quantize;
 mod saved;
 mod several;
+mod stable_diffusion;
 mod strength;
 mod terminal;
 mod tied;

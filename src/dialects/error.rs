@@ -110,12 +110,15 @@ pub enum DialectError {
 pub enum Misplaced {
     /// No module of the model has this name, in any of the ways in which programs write it.
     #[error(
-        "the model has no module that a file would call `{module}`{}",
+        "the model has no module that a file would call `{module}`{}{}",
+        translated.as_ref().map_or(String::new(), |name| format!(", or `{name}` in the layout of its UNet")),
         match &nearest[..] { [] => String::new(), names => format!("; the nearest are {}", list(names)) }
     )]
     Nowhere {
         /// The module's name in the file.
         module: String,
+        /// What the file would call it in the layout of the model's UNet, if the file has the other one.
+        translated: Option<String>,
         /// Modules of the model whose names end alike.
         nearest: Vec<String>,
     },
@@ -139,6 +142,19 @@ pub enum Misplaced {
         first: String,
         /// The other.
         second: String,
+    },
+    /// A layer that the program turns one way if it was trained as a linear layer, and the other way if it was trained as a
+    /// convolution.
+    #[error(
+        "sd-scripts trains `{module}` of Stable Diffusion 2 as a convolution where it loads a checkpoint and as a linear layer \
+         where it loads a folder of diffusers, and turns the two opposite ways; nothing says which was trained, so `{path}` \
+         cannot be merged here; merge it with sd-scripts"
+    )]
+    EitherWay {
+        /// The module's name in the file.
+        module: String,
+        /// Its path in the model.
+        path: String,
     },
     /// A layer does not fit the weight of its module.
     #[error("the adapter of `{module}`{reason}; `{path}.weight` is {shape:?}")]

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use burn::tensor::Device;
 
 use super::error::{DialectError, Misplaced};
-use super::names::{Found, Modules, Style};
+use super::names::{Found, Modules, Renamed, Style, layout};
 use super::oft_v2;
 use super::table::Dialect;
 use crate::config::{AdapterConfig, Block, BoftConfig, LayerKind, OftConfig};
@@ -20,6 +20,16 @@ pub struct AdapterFile {
     pub(super) layers: Vec<FileLayer>,
     pub(super) metadata: BTreeMap<String, String>,
     pub(super) notes: Vec<String>,
+}
+
+/// An [`AdapterFile`] in a model.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Placed {
+    /// The adapter, with the model's names.
+    pub adapter: Adapter,
+    /// Which names the model has in another layout than the file, a line each.
+    pub notes: Vec<String>,
 }
 
 /// One layer of an [`AdapterFile`].
@@ -124,12 +134,17 @@ impl AdapterFile {
 
     /// How the file writes names of modules, each way once, in words.
     pub fn key_styles(&self) -> Vec<String> {
-        let styles = self
-            .layers
-            .iter()
-            .map(|layer| Style::of_module(layer.module()));
-        let styles: BTreeSet<_> = styles.collect();
-        styles.into_iter().map(Style::in_words).collect()
+        let modules = self.layers.iter().map(FileLayer::module);
+        let styles: BTreeSet<_> = modules.clone().map(Style::of_module).collect();
+        let layouts: BTreeSet<_> = modules.filter_map(layout).collect();
+        let layouts = layouts
+            .into_iter()
+            .map(|layout| format!("a UNet in {}", layout.name()));
+        styles
+            .into_iter()
+            .map(Style::in_words)
+            .chain(layouts)
+            .collect()
     }
 
     /// Measures every rotation, as [`Adapter::measure`] does, under its name in the file.
@@ -149,33 +164,60 @@ impl AdapterFile {
 
     /// The adapter for a model, with the model's names.
     ///
-    /// `modules` has every module of the model that has a weight, with the weight's shape in PyTorch's orientation. Names are
-    /// translated by `names` first. Then they are compared with what programs would call the modules of this model, and
-    /// every layer has to find exactly one.
+    /// It is that of [`AdapterFile::place`], without the notes.
     ///
     /// # Errors
     ///
-    /// - [`DialectError::KeyMap`]: a pattern of `names` has no answer.
-    /// - [`DialectError::Misplaced`]: every layer that finds no module, several, one that another layer has, or one that it
-    ///   does not fit.
+    /// As [`AdapterFile::place`].
     pub fn adapter(
         &self,
         modules: &BTreeMap<String, Vec<usize>>,
         names: &KeyMap,
     ) -> Result<Adapter, DialectError> {
+        Ok(self.place(modules, names)?.adapter)
+    }
+
+    /// Places the adapter into a model.
+    ///
+    /// `modules` has every module of the model that has a weight, with the weight's shape in PyTorch's orientation. A PyTorch
+    /// `MultiheadAttention` counts as the three modules `q_proj`, `k_proj` and `v_proj` beside its `out_proj`, each with a third
+    /// of the rows of `in_proj_weight`. Names are translated by `names` first. Then they are compared with what programs would
+    /// call the modules of this model, in both layouts of a Stable Diffusion UNet, and every layer has to find exactly one.
+    ///
+    /// # Errors
+    ///
+    /// - [`DialectError::KeyMap`]: a pattern of `names` has no answer.
+    /// - [`DialectError::Misplaced`]: every layer that finds no module, several, one that another layer has, one that it does not
+    ///   fit, or one that it may rotate in two ways.
+    pub fn place(
+        &self,
+        modules: &BTreeMap<String, Vec<usize>>,
+        names: &KeyMap,
+    ) -> Result<Placed, DialectError> {
         let known = Modules::new(modules);
         let (mut placed, mut misplaced) = (Vec::new(), Vec::new());
-        let mut taken = BTreeMap::new();
+        let (mut taken, mut renamed) = (BTreeMap::new(), BTreeMap::<_, Vec<_>>::new());
         for file in &self.layers {
             let module = file.module().to_string();
             let path = match known.find(&names.model_path(&module)?) {
                 Found::One(path) => path.to_string(),
+                Found::Renamed(path, how) => {
+                    renamed.entry(how).or_default().push((file.module(), path));
+                    path.to_string()
+                }
                 Found::Several(found) => {
                     misplaced.push(Misplaced::Several { module, found });
                     continue;
                 }
-                Found::None(nearest) => {
-                    misplaced.push(Misplaced::Nowhere { module, nearest });
+                Found::None {
+                    translated,
+                    nearest,
+                } => {
+                    misplaced.push(Misplaced::Nowhere {
+                        module,
+                        translated,
+                        nearest,
+                    });
                     continue;
                 }
             };
@@ -186,6 +228,10 @@ impl AdapterFile {
                     first,
                     second,
                 });
+                continue;
+            }
+            if self.may_be_a_convolution(file) && known.is_projection_of_sd2(&path) {
+                misplaced.push(Misplaced::EitherWay { module, path });
                 continue;
             }
             placed.push((file, modules[&path].clone(), path));
@@ -218,10 +264,22 @@ impl AdapterFile {
         let mut config = self.config(shares);
         config.selection_mut().target_modules = Some(targets.into());
         fit_block_size(&mut config, &widths);
-        Adapter::from_parts(config, layers, Vec::new()).map_err(|mismatch| {
+        let adapter = Adapter::from_parts(config, layers, Vec::new()).map_err(|mismatch| {
             let path = path();
             DialectError::Mismatch { path, mismatch }
+        })?;
+        let notes = renamed.into_iter().map(|(how, names)| note(how, &names));
+        Ok(Placed {
+            adapter,
+            notes: notes.collect(),
         })
+    }
+
+    /// Whether the program may have trained a layer as a convolution that models have as a linear layer, and would have turned
+    /// it the other way then: sd-scripts makes convolutions of the projections of Stable Diffusion 2 where it loads a checkpoint,
+    /// and linear layers where it loads a folder of diffusers (`library/model_util.py`, commit 48d368fa).
+    fn may_be_a_convolution(&self, file: &FileLayer) -> bool {
+        file.dialect == Dialect::OftV2 && !self.metadata.contains_key("ot_revision")
     }
 
     /// The settings without targets: OFT with the polynomial, or BOFT, whose map is exact.
@@ -259,6 +317,16 @@ impl FileLayer {
         }
         Ok(layer)
     }
+}
+
+/// What is said of the names that were found in another layout. There is at least one.
+fn note(how: Renamed, names: &[(&str, &str)]) -> String {
+    let (module, path) = names[0];
+    let count = match names.len() {
+        1 => "one name is".to_string(),
+        count => format!("{count} names are"),
+    };
+    format!("{count} {}; `{module}` is `{path}`", how.in_words())
 }
 
 fn is_oft_v2(dialect: Dialect) -> bool {

@@ -29,14 +29,16 @@ mod file;
 mod lycoris;
 mod names;
 mod oft_v2;
+mod open_clip;
 mod parts;
 mod read;
 mod sd_scripts;
 mod table;
+mod unet;
 mod write;
 
 pub use error::{DialectError, Misplaced};
-pub use file::{AdapterFile, FileLayer};
+pub use file::{AdapterFile, FileLayer, Placed};
 pub use read::has_rotation;
 pub use table::{Dialect, ToPeft};
 pub use write::WriteError;

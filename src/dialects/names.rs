@@ -2,8 +2,13 @@
 //!
 //! A name is found by writing every module of the model as the program would, so nothing is guessed: `lora_unet_a_b` is
 //! whatever module of the model has the name `a.b` or `a_b`, as long as there is one.
+//!
+//! Of a Stable Diffusion UNet and of OpenCLIP's text encoders, every module has two names, and programs write either.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
+
+use super::open_clip;
+use super::unet::{Layout, Unet};
 
 /// Starts of names in files with `_` in place of dots, and where checkpoints keep that part of a pipeline.
 const FLATTENED: [(&str, &[&str]); 9] = [
@@ -19,7 +24,7 @@ const FLATTENED: [(&str, &[&str]); 9] = [
 ];
 
 /// Starts of names in files with dots, likewise.
-const DOTTED: [(&str, &[&str]); 13] = [
+const DOTTED: [(&str, &[&str]); 14] = [
     ("unet.", DENOISER),
     ("transformer.", DENOISER),
     ("prior.", DENOISER),
@@ -31,6 +36,7 @@ const DOTTED: [(&str, &[&str]); 13] = [
     ("clip_g.", SECOND_TEXT),
     ("text_encoder_3.", THIRD_TEXT),
     ("text_encoders.clip_l.transformer.", FIRST_TEXT),
+    ("text_encoders.clip_h.transformer.", FIRST_TEXT),
     ("text_encoders.clip_g.transformer.", SECOND_TEXT),
     ("text_encoders.t5xxl.transformer.", THIRD_TEXT),
 ];
@@ -49,12 +55,15 @@ const FIRST_TEXT: &[&str] = &[
     "",
     "text_encoder.",
     "cond_stage_model.transformer.",
+    "cond_stage_model.model.",
     "conditioner.embedders.0.transformer.",
     "text_encoders.clip_l.transformer.",
+    "text_encoders.clip_h.transformer.",
 ];
 const SECOND_TEXT: &[&str] = &[
     "",
     "text_encoder_2.",
+    "conditioner.embedders.0.model.",
     "conditioner.embedders.1.model.",
     "text_encoders.clip_g.transformer.",
 ];
@@ -98,67 +107,204 @@ impl Style {
             Self::Dotted(start) => format!("{start}… dotted"),
         }
     }
+
+    /// What comes before the name of a module, which is the same in every checkpoint.
+    fn start(self) -> &'static str {
+        match self {
+            Self::Flattened(start) | Self::Dotted(start) => start,
+        }
+    }
+}
+
+/// The layout of a UNet in a name of a file, where it is the name of a module in one of its blocks.
+pub(super) fn layout(module: &str) -> Option<Layout> {
+    let (style, places) = Style::of(module);
+    let is_denoiser = places == DENOISER || style == Style::Dotted("");
+    Layout::of_name(&module[style.start().len()..]).filter(|_| is_denoiser)
+}
+
+/// Why a name in a file is another than that in the model, beside where the part is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Renamed {
+    /// The module of a UNet, in a model of this layout.
+    Unet(Layout),
+    /// The module of a text encoder of OpenCLIP's, as transformers has it.
+    OpenClip,
+}
+
+impl Renamed {
+    /// What was done, behind "names are ".
+    pub fn in_words(self) -> String {
+        match self {
+            Self::Unet(layout) => format!(
+                "translated from {} of a UNet to {}, which the model has",
+                layout.other().name(),
+                layout.name()
+            ),
+            Self::OpenClip => {
+                "translated from transformers' text encoder to OpenCLIP's, which the model has"
+                    .to_string()
+            }
+        }
+    }
+}
+
+/// Modules of a model by their names, with dots or with `_` for them.
+struct Index<'a, T> {
+    dotted: BTreeMap<String, Vec<(&'a str, T)>>,
+    flattened: BTreeMap<String, Vec<(&'a str, T)>>,
+}
+
+impl<'a, T: Copy> Index<'a, T> {
+    fn new() -> Self {
+        Self {
+            dotted: BTreeMap::new(),
+            flattened: BTreeMap::new(),
+        }
+    }
+
+    fn insert(&mut self, name: String, module: &'a str, what: T) {
+        let flat = name.replace('.', "_");
+        self.flattened.entry(flat).or_default().push((module, what));
+        self.dotted.entry(name).or_default().push((module, what));
+    }
+
+    /// The modules that a file of this style calls so, without its start, where a checkpoint keeps the part here.
+    fn get(&self, style: Style, place: &str, name: &str) -> impl Iterator<Item = (&'a str, T)> {
+        let found = match style {
+            Style::Flattened(_) => {
+                let place = place.replace('.', "_");
+                self.flattened.get(&format!("{place}{name}"))
+            }
+            Style::Dotted(_) => self.dotted.get(&format!("{place}{name}")),
+        };
+        found.into_iter().flatten().copied()
+    }
 }
 
 /// The modules of a model, by what files call them.
 pub(super) struct Modules<'a> {
     modules: &'a BTreeMap<String, Vec<usize>>,
-    flattened: BTreeMap<String, Vec<&'a str>>,
+    own: Index<'a, ()>,
+    renamed: Index<'a, Renamed>,
+    /// The UNets, behind what their names start with.
+    unets: Vec<(&'static str, Unet)>,
 }
 
 /// What a name of a file finds.
 #[derive(Debug, PartialEq)]
 pub(super) enum Found<'a> {
     One(&'a str),
+    /// One module, whose name in the model is another.
+    Renamed(&'a str, Renamed),
     Several(Vec<String>),
-    None(Vec<String>),
+    None {
+        /// The file's name for the module in the layout of the model, where it has one.
+        translated: Option<String>,
+        /// Modules whose names end alike.
+        nearest: Vec<String>,
+    },
 }
 
 impl<'a> Modules<'a> {
     /// The modules of a model, with the shapes of their weights.
     pub fn new(modules: &'a BTreeMap<String, Vec<usize>>) -> Self {
-        let mut flattened = BTreeMap::<_, Vec<_>>::new();
+        let (mut own, mut renamed) = (Index::new(), Index::new());
         for module in modules.keys() {
-            flattened
-                .entry(module.replace('.', "_"))
-                .or_default()
-                .push(module.as_str());
+            own.insert(module.clone(), module, ());
         }
-        Self { modules, flattened }
+        let behind = |start: &str| {
+            let modules = modules.keys().map(String::as_str);
+            let behind = modules.filter_map(|module| Some((module, module.strip_prefix(start)?)));
+            behind.collect::<Vec<_>>()
+        };
+        let mut unets = Vec::new();
+        for start in DENOISER {
+            let modules = behind(start);
+            let names = modules.iter().map(|(_, name)| *name).collect();
+            let Some(unet) = Unet::of(&names) else {
+                continue;
+            };
+            for (module, name) in modules {
+                if let Some(other) = unet.other_name(name) {
+                    let what = Renamed::Unet(unet.layout());
+                    renamed.insert(format!("{start}{other}"), module, what);
+                }
+            }
+            unets.push((*start, unet));
+        }
+        for start in open_clip::PLACES {
+            for (module, name) in behind(start) {
+                if let Some(other) = open_clip::name_of_transformers(name) {
+                    renamed.insert(format!("{start}{other}"), module, Renamed::OpenClip);
+                }
+            }
+        }
+        Self {
+            modules,
+            own,
+            renamed,
+            unets,
+        }
     }
 
     /// The module that a file calls this.
     ///
-    /// A module of exactly this name comes first. Otherwise the start of the name is replaced by every start that
-    /// checkpoints have in its place.
+    /// A module of exactly this name comes first. Otherwise the start of the name is replaced by every start that checkpoints
+    /// have in its place. A module that has the name in another layout counts as well: which of two UNets of a checkpoint is
+    /// meant is then asked, and not decided by its layout.
     pub fn find(&self, name: &str) -> Found<'a> {
         if let Some((module, _)) = self.modules.get_key_value(name) {
             return Found::One(module);
         }
         let (style, places) = Style::of(name);
-        let mut found = BTreeSet::new();
+        let rest = &name[style.start().len()..];
+        let mut found = BTreeMap::new();
         for place in places {
-            match style {
-                Style::Flattened(start) => {
-                    let name = format!("{}{}", place.replace('.', "_"), &name[start.len()..]);
-                    found.extend(self.flattened.get(&name).into_iter().flatten().copied());
-                }
-                Style::Dotted(start) => {
-                    let name = format!("{place}{}", &name[start.len()..]);
-                    let entry = self.modules.get_key_value(&name);
-                    found.extend(entry.map(|(module, _)| module.as_str()));
-                }
-            }
+            let renamed = self.renamed.get(style, place, rest);
+            found.extend(renamed.map(|(module, what)| (module, Some(what))));
+            let own = self.own.get(style, place, rest);
+            found.extend(own.map(|(module, ())| (module, None)));
         }
         let mut found = found.into_iter();
         match (found.next(), found.next()) {
-            (Some(module), None) => Found::One(module),
+            (Some((module, None)), None) => Found::One(module),
+            (Some((module, Some(what))), None) => Found::Renamed(module, what),
             (Some(first), Some(second)) => {
                 let all = [first, second].into_iter().chain(found);
-                Found::Several(all.map(str::to_string).collect())
+                Found::Several(all.map(|(module, _)| module.to_string()).collect())
             }
-            (None, _) => Found::None(self.nearest(name)),
+            (None, _) => Found::None {
+                translated: self.translated(style, places, rest),
+                nearest: self.nearest(name),
+            },
         }
+    }
+
+    /// A name of a file that finds nothing, as the file would write it if it had the layout of the model's UNet.
+    fn translated(&self, style: Style, places: &[&str], rest: &str) -> Option<String> {
+        let mut unets = self
+            .unets
+            .iter()
+            .filter(|(start, _)| places.contains(start));
+        let is_flattened = matches!(style, Style::Flattened(_));
+        let own = unets.find_map(|(_, unet)| unet.own_name(rest, is_flattened))?;
+        Some(format!("{}{own}", style.start()))
+    }
+
+    /// Whether this is one of the two projections around the transformer blocks of Stable Diffusion 2, stored as a matrix.
+    pub fn is_projection_of_sd2(&self, module: &str) -> bool {
+        let (_, last) = module.rsplit_once('.').unwrap_or_default();
+        let is_matrix = self
+            .modules
+            .get(module)
+            .is_some_and(|shape| shape.len() == 2);
+        let is_in = |(start, unet): &(&str, Unet)| {
+            let name = module.strip_prefix(start);
+            let name = name.filter(|name| unet.other_name(name).is_some());
+            name.is_some() && !unet.has_added_embedding
+        };
+        matches!(last, "proj_in" | "proj_out") && is_matrix && self.unets.iter().any(is_in)
     }
 
     /// The modules whose flattened names share the longest end with this one's.
@@ -169,6 +315,7 @@ impl<'a> Modules<'a> {
             pairs.take_while(|(a, b)| a == b).count()
         };
         let mut scored: Vec<_> = self
+            .own
             .flattened
             .iter()
             .map(|(flat, modules)| (shared(flat), modules))
@@ -178,7 +325,7 @@ impl<'a> Modules<'a> {
         let modules = scored.iter().flat_map(|(_, modules)| modules.iter());
         modules
             .take(NEAREST)
-            .map(|module| module.to_string())
+            .map(|(module, ())| module.to_string())
             .collect()
     }
 }
@@ -230,6 +377,14 @@ mod tests {
     fn a_name_of_no_module_comes_with_names_that_end_alike() {
         let model = model(&["up.1.to_k", "up.1.to_q", "norm"]);
         let found = Modules::new(&model).find("lora_unet_down_1_to_q");
-        assert_eq!(found, Found::None(vec!["up.1.to_q".into()]));
+        let nearest = vec!["up.1.to_q".into()];
+        let translated = None;
+        assert_eq!(
+            found,
+            Found::None {
+                translated,
+                nearest
+            }
+        );
     }
 }

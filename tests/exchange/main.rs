@@ -19,6 +19,7 @@ mod round_trip;
 mod saving;
 mod settings;
 mod shared_folders;
+mod stable_diffusion;
 mod strength;
 mod strictness;
 mod support;

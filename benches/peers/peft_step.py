@@ -35,6 +35,7 @@ outputs where PEFT rotates inputs. A layer whose width it cannot factor ends the
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -134,8 +135,11 @@ CASES = {
 def adapt_by_lycoris(model, method):
     """The model with LyCORIS's modules in front of its layers, whose parameters are part of it."""
     import toml
-    from lycoris import create_lycoris
-    from lycoris.wrapper import LycorisNetwork
+
+    # LyCORIS logs to the standard output, which is for the times.
+    with contextlib.redirect_stdout(sys.stderr):
+        from lycoris import create_lycoris
+        from lycoris.wrapper import LycorisNetwork
 
     _, kind, size = method.split("-")
     names = [f".*{name.replace('.', '[.]')}" for name in model.targets]

@@ -37,7 +37,8 @@ pub fn check<M: Module, const R: usize>(
     // What such a backend cannot pack, it panics about on a thread of its own, which computes nothing from then on.
     #[cfg(feature = "cubecl")]
     if precision.packed().is_some() && device.identity().is_some() {
-        return Outcome::Absent(format!("{} is tested on the CPU only", precision.name()));
+        let reason = "that this suite runs: it packs weights on the CPU backends only";
+        return Outcome::Absent(format!("no {} {reason}", precision.name()));
     }
     let mut found = Vec::new();
     for device in [

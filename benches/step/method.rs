@@ -26,9 +26,7 @@ pub enum Method {
     /// BOFT with blocks of `b` and `m` factors.
     Boft { b: usize, m: usize, layer: Layer },
     /// OFT with blocks of 32.
-    Oft,
-    /// The same with the polynomial that PEFT takes by default.
-    OftNeumann,
+    Oft(Cayley),
     /// Burn's own LoRA of rank 8.
     Lora,
     /// [`Frozen`](Self::Frozen) with the weights of the targets in eight bits, a scale each.
@@ -64,6 +62,8 @@ pub enum Layer {
 }
 
 const RANK: usize = 8;
+/// What PEFT's OFT has by default.
+const NEUMANN: Cayley = Cayley::Neumann { terms: 5 };
 
 impl Method {
     /// The methods of a case with a backward pass. Burn's LoRA, quantized weights and the `nn::Linear` rows need linear layers.
@@ -91,8 +91,8 @@ impl Method {
             methods.push(boft(2, 4, Layer::Conv2d));
         }
         methods.extend([
-            Self::Oft,
-            Self::OftNeumann,
+            Self::Oft(Cayley::Exact),
+            Self::Oft(NEUMANN),
             Self::Full,
             Self::Cayley,
             Self::Plain,
@@ -124,17 +124,11 @@ impl Method {
         let init = Init::Random { seed };
         let targets: Vec<String> = targets.iter().map(|target| target.to_string()).collect();
         match self {
-            Self::Oft | Self::OftNeumann => {
-                let cayley = match self {
-                    Self::OftNeumann => Cayley::Neumann { terms: 5 },
-                    _ => Cayley::Exact,
-                };
-                OftConfig::new()
-                    .with_cayley(cayley)
-                    .with_init(init)
-                    .with_target_modules(targets)
-                    .into()
-            }
+            Self::Oft(cayley) => OftConfig::new()
+                .with_cayley(cayley)
+                .with_init(init)
+                .with_target_modules(targets)
+                .into(),
             _ => {
                 let (b, m) = match self {
                     Self::Boft { b, m, .. } => (b, m),
@@ -168,7 +162,7 @@ impl Method {
                     targets: N::TARGETS,
                 })
             }
-            Self::Boft { .. } | Self::Oft | Self::OftNeumann | Self::Cayley => adapted(model)?,
+            Self::Boft { .. } | Self::Oft(_) | Self::Cayley => adapted(model)?,
             Self::Attached => adapted(model)?.valid(),
             Self::Merged => merge(adapted(model)?.valid()).map_err(|error| error.to_string())?,
             Self::Lora => model.apply_lora(lora::<N>()),
@@ -422,8 +416,8 @@ impl Display for Method {
                 }
             }
             Self::Frozen => f.write_str("frozen"),
-            Self::Oft => f.write_str("oft-b32"),
-            Self::OftNeumann => f.write_str("oft-b32-neumann"),
+            Self::Oft(Cayley::Exact) => f.write_str("oft-b32"),
+            Self::Oft(_) => f.write_str("oft-b32-neumann"),
             Self::Lora => f.write_str("lora-r8"),
             Self::FrozenQuantized => f.write_str("frozen-q8"),
             Self::BoftQuantized => f.write_str("qboft-m2-b4"),

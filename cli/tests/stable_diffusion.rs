@@ -7,21 +7,12 @@ use safetensors::tensor::Dtype;
 
 use crate::files::*;
 
-/// The pairs of a file of `tests/fixtures/stable_diffusion`, first the name in diffusers.
+#[path = "../../tests/fixtures/stable_diffusion/pairs.rs"]
+mod fixture;
+
+/// The names of a model in both layouts, first that of diffusers.
 fn pairs(model: &str) -> Vec<[String; 2]> {
-    let path = fixtures().join(format!("stable_diffusion/{model}.txt"));
-    let mut before = [String::new(), String::new()];
-    let text = fs::read_to_string(path).unwrap();
-    let pair = |line: &str| {
-        let (diffusers, original) = line.split_once(' ').unwrap();
-        for (name, written) in before.iter_mut().zip([diffusers, original]) {
-            let (shared, rest) = written.split_once(':').unwrap();
-            name.truncate(shared.parse().unwrap());
-            name.push_str(rest);
-        }
-        before.clone()
-    };
-    text.lines().map(pair).collect()
+    fixture::pairs(&fixtures(), model)
 }
 
 /// The shape of a module's weight, small and not square. `around` is that of the projections around transformer blocks.
@@ -102,8 +93,8 @@ fn adapter(unet: &str, layout: usize, start: &str, layer: Layer) -> Tensors {
     layers.flatten().collect()
 }
 
-/// Writes the files and merges them: the merged model.
-fn merge_into(folder: &Path, base: &Tensors, adapter: &Tensors) -> (Tensors, String) {
+/// Writes the files and merges them.
+fn merged(folder: &Path, base: &Tensors, adapter: &Tensors) -> Run {
     write(&folder.join("base.safetensors"), base);
     write(&folder.join("adapter.safetensors"), adapter);
     let arguments = merge_command(
@@ -111,18 +102,24 @@ fn merge_into(folder: &Path, base: &Tensors, adapter: &Tensors) -> (Tensors, Str
         "adapter.safetensors",
         "merged.safetensors",
     );
-    let done = run(folder, &arguments);
+    run(folder, &arguments)
+}
+
+/// The merged model, and what was said.
+fn merge_into(folder: &Path, base: &Tensors, adapter: &Tensors) -> (Tensors, String) {
+    let done = merged(folder, base, adapter);
     assert_eq!(done.code, 0, "{}", done.stderr);
     let merged = read(&folder.join("merged.safetensors"));
     fs::remove_file(folder.join("merged.safetensors")).unwrap();
     (merged, done.stderr)
 }
 
-/// Runs the tool, which refuses the input: its last line, behind the notes on the file.
-fn refusal(folder: &Path, arguments: &[&str]) -> String {
-    let run = run(folder, arguments);
-    assert_eq!(run.code, 2, "{}", run.stderr);
-    let line = run.stderr.lines().last().unwrap_or_default();
+/// Why the files are not merged: the last line, behind the notes on the adapter. Nothing is left behind.
+fn refusal(folder: &Path, base: &Tensors, adapter: &Tensors) -> String {
+    let refused = merged(folder, base, adapter);
+    assert_eq!(refused.code, 2, "{}", refused.stderr);
+    assert_eq!(names(folder), ["adapter.safetensors", "base.safetensors"]);
+    let line = refused.stderr.lines().last().unwrap_or_default();
     line.strip_prefix("error: ").unwrap_or(line).to_string()
 }
 
@@ -189,22 +186,13 @@ fn a_convolution_with_a_kernel_of_one_merges_to_the_numbers_of_a_matrix() {
 fn a_projection_of_sd_2_that_may_have_been_trained_as_a_convolution_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let module = "lora_unet_mid_block_attentions_0_proj_out";
-    write(
-        &folder.path().join("adapter.safetensors"),
-        &oft_v2(module, 6, 5),
-    );
-    let arguments = merge_command(
-        "base.safetensors",
-        "adapter.safetensors",
-        "merged.safetensors",
-    );
+    let adapter = oft_v2(module, 6, 5);
     for (model, path) in models("sd21", &MATRIX).iter().zip([
         "mid_block.attentions.0.proj_out",
         "model.diffusion_model.middle_block.1.proj_out",
     ]) {
-        write(&folder.path().join("base.safetensors"), model);
         assert_eq!(
-            refusal(folder.path(), &arguments),
+            refusal(folder.path(), model, &adapter),
             format!(
                 "adapter.safetensors: sd-scripts trains `{module}` of Stable Diffusion 2 as a convolution where it loads a \
                  checkpoint and as a linear layer where it loads a folder of diffusers, and turns the two opposite ways; \
@@ -224,27 +212,14 @@ fn a_projection_of_sd_2_that_may_have_been_trained_as_a_convolution_is_refused()
 fn a_name_whose_translation_is_no_module_is_refused_with_both_names() {
     let folder = tempfile::tempdir().unwrap();
     let module = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_1_attn1_to_q";
-    write(
-        &folder.path().join("adapter.safetensors"),
-        &diag_oft(module, 6, 5),
-    );
-    let arguments = merge_command(
-        "base.safetensors",
-        "adapter.safetensors",
-        "merged.safetensors",
-    );
+    let adapter = diag_oft(module, 6, 5);
     let [_, original] = models("sd15", &CONVOLUTION);
-    write(&folder.path().join("base.safetensors"), &original);
-    let line = refusal(folder.path(), &arguments);
+    let line = refusal(folder.path(), &original, &adapter);
     let expected = format!(
         "adapter.safetensors: the model has no module that a file would call `{module}`, or \
          `lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q` in the layout of its UNet; the nearest are "
     );
     assert!(line.starts_with(&expected), "{line}");
-    assert_eq!(
-        names(folder.path()),
-        ["adapter.safetensors", "base.safetensors"]
-    );
 }
 
 #[test]
@@ -256,19 +231,10 @@ fn a_checkpoint_with_a_unet_in_each_layout_is_refused_with_both_modules() {
             .into_iter()
             .map(|(key, tensor)| (format!("unet.{key}"), tensor)),
     );
-    write(&folder.path().join("base.safetensors"), &both);
     let module = "lora_unet_down_blocks_1_attentions_0_proj_in";
-    write(
-        &folder.path().join("adapter.safetensors"),
-        &oft_v2(module, 6, 5),
-    );
-    let arguments = merge_command(
-        "base.safetensors",
-        "adapter.safetensors",
-        "merged.safetensors",
-    );
+    let adapter = oft_v2(module, 6, 5);
     assert_eq!(
-        refusal(folder.path(), &arguments),
+        refusal(folder.path(), &both, &adapter),
         format!(
             "adapter.safetensors: a file would call `model.diffusion_model.input_blocks.4.1.proj_in`, \
              `unet.down_blocks.1.attentions.0.proj_in` of the model `{module}`; rename it to one of them with --map"
@@ -438,15 +404,7 @@ fn a_fused_projection_that_has_no_thirds_is_refused() {
     let [_, mut model] = text_encoders();
     let module = "lora_te2_text_model_encoder_layers_0_self_attn_q_proj";
     let key = format!("{OPEN_CLIP}transformer.resblocks.0.attn.in_proj_weight");
-    let arguments = merge_command(
-        "base.safetensors",
-        "adapter.safetensors",
-        "merged.safetensors",
-    );
-    write(
-        &folder.path().join("adapter.safetensors"),
-        &diag_oft(module, 6, 5),
-    );
+    let adapter = diag_oft(module, 6, 5);
     for (shape, expected) in [
         (
             &[25, 6][..],
@@ -462,14 +420,12 @@ fn a_fused_projection_that_has_no_thirds_is_refused() {
         ),
     ] {
         model.insert(key.clone(), Tensor::random(shape, 1));
-        write(&folder.path().join("base.safetensors"), &model);
-        let line = refusal(folder.path(), &arguments);
+        let line = refusal(folder.path(), &model, &adapter);
         assert!(line.contains(&expected), "{line}");
     }
     // An attention of which no precision is turned.
     model.insert(key, Tensor::new(&[24, 6], vec![1.0; 144]).cast(Dtype::I64));
-    write(&folder.path().join("base.safetensors"), &model);
-    let line = refusal(folder.path(), &arguments);
+    let line = refusal(folder.path(), &model, &adapter);
     assert!(
         line.contains("rotates weights in f64, f32, f16 and bf16 only"),
         "{line}"

@@ -472,33 +472,29 @@ impl Blocks {
         scale: Option<Tensor<1>>,
         bias: Option<Tensor<1>>,
     ) -> Tensor<2> {
-        let operation = self.operation(&weight);
-        if operation == Operation::Portable
-            || operation == Operation::BlockDiagonal && scale.is_some()
-        {
-            return with_bias(input.matmul(self.weight(weight, scale, Side::Left)), bias);
+        let operands = |input: Tensor<2>, weight: Tensor<2>| {
+            let blocks = self.values().into_dispatch();
+            (input.into_dispatch(), weight.into_dispatch(), blocks)
+        };
+        let dispatched = |bias: Option<Tensor<1>>| bias.map(Tensor::into_dispatch).into();
+        match (self.operation(&weight), scale) {
+            (Operation::Rotation, scale) => {
+                let scale = self.or_ones(scale, weight.dims()[1]).into_dispatch();
+                let (input, weight, blocks) = operands(input, weight);
+                let bias = dispatched(bias);
+                Tensor::from_dispatch(<Dispatch as BoftBackend>::boft_linear(
+                    input, weight, blocks, scale, bias,
+                ))
+            }
+            (Operation::BlockDiagonal, None) => {
+                let (input, weight, blocks) = operands(input, weight);
+                let bias = dispatched(bias);
+                Tensor::from_dispatch(<Dispatch as BoftBackend>::boft_block_diagonal_linear(
+                    input, weight, blocks, bias,
+                ))
+            }
+            (_, scale) => with_bias(input.matmul(self.weight(weight, scale, Side::Left)), bias),
         }
-        let scale = self.or_ones(scale, weight.dims()[1]);
-        let (input, weight) = (input.into_dispatch(), weight.into_dispatch());
-        let (blocks, bias) = (
-            self.values().into_dispatch(),
-            bias.map(Tensor::into_dispatch),
-        );
-        Tensor::from_dispatch(match operation {
-            Operation::Rotation => <Dispatch as BoftBackend>::boft_linear(
-                input,
-                weight,
-                blocks,
-                scale.into_dispatch(),
-                bias.into(),
-            ),
-            _ => <Dispatch as BoftBackend>::boft_block_diagonal_linear(
-                input,
-                weight,
-                blocks,
-                bias.into(),
-            ),
-        })
     }
 
     /// The scale, or one of ones, which leaves the weight as it is, bit for bit, and asks for no gradient.

@@ -1,4 +1,7 @@
 //! The nearest matrix of low rank: what a LoRA could make of a change.
+//!
+//! Burn's own decompositions do not serve: its QR forms a square matrix of the longer side, and its SVD panics where it does not
+//! converge.
 
 use burn::tensor::{DType, Tensor, TensorData};
 use rand::{SeedableRng, rngs::StdRng};

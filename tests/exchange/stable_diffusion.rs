@@ -12,21 +12,15 @@ use safetensors::tensor::TensorView;
 
 const UNETS: [&str; 4] = ["sd15", "sd21", "sdxl", "sdxl-refiner"];
 
-/// The pairs of a file of `tests/fixtures/stable_diffusion`, first the name in diffusers.
+#[path = "../fixtures/stable_diffusion/pairs.rs"]
+mod fixture;
+
+/// The names of a model in both layouts, first that of diffusers.
 fn pairs(model: &str) -> Vec<[String; 2]> {
-    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/stable_diffusion");
-    let text = fs::read_to_string(fixtures.join(format!("{model}.txt"))).unwrap();
-    let mut before = [String::new(), String::new()];
-    let pair = |line: &str| {
-        let (diffusers, original) = line.split_once(' ').unwrap();
-        for (name, written) in before.iter_mut().zip([diffusers, original]) {
-            let (shared, rest) = written.split_once(':').unwrap();
-            name.truncate(shared.parse().unwrap());
-            name.push_str(rest);
-        }
-        before.clone()
-    };
-    text.lines().map(pair).collect()
+    fixture::pairs(
+        &Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures"),
+        model,
+    )
 }
 
 /// A file of LyCORIS with a layer for each of these modules, which rotates four outputs by an angle of its own.

@@ -32,26 +32,15 @@ pub(super) struct ButterflyState<B: Backend> {
     direction: Direction,
 }
 
-/// What a product keeps.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Keep {
-    /// The matrix, for `G` of a rotation that acts as on activations.
-    Input,
-    /// The result, for `G` of a rotation that acts as on weights.
-    Output,
-    /// The matrix, for blocks that need not be orthogonal.
-    Operand,
-}
-
-/// What is kept, by the algebra: `R·t` and `t·Rᵀ` take `G` from the output, `t·R` and `Rᵀ·t` from the input.
+/// What is kept, by the algebra. Of a rotation, `R·t` and `t·Rᵀ` take `G` from the output, `t·R` and `Rᵀ·t` from the input.
 #[derive(Clone, Debug)]
 enum Kept<B: Backend> {
     /// The node of the input, for `G = tᵀ·dt` or `t·dtᵀ`.
     Input(NodeId),
     /// The output `y`, for `G = dy·yᵀ` or `dyᵀ·y`.
     Output(FloatTensor<B>),
-    /// The node of the matrix, which `∂L/∂R` is the product of with `dy`: for blocks that need not be orthogonal.
-    Operand(NodeId),
+    /// The node of the matrix, for blocks that need not be orthogonal: `∂L/∂R` is its product with `dy`.
+    Matrix(NodeId),
 }
 
 /// Enters a product and its result into the graph.
@@ -59,15 +48,15 @@ pub(super) fn multiplied<B: BoftBackend, C: CheckpointStrategy>(
     [matrix, blocks]: [FloatTensor<Autodiff<B, C>>; 2],
     output: FloatTensor<B>,
     (side, direction): (Side, Direction),
-    keep: Keep,
+    is_rotation: bool,
 ) -> FloatTensor<Autodiff<B, C>> {
     let nodes = [matrix.node(), blocks.node()];
     match Butterfly.prepare::<C>(nodes).compute_bound().stateful() {
         OpsKind::Tracked(mut prep) => {
-            let kept = match keep {
-                Keep::Input => Kept::Input(prep.checkpoint(&matrix)),
-                Keep::Output => Kept::Output(output.clone()),
-                Keep::Operand => Kept::Operand(prep.checkpoint(&matrix)),
+            let kept = match is_rotation {
+                true if direction == side.weight_direction() => Kept::Output(output.clone()),
+                true => Kept::Input(prep.checkpoint(&matrix)),
+                false => Kept::Matrix(prep.checkpoint(&matrix)),
             };
             let state = ButterflyState {
                 kept,
@@ -123,7 +112,7 @@ impl<B: BoftBackend> Backward<B, 2> for Butterfly {
                     gradients.register::<B>(node.id, gradient);
                 }
             }
-            Kept::Operand(id) => {
+            Kept::Matrix(id) => {
                 if let Some(node) = matrix_node {
                     let (gradient, blocks) = (gradient.clone(), blocks.clone());
                     let back = direction.reversed();
@@ -132,7 +121,7 @@ impl<B: BoftBackend> Backward<B, 2> for Butterfly {
                 }
                 if let Some(node) = blocks_node {
                     let matrix = checkpointer.retrieve_node_output(id);
-                    // R·t and t·Rᵀ put the gradient first, t·R and Rᵀ·t the operand.
+                    // R·t and t·Rᵀ put the gradient first, t·R and Rᵀ·t the matrix.
                     let (lhs, rhs) = match direction == side.weight_direction() {
                         true => (gradient, matrix),
                         false => (matrix, gradient),

@@ -53,7 +53,7 @@ use burn::backend::{
 use burn::tensor::ops::ConvOptions;
 
 use block_diagonal::block_diagonal_linear;
-use butterfly::{Keep, multiplied};
+use butterfly::multiplied;
 use conv::rotated_conv2d;
 use gradients::{scale_gradient, weight_gradient};
 use linear::rotated_linear;
@@ -81,12 +81,7 @@ impl<B: BoftBackend, C: CheckpointStrategy> BoftBackend for Autodiff<B, C> {
     ) -> FloatTensor<Self> {
         let (operand, values) = (matrix.primitive().clone(), blocks.primitive().clone());
         let output = B::boft_butterfly(operand, values, side, direction);
-        // R·t and t·Rᵀ rotate as weights do, where G = dW'·W'ᵀ; t·R and Rᵀ·t as activations, where G = xᵀ·dx.
-        let keep = match direction == side.weight_direction() {
-            true => Keep::Output,
-            false => Keep::Input,
-        };
-        multiplied::<B, C>([matrix, blocks], output, (side, direction), keep)
+        multiplied::<B, C>([matrix, blocks], output, (side, direction), true)
     }
 
     fn boft_weight(
@@ -140,7 +135,7 @@ impl<B: BoftBackend, C: CheckpointStrategy> BoftBackend for Autodiff<B, C> {
     ) -> FloatTensor<Self> {
         let (operand, values) = (matrix.primitive().clone(), blocks.primitive().clone());
         let output = B::boft_block_diagonal(operand, values, side, direction);
-        multiplied::<B, C>([matrix, blocks], output, (side, direction), Keep::Operand)
+        multiplied::<B, C>([matrix, blocks], output, (side, direction), false)
     }
 
     fn boft_block_diagonal_linear(

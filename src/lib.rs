@@ -77,6 +77,7 @@ mod cached;
 mod config;
 mod conv;
 pub mod dialects;
+pub mod input;
 mod linear;
 pub mod model;
 pub mod ops;

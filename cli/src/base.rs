@@ -6,7 +6,7 @@ use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use burn_boft::peft::input::{self, LONGEST_HEADER, LONGEST_SETTINGS};
+use burn_boft::input::{self, LONGEST_HEADER, LONGEST_SETTINGS};
 use burn_boft::peft::{CONFIG_FILE, TENSORS_FILE};
 use serde_json::{Map, Value};
 

@@ -6,8 +6,9 @@ use serde_json::json;
 use crate::error::Error;
 use crate::terminal::report;
 
-pub fn run(json: bool) -> Result<(), Error> {
-    let text = Dialect::ALL.map(|dialect| {
+/// Every dialect, with what is known of it.
+pub fn text() -> String {
+    let dialects = Dialect::ALL.map(|dialect| {
         format!(
             "{}\n  written by  {}\n  tensors     {}\n  rotates     {}s\n  merged to   {}\n  to PEFT     {}\n",
             dialect.name(),
@@ -18,6 +19,10 @@ pub fn run(json: bool) -> Result<(), Error> {
             dialect.to_peft().name()
         )
     });
+    dialects.join("\n")
+}
+
+pub fn run(json: bool) -> Result<(), Error> {
     let value = Dialect::ALL.map(|dialect| {
         json!({
             "dialect": dialect.name(),
@@ -28,5 +33,5 @@ pub fn run(json: bool) -> Result<(), Error> {
             "to_peft": dialect.to_peft().name(),
         })
     });
-    report(json, &text.join("\n"), &json!(value))
+    report(json, &text(), &json!(value))
 }

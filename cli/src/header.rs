@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use burn_boft::peft::input::{self, LONGEST_HEADER};
+use burn_boft::input::{self, LONGEST_HEADER};
 use burn_boft::tensors::file_name;
 use safetensors::Dtype;
 use serde::Deserialize;

@@ -29,8 +29,8 @@ impl Given {
     pub fn open(path: &Path) -> Result<Self, Error> {
         match peft_folder(path) {
             Some(folder) => Ok(Self::Folder(folder.to_path_buf())),
-            None if !path.is_file() => Ok(Self::Folder(path.to_path_buf())),
-            None => Ok(Self::File(AdapterFile::read(path)?)),
+            None if path.exists() && !path.is_dir() => Ok(Self::File(AdapterFile::read(path)?)),
+            None => Ok(Self::Folder(path.to_path_buf())),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::io::{self, BufWriter, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf, is_separator};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use burn_boft::peft::input;
+use burn_boft::input;
 use tempfile::{Builder, TempDir, TempPath};
 
 use crate::error::Error;

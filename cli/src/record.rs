@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use burn::tensor::{Bytes, DType, TensorData};
-use burn_boft::peft::input;
+use burn_boft::input;
 use burn_boft::tensors::to_file;
 use burn_boft::value::{AdapterLayer, SavedTensor, TensorOwner, join};
 use burn_boft::{Adapter, AdapterConfig, Bias, LayerKind};

@@ -8,7 +8,7 @@ use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 
 use burn_boft::LayerKind;
-use burn_boft::peft::input::{self, LONGEST_SETTINGS};
+use burn_boft::input::{self, LONGEST_SETTINGS};
 use serde_json::{Map, Value};
 
 use crate::base::{Base, is_same};

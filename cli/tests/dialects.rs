@@ -330,6 +330,8 @@ fn formats_lists_every_dialect_of_the_library() {
         let entry = format!("{}\n  written by  {}\n", dialect.name(), dialect.programs());
         assert!(text.contains(&entry), "{text}");
     }
+    let help = succeed(folder.path(), &["help", "formats"]);
+    assert!(help.contains(text.trim_end()), "{help}");
 }
 
 #[test]

@@ -71,10 +71,13 @@ fn a_pipe_is_refused_by_name_wherever_a_file_is_read() {
         pipe(&name);
         refusal(&refused(path, &["inspect", "broken"]), &name);
     }
-    assert_eq!(
-        refused(path, &["inspect", "pipe.safetensors"]),
-        "pipe.safetensors: not a folder; PEFT keeps an adapter in a folder with adapter_config.json and \
-         adapter_model.safetensors, so name that"
+    refusal(
+        &refused(path, &["inspect", "pipe.safetensors"]),
+        "pipe.safetensors",
+    );
+    refusal(
+        &place.refused_with(&["--adapter", "pipe.safetensors"]),
+        "pipe.safetensors",
     );
     fs::create_dir(path.join("model")).unwrap();
     let base = ["--base", "model", "--output", "out"];

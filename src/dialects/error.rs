@@ -12,7 +12,7 @@ use crate::value::mismatch::{FitError, Mismatch};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DialectError {
-    /// The file cannot be read.
+    /// The file cannot be read, or is a pipe, a device or a socket.
     #[error("{} cannot be read: {source}", path.display())]
     Io {
         /// The file.
@@ -20,7 +20,7 @@ pub enum DialectError {
         /// Why.
         source: io::Error,
     },
-    /// The path is not that of a file with an end.
+    /// The path is that of a folder.
     #[error("{} is not a file", path.display())]
     NotAFile {
         /// The path.

@@ -1,7 +1,6 @@
 //! [`AdapterFile::read`]: from the bytes of a file to its layers.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
 use std::io::Read as _;
 use std::path::Path;
 
@@ -14,6 +13,7 @@ use super::names::Style;
 use super::parts::{Parts, Read};
 use super::table::{Dialect, OTHER_METHODS, SCALED};
 use super::{lycoris, oft_v2, sd_scripts};
+use crate::input;
 use crate::tensors::{decode, file_name, is_finite};
 use crate::value::mismatch::{Mismatch, Unexpected, Wrong};
 
@@ -111,8 +111,8 @@ fn tensors(path: &Path) -> Result<Contents, DialectError> {
         path: path.to_path_buf(),
         source,
     };
-    // A pipe would not end.
-    let about = fs::metadata(path).map_err(io)?;
+    let file = input::open(path).map_err(io)?;
+    let about = file.metadata().map_err(io)?;
     if !about.is_file() {
         let path = path.to_path_buf();
         return Err(DialectError::NotAFile { path });
@@ -124,7 +124,6 @@ fn tensors(path: &Path) -> Result<Contents, DialectError> {
         });
     }
     let mut bytes = Vec::new();
-    let file = File::open(path).map_err(io)?;
     file.take(LARGEST).read_to_end(&mut bytes).map_err(io)?;
     let malformed = |source| DialectError::Safetensors {
         path: path.to_path_buf(),

@@ -8,9 +8,9 @@ use safetensors::tensor::{SafeTensors, TensorView};
 use serde_json::{Map, Value};
 
 use super::error::{LoadError, NameError, SaveError, Unrepresentable};
-use super::input::{self, LONGEST_HEADER, LONGEST_SETTINGS};
 use super::keys::{CONFIG_FILE, TENSORS_FILE};
 use super::pair;
+use crate::input::{self, LONGEST_HEADER, LONGEST_SETTINGS};
 use crate::tensors::{decode, encode, file_name, to_file};
 use crate::value::mismatch::{Mismatch, Wrong};
 

@@ -7,7 +7,6 @@ mod config_json;
 mod error;
 mod folder;
 mod fused;
-pub mod input;
 mod keys;
 mod legacy;
 mod load;

@@ -31,8 +31,8 @@ use same_file::Handle;
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::error::{LoadError, SaveError};
-use super::input::{self, LONGEST_SETTINGS};
 use super::keys::{CONFIG_FILE, PICKLE_FILE, TENSORS_FILE};
+use crate::input::{self, LONGEST_SETTINGS};
 
 /// How often a folder is read that somebody else is writing, and how long to wait in between: 0.4 s in all, beside the
 /// time that reading takes.

@@ -13,6 +13,7 @@ use sources::{Arrow, File, Sources};
 const ROOMS: &[(&str, &[&str])] = &[
     ("ops", &[]),
     ("tensors", &["ops"]),
+    ("input", &[]),
     ("config", &[]),
     ("select", &["config"]),
     ("rotation", &["ops", "config"]),
@@ -23,8 +24,8 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("conv", &["adapter"]),
     ("model", &["ops", "config", "select", "rotation", "adapter", "batch"]),
     ("value", &["ops", "tensors", "config", "select", "rotation", "adapter", "batch", "model"]),
-    ("peft", &["tensors", "config", "select", "rotation", "value"]),
-    ("dialects", &["tensors", "config", "rotation", "value"]),
+    ("peft", &["tensors", "input", "config", "select", "rotation", "value"]),
+    ("dialects", &["tensors", "input", "config", "rotation", "value"]),
 ];
 
 /// The facts that have one home, in the library and in the tool.

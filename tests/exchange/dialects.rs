@@ -238,12 +238,18 @@ fn damaged_files_are_refused_or_read_and_never_panic() {
 }
 
 #[test]
-fn a_pipe_is_no_file_and_is_not_waited_for() {
+fn a_folder_and_a_device_are_refused_before_they_are_read() {
     let folder = tempfile::tempdir().unwrap();
     let error = AdapterFile::read(folder.path()).unwrap_err();
     assert!(matches!(error, DialectError::NotAFile { .. }), "{error}");
     let error = AdapterFile::read(folder.path().join("absent")).unwrap_err();
     assert!(matches!(error, DialectError::Io { .. }), "{error}");
+    if cfg!(unix) {
+        assert_eq!(
+            AdapterFile::read("/dev/zero").unwrap_err().to_string(),
+            "/dev/zero cannot be read: it is a device, and only files are read"
+        );
+    }
 }
 
 #[test]

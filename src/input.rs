@@ -28,7 +28,7 @@ pub const LONGEST_HEADER: u64 = 32 << 20;
 /// # Examples
 ///
 /// ```
-/// use burn_boft::peft::input;
+/// use burn_boft::input;
 ///
 /// # #[cfg(unix)]
 /// let error = input::open("/dev/zero").unwrap_err();

@@ -4,7 +4,7 @@
 
 mod common;
 
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Device, FloatDType, Tensor};
 use burn_boft::ops::{
     Blocks, Direction, PerRequest, Route, Side, linear_requests, rotate_requests,
 };
@@ -503,6 +503,82 @@ fn flex_gives_the_same_numbers_on_any_count_of_threads() {
                 assert_close(&what, &many.1, &one.1, 1e-6);
             }
         }
+    }
+}
+
+/// A rotation of `n` spans, and a weight and a scale for it, as one of the precisions stores them.
+fn weighted(sizes: Sizes, d_output: usize, stored: DType) -> (Blocks, [Tensor<2>; 2], Tensor<1>) {
+    let device = Device::flex();
+    let wide = DType::F32;
+    let skew = noise(sizes.skew_len(), 5, 0.4);
+    let skew = tensor(&skew, sizes.skew_shape(), wide, &device);
+    let weight = noise(sizes.d * d_output, 6, 2.0);
+    let weights = [[sizes.d, d_output], [d_output, sizes.d]];
+    let weights = weights.map(|shape| tensor(&weight, shape, stored, &device));
+    let scale: Vec<f64> = noise(d_output, 7, 0.5).iter().map(|x| 1.3 + x).collect();
+    let scale = tensor(&scale, [d_output], wide, &device);
+    (Blocks::cayley(skew, sizes.b), weights, scale)
+}
+
+/// Sizes that fill registers of every width, that end within one, and more columns than a cache holds at a time.
+fn sizes_of_registers() -> impl Iterator<Item = (Sizes, usize)> {
+    let blocks = [
+        (2, 1),
+        (4, 1),
+        (2, 3),
+        (4, 2),
+        (3, 1),
+        (6, 2),
+        (8, 2),
+        (32, 1),
+        (4, 5),
+    ];
+    blocks.into_iter().flat_map(|(b, m)| {
+        let span = b << (m - 1);
+        let shapes = [(1, 7), (3, 19), (1100 / span, 37), (2, 1093)];
+        shapes.map(|(spans, d_output)| {
+            let d = span * spans;
+            (Sizes { d, b, m }, d_output)
+        })
+    })
+}
+
+#[test]
+fn half_precision_is_rotated_as_if_it_were_widened_before_and_rounded_after() {
+    for stored in [DType::F16, DType::BF16] {
+        for (sizes, d_output) in sizes_of_registers() {
+            let (blocks, weights, scale) = weighted(sizes, d_output, stored);
+            for (weight, side) in weights.into_iter().zip([Side::Left, Side::Right]) {
+                for scale in [None, Some(scale.clone())] {
+                    let what = format!("{sizes:?}, {d_output} outputs, {side:?}, {stored:?}");
+                    let wide = weight.clone().cast(FloatDType::F32);
+                    let wide = blocks.weight(wide, scale.clone(), side);
+                    let found = blocks.weight(weight.clone(), scale, side).into_data();
+                    let expected = wide.cast(FloatDType::from(stored)).into_data();
+                    assert_eq!(found, expected, "{what}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn how_blocks_are_stored_changes_no_bit_of_a_product() {
+    for (sizes, d_output) in sizes_of_registers() {
+        let (blocks, [left, right], scale) = weighted(sizes, d_output, DType::F32);
+        let stored = blocks.clone().composed().stored_for(Direction::Back);
+        for direction in [Direction::Forward, Direction::Back] {
+            for (matrix, side) in [(&left, Side::Left), (&right, Side::Right)] {
+                let [found, expected] = [&stored, &blocks]
+                    .map(|blocks| blocks.rotate(matrix.clone(), side, direction).into_data());
+                assert_eq!(found, expected, "{sizes:?}, {side:?}, {direction:?}");
+            }
+        }
+        let [found, expected] = [&stored, &blocks].map(|blocks| {
+            let weight = blocks.weight(right.clone(), Some(scale.clone()), Side::Right);
+            weight.into_data()
+        });
+        assert_eq!(found, expected, "{sizes:?} with a scale");
     }
 }
 

@@ -199,6 +199,24 @@ impl Blocks {
         }
     }
 
+    /// The same rotation, stored for products in this direction: one factor that [`Direction::Back`] is to be taken of lies
+    /// transposed in memory, where kernels on the CPU would transpose it for every product. More factors stay as they are.
+    ///
+    /// The other direction gives the same numbers as before, only later.
+    pub fn stored_for(self, direction: Direction) -> Self {
+        let shape = self.values.dims();
+        let [m, n, b, _] = shape;
+        if m > 1 || direction == Direction::Forward {
+            return self;
+        }
+        // No view of the transpose is flat, so that the numbers are copied in their new order.
+        let flat = self.values.swap_dims(2, 3).reshape([n * b * b]);
+        Self {
+            values: flat.reshape(shape).swap_dims(2, 3),
+            ..self
+        }
+    }
+
     /// Replaces the blocks where `mask` is one by the identity, as multiplicative dropout does.
     ///
     /// A replaced block gets no gradient.

@@ -12,9 +12,11 @@ use std::mem::MaybeUninit;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::real::Real;
+use super::real::{Real, lanes};
 use super::span::{Scratch, Sizes, first_stage, multiply_by_stage, transpose};
-use super::tile::{PASSING_ROWS, ROWS, add_scaled, line, with_tile};
+use super::tile::{
+    PASSING_ROWS, ROWS, Tile, add_scaled, dispatch, line, with_registers, with_tile,
+};
 use crate::ops::butterfly::Direction;
 
 /// `op(R)` of every span, composed in f64.
@@ -114,8 +116,32 @@ pub(super) fn rotate_rows<E: Real>(
     [rows, columns]: [usize; 2],
     scale: Option<&[E]>,
 ) -> Vec<E> {
+    let operands = (matrix, rotation);
+    by_spans(
+        operands,
+        sizes,
+        [rows, columns],
+        |output, matrix, rotation| {
+            let kernel = RotateRows {
+                output,
+                matrix,
+                rotation,
+                columns,
+                scale,
+            };
+            dispatch::<E, _>(columns, kernel);
+        },
+    )
+}
+
+/// Rotates every span with `rotate`, which gets the place of its result, its rows and its rotation, and writes the whole place.
+pub(super) fn by_spans<T: Send + Sync, E: Sync>(
+    (matrix, rotation): (&[T], &[E]),
+    sizes: Sizes,
+    [rows, columns]: [usize; 2],
+    rotate: impl Fn(&mut [MaybeUninit<T>], &[T], &[E]) + Sync,
+) -> Vec<T> {
     let s = sizes.span;
-    let arch = Arch::new();
     let spans = matrix
         .par_chunks(s * columns)
         .zip(rotation.par_chunks(s * s));
@@ -123,22 +149,14 @@ pub(super) fn rotate_rows<E: Real>(
         output
             .par_chunks_mut(s * columns)
             .zip(spans)
-            .for_each(|(output, (matrix, rotation))| {
-                arch.dispatch(RotateRows {
-                    output,
-                    matrix,
-                    rotation,
-                    columns,
-                    scale,
-                });
-            });
+            .for_each(|(output, (matrix, rotation))| rotate(output, matrix, rotation));
     })
 }
 
 /// A vector of `len` numbers, every one of which `write` writes.
 ///
 /// It spares the pass over memory that would fill the vector with zeros first.
-pub(super) fn written<E: Real>(len: usize, write: impl FnOnce(&mut [MaybeUninit<E>])) -> Vec<E> {
+pub(super) fn written<T>(len: usize, write: impl FnOnce(&mut [MaybeUninit<T>])) -> Vec<T> {
     let mut values = Vec::with_capacity(len);
     write(&mut values.spare_capacity_mut()[..len]);
     // SAFETY: every caller writes every number: every span of every row, and in it every tile.
@@ -148,82 +166,87 @@ pub(super) fn written<E: Real>(len: usize, write: impl FnOnce(&mut [MaybeUninit<
 
 /// One span of [`rotate_rows`]. Its kernel takes four, two or one rows of the result at a time, whichever divides the
 /// span.
-struct RotateRows<'a, E> {
-    output: &'a mut [MaybeUninit<E>],
-    matrix: &'a [E],
-    rotation: &'a [E],
-    columns: usize,
-    scale: Option<&'a [E]>,
+pub(super) struct RotateRows<'a, E> {
+    pub(super) output: &'a mut [MaybeUninit<E>],
+    pub(super) matrix: &'a [E],
+    pub(super) rotation: &'a [E],
+    pub(super) columns: usize,
+    pub(super) scale: Option<&'a [E]>,
 }
 
 impl<E: Real> WithSimd for RotateRows<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
+    fn with_simd<S: Simd>(self, simd: S) {
         match self.matrix.len() / self.columns % 4 {
-            0 => rotate_span_rows::<E, 4>(self),
-            2 => rotate_span_rows::<E, 2>(self),
-            _ => rotate_span_rows::<E, 1>(self),
+            0 => self.rotate::<S, 4>(simd),
+            2 => self.rotate::<S, 2>(simd),
+            _ => self.rotate::<S, 1>(simd),
         }
     }
 }
 
-/// Columns that stay in registers while rows of the rotation meet them.
-///
-/// With four rows of the result these are 64 sums. In f32 a tile's row is one cache line of 64 bytes.
-const TILE: usize = 16;
-
-/// Rotates one span, `LINES` rows of the result at a time.
-///
-/// From the outside in, the loops run over tiles of [`TILE`] columns, over groups of `LINES` rows of the result, and
-/// over the `s` rows of the operand. Inside a tile of columns the operand's `s` pieces are read `s/LINES` times, but
-/// they have only `64·s` bytes in f32 and stay in a first-level cache, and so does the rotation. Each number of the
-/// result is written once. Columns beyond the last full tile are rotated one by one.
-#[inline(always)]
-fn rotate_span_rows<E: Real, const LINES: usize>(
-    RotateRows {
-        output,
-        matrix,
-        rotation,
-        columns,
-        scale,
-    }: RotateRows<'_, E>,
-) {
-    let s = matrix.len() / columns;
-    let tiles = columns / TILE * TILE;
-    for start in (0..tiles).step_by(TILE) {
+impl<E: Real> RotateRows<'_, E> {
+    /// Rotates the span, `LINES` rows of the result at a time.
+    ///
+    /// From the outside in, the loops run over two registers of columns, over groups of `LINES` rows of the result, and over
+    /// the `s` rows of the operand. Inside a tile of columns the operand's `s` pieces are read `s/LINES` times, but they have
+    /// a few KiB and stay in a first-level cache, and so does the rotation. Each number of the result is written once. Columns
+    /// beyond the last full register are rotated one by one.
+    #[inline(always)]
+    fn rotate<S: Simd, const LINES: usize>(mut self, simd: S) {
+        let (columns, lanes) = (self.columns, lanes::<E, S>());
+        let s = self.matrix.len() / columns;
+        let [pairs, registers] = [2 * lanes, lanes].map(|width| columns / width * width);
         for first in (0..s).step_by(LINES) {
-            let mut sums = [[E::default(); TILE]; LINES];
-            for inner in 0..s {
-                let source = line::<E, TILE>(matrix, inner * columns + start);
-                for (index, sums) in sums.iter_mut().enumerate() {
-                    add_scaled(sums, rotation[(first + index) * s + inner], source);
-                }
+            if registers > pairs {
+                self.tile(Tile::<E, S, LINES, 1>::zero(simd), first, pairs);
             }
-            if let Some(scale) = scale {
-                let scale = line::<E, TILE>(scale, start);
-                for sums in &mut sums {
-                    for (sum, &scale) in sums.iter_mut().zip(scale) {
-                        *sum = *sum * scale;
-                    }
-                }
+        }
+        for start in (0..pairs).step_by(2 * lanes) {
+            for first in (0..s).step_by(LINES) {
+                self.tile(Tile::<E, S, LINES, 2>::zero(simd), first, start);
             }
-            for (index, sums) in sums.iter().enumerate() {
-                output[(first + index) * columns + start..][..TILE].write_copy_of_slice(sums);
+        }
+        for column in registers..columns {
+            for row in 0..s {
+                let mut sum = E::default();
+                for inner in 0..s {
+                    let factor = self.rotation[row * s + inner];
+                    sum = factor.mul_add(self.matrix[inner * columns + column], sum);
+                }
+                self.output[row * columns + column].write(match self.scale {
+                    Some(scale) => sum * scale[column],
+                    None => sum,
+                });
             }
         }
     }
-    for column in tiles..columns {
-        for row in 0..s {
-            let mut sum = E::default();
-            for inner in 0..s {
-                sum = rotation[row * s + inner].mul_add(matrix[inner * columns + column], sum);
-            }
-            output[row * columns + column].write(match scale {
-                Some(scale) => sum * scale[column],
-                None => sum,
-            });
+
+    /// `LINES` rows of the result from `first` on, in the columns from `start` on.
+    #[inline(always)]
+    fn tile<S: Simd, const LINES: usize, const WIDTH: usize>(
+        &mut self,
+        mut tile: Tile<E, S, LINES, WIDTH>,
+        first: usize,
+        start: usize,
+    ) {
+        let s = self.matrix.len() / self.columns;
+        let mut factors = [self.rotation; LINES];
+        for (index, factors) in factors.iter_mut().enumerate() {
+            *factors = &self.rotation[(first + index) * s..][..s];
+        }
+        for inner in 0..s {
+            let numbers = &self.matrix[inner * self.columns + start..];
+            tile.add(factors.map(|factors| factors[inner]), numbers);
+        }
+        if let Some(scale) = self.scale {
+            tile.scale_columns(&scale[start..]);
+        }
+        for line in 0..LINES {
+            let place = (first + line) * self.columns + start;
+            tile.store(line, &mut self.output[place..]);
         }
     }
 }
@@ -250,17 +273,28 @@ pub(super) fn rotate_columns<E: Real>(
     [rows, columns]: [usize; 2],
     scale: Option<&[E]>,
 ) -> Vec<E> {
-    let s = sizes.span;
-    let arch = Arch::new();
-    let rotate = |(task, (output, matrix)): (usize, (&mut [MaybeUninit<E>], &[E]))| {
-        arch.dispatch(RotateColumns {
+    by_passing_rows(matrix, [rows, columns], |output, matrix, first| {
+        let kernel = RotateColumns {
             output,
             matrix,
             rotation,
-            s,
+            s: sizes.span,
             columns,
-            scale: scale.map(|scale| &scale[task * PASSING_ROWS..]),
-        });
+            scale: scale.map(|scale| &scale[first..]),
+        };
+        dispatch::<E, _>(sizes.span, kernel);
+    })
+}
+
+/// Rotates [`PASSING_ROWS`] rows at a time with `rotate`, which gets the place of their result, the rows and the index of the
+/// first, and writes the whole place.
+pub(super) fn by_passing_rows<T: Send + Sync>(
+    matrix: &[T],
+    [rows, columns]: [usize; 2],
+    rotate: impl Fn(&mut [MaybeUninit<T>], &[T], usize) + Sync,
+) -> Vec<T> {
+    let rotate = |(task, (output, matrix)): (usize, (&mut [MaybeUninit<T>], &[T]))| {
+        rotate(output, matrix, task * PASSING_ROWS);
     };
     written(rows * columns, |output| {
         // Rows for a single thread do not wait for another one to wake up.
@@ -292,17 +326,103 @@ impl<E: Real> WithSimd for RotateColumns<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        with_tile!(self.s, LINES, LINE => rotate_span_columns::<E, LINES, LINE>(self))
+    fn with_simd<S: Simd>(self, simd: S) {
+        let s = self.s;
+        if s == 4 && self.columns.is_multiple_of(8) {
+            return self.rotate_fours();
+        }
+        with_registers!(
+            s, lanes::<E, S>(), LINES, WIDTH => self.rotate::<S, LINES, WIDTH>(simd),
+            else with_tile!(s, LINES, LINE => rotate_span_columns::<E, LINES, LINE>(self))
+        );
     }
 }
 
-/// Rotates every span of the rows, `LINES` rows by `LINE` columns of the result at a time.
-///
-/// From the outside in, the loops run over spans, over pieces of `LINE` columns within the span, over groups of
-/// `LINES` rows, and over the `s` numbers of the span. The rotation's matrix stays in a first-level cache while all
-/// rows of the task pass by. The innermost step multiplies one number of each row by a piece of one row of the
-/// rotation, so that vectors run along the rotation's rows and the operand needs no transposing.
+impl<E: Real> RotateColumns<'_, E> {
+    /// Rotates every span of the rows, `LINES` rows by `WIDTH` registers of the result at a time.
+    ///
+    /// From the outside in, the loops run over spans, over registers of columns within the span, over groups of `LINES` rows,
+    /// and over the `s` numbers of the span. The rotation's matrix stays in a first-level cache while all rows of the task
+    /// pass by. The innermost step multiplies one number of each row by a piece of one row of the rotation, so that vectors
+    /// run along the rotation's rows and the operand needs no transposing.
+    #[inline(always)]
+    fn rotate<S: Simd, const LINES: usize, const WIDTH: usize>(mut self, simd: S) {
+        let rows = self.matrix.len() / self.columns;
+        let (spans, tiled) = (self.columns / self.s, rows / LINES * LINES);
+        for span in 0..spans {
+            for start in (0..self.s).step_by(WIDTH * lanes::<E, S>()) {
+                for row in (0..tiled).step_by(LINES) {
+                    self.tile(Tile::<E, S, LINES, WIDTH>::zero(simd), span, start, row);
+                }
+                for row in tiled..rows {
+                    self.tile(Tile::<E, S, 1, WIDTH>::zero(simd), span, start, row);
+                }
+            }
+        }
+    }
+
+    /// Rotates spans of four, two of them at a time: in f32 both fill a register of eight.
+    #[inline(always)]
+    fn rotate_fours(self) {
+        for (pair, rotations) in self.rotation.chunks_exact(32).enumerate() {
+            // Row `inner` of both rotations side by side.
+            let mut factors = [[E::default(); 8]; 4];
+            for (inner, factors) in factors.iter_mut().enumerate() {
+                factors[..4].copy_from_slice(&rotations[4 * inner..][..4]);
+                factors[4..].copy_from_slice(&rotations[16 + 4 * inner..][..4]);
+            }
+            let rows = self.matrix.chunks_exact(self.columns);
+            let rows = rows.zip(self.output.chunks_exact_mut(self.columns));
+            for (row, (numbers, output)) in rows.enumerate() {
+                let numbers = line::<E, 8>(numbers, 8 * pair);
+                let mut sums = [E::default(); 8];
+                for (inner, factors) in factors.iter().enumerate() {
+                    for (place, sum) in sums.iter_mut().enumerate() {
+                        *sum = numbers[place / 4 * 4 + inner].mul_add(factors[place], *sum);
+                    }
+                }
+                if let Some(scale) = self.scale {
+                    sums = sums.map(|sum| sum * scale[row]);
+                }
+                output[8 * pair..][..8].write_copy_of_slice(&sums);
+            }
+        }
+    }
+
+    /// `LINES` rows of the result from `row` on, in the columns of the span from `start` on.
+    #[inline(always)]
+    fn tile<S: Simd, const LINES: usize, const WIDTH: usize>(
+        &mut self,
+        mut tile: Tile<E, S, LINES, WIDTH>,
+        span: usize,
+        start: usize,
+        row: usize,
+    ) {
+        let (s, columns) = (self.s, self.columns);
+        let rotation = &self.rotation[span * s * s..][..s * s];
+        // As many numbers of each row are taken together, which spares checks of bounds.
+        for inner in (0..s).step_by(LINES) {
+            let place = row * columns + span * s + inner;
+            let mut factors = [line::<E, LINES>(self.matrix, place); LINES];
+            for (index, factors) in factors.iter_mut().enumerate() {
+                *factors = line(self.matrix, place + index * columns);
+            }
+            for step in 0..LINES {
+                let numbers = &rotation[(inner + step) * s + start..];
+                tile.add(factors.map(|factors| factors[step]), numbers);
+            }
+        }
+        for line in 0..LINES {
+            if let Some(scale) = self.scale {
+                tile.scale(line, scale[row + line]);
+            }
+            let place = (row + line) * columns + span * s + start;
+            tile.store(line, &mut self.output[place..]);
+        }
+    }
+}
+
+/// [`RotateColumns::rotate`] for spans that are not whole registers, `LINES` rows by `LINE` columns of the result at a time.
 #[inline(always)]
 fn rotate_span_columns<E: Real, const LINES: usize, const LINE: usize>(
     RotateColumns {

@@ -7,10 +7,13 @@
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::real::Real;
+use super::real::{Real, lanes};
 use super::span::{Scratch, Sizes, multiply_by_stage, transpose};
-use super::sums::{dot, total};
-use super::tile::{PASSING_ROWS, ROWS, add_scaled, line, multiply, places, with_tile};
+use super::sums::{across, dot, total};
+use super::tile::{
+    LANES, PASSING_ROWS, ROWS, Tile, add_scaled, dispatch, line, multiply, places, with_registers,
+    with_tile,
+};
 use crate::ops::butterfly::{Direction, Side};
 
 /// `G` per span along the rotated axis, `lhs·rhsᵀ` on the left and `lhsᵀ·rhs` on the right.
@@ -59,13 +62,14 @@ pub(super) fn gram<E: Real>(
                 .zip(rhs.par_chunks(ROWS * columns))
                 .map(|(lhs, rhs)| {
                     let mut gram = vec![E::default(); columns * s];
-                    arch.dispatch(GramOfColumns {
+                    let kernel = GramOfColumns {
                         gram: &mut gram,
                         lhs,
                         rhs,
                         s,
                         columns,
-                    });
+                    };
+                    dispatch::<E, _>(s, kernel);
                     gram
                 })
                 .collect();
@@ -86,17 +90,64 @@ impl<E: Real> WithSimd for GramOfRows<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        let Self {
-            gram,
-            lhs,
-            rhs,
-            columns,
-        } = self;
-        let s = lhs.len() / columns;
-        for (row, lhs) in lhs.chunks_exact(columns).enumerate() {
-            for (column, rhs) in rhs.chunks_exact(columns).enumerate() {
-                gram[row * s + column] = dot(lhs, rhs);
+    fn with_simd<S: Simd>(self, simd: S) {
+        let s = self.lhs.len() / self.columns;
+        match LANES / lanes::<E, S>() {
+            1 if s.is_multiple_of(4) => self.dots::<S, 4, 2, 1>(simd),
+            2 if s.is_multiple_of(2) => self.dots::<S, 2, 2, 2>(simd),
+            _ => self.dot_by_dot(),
+        }
+    }
+}
+
+impl<E: Real> GramOfRows<'_, E> {
+    /// The dot products of `LINES` rows with `OTHERS` rows at a time, each in `WIDTH` registers of sums.
+    ///
+    /// A register of an operand that has been loaded meets several of the other one.
+    #[inline(always)]
+    fn dots<S: Simd, const LINES: usize, const OTHERS: usize, const WIDTH: usize>(self, simd: S) {
+        let columns = self.columns;
+        let s = self.lhs.len() / columns;
+        let whole = columns / LANES * LANES;
+        for (row, other) in places(s, LINES, OTHERS) {
+            let (mut lhs, mut rhs) = ([self.lhs; LINES], [self.rhs; OTHERS]);
+            for (line, lhs) in lhs.iter_mut().enumerate() {
+                *lhs = &self.lhs[(row + line) * columns..][..columns];
+            }
+            for (line, rhs) in rhs.iter_mut().enumerate() {
+                *rhs = &self.rhs[(other + line) * columns..][..columns];
+            }
+            let mut sums = [[[E::splat(simd, E::default()); WIDTH]; OTHERS]; LINES];
+            for start in (0..whole).step_by(LANES) {
+                let rhs = rhs.map(|rhs| E::registers::<S>(&rhs[start..][..LANES]));
+                for (sums, lhs) in sums.iter_mut().zip(&lhs) {
+                    let lhs = E::registers::<S>(&lhs[start..][..LANES]);
+                    for (sums, rhs) in sums.iter_mut().zip(rhs) {
+                        for (sum, (&lhs, &rhs)) in sums.iter_mut().zip(lhs.iter().zip(rhs)) {
+                            *sum = E::mul_add_registers(simd, lhs, rhs, *sum);
+                        }
+                    }
+                }
+            }
+            for (line, sums) in sums.iter().enumerate() {
+                for (index, sums) in sums.iter().enumerate() {
+                    let mut lanes = [E::default(); LANES];
+                    E::registers_mut::<S>(&mut lanes).copy_from_slice(sums);
+                    let rest = lhs[line][whole..].iter().zip(&rhs[index][whole..]);
+                    let rest: f64 = rest.map(|(&lhs, &rhs)| (lhs * rhs).into()).sum();
+                    self.gram[(row + line) * s + other + index] = across(lanes) + rest;
+                }
+            }
+        }
+    }
+
+    /// The same dot products one by one.
+    #[inline(always)]
+    fn dot_by_dot(self) {
+        let s = self.lhs.len() / self.columns;
+        for (row, lhs) in self.lhs.chunks_exact(self.columns).enumerate() {
+            for (column, rhs) in self.rhs.chunks_exact(self.columns).enumerate() {
+                self.gram[row * s + column] = dot(lhs, rhs);
             }
         }
     }
@@ -115,17 +166,50 @@ impl<E: Real> WithSimd for GramOfColumns<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        with_tile!(self.s, LINES, LINE => gram_of_columns::<E, LINES, LINE>(self))
+    fn with_simd<S: Simd>(self, simd: S) {
+        let s = self.s;
+        with_registers!(
+            s, lanes::<E, S>(), LINES, WIDTH => self.add::<S, LINES, WIDTH>(simd),
+            else with_tile!(s, LINES, LINE => gram_of_columns::<E, LINES, LINE>(self))
+        );
     }
 }
 
-/// Adds the products of all rows to every span's sums, `LINES` rows of `LINE` sums at a time.
-///
-/// From the outside in, the loops run over groups of [`PASSING_ROWS`] rows, over spans, over tiles of the span's `G`,
-/// and over the rows of the group. A tile's sums are loaded into registers, meet all rows of the group and are stored
-/// again, so that they are loaded and stored once for 16 products. The operands come from memory once: the rows of a
-/// group stay in a cache while their spans take turns.
+impl<E: Real> GramOfColumns<'_, E> {
+    /// Adds the products of all rows to every span's sums, `LINES` rows of `WIDTH` registers at a time.
+    ///
+    /// From the outside in, the loops run over groups of [`PASSING_ROWS`] rows, over spans, over tiles of the span's `G`,
+    /// and over the rows of the group. A tile's sums are loaded into registers, meet all rows of the group and are stored
+    /// again, so that they are loaded and stored once for 16 products. The operands come from memory once: the rows of a
+    /// group stay in a cache while their spans take turns.
+    #[inline(always)]
+    fn add<S: Simd, const LINES: usize, const WIDTH: usize>(self, simd: S) {
+        let (s, columns) = (self.s, self.columns);
+        let passing = self
+            .lhs
+            .chunks(PASSING_ROWS * columns)
+            .zip(self.rhs.chunks(PASSING_ROWS * columns));
+        for (lhs, rhs) in passing {
+            for (span, gram) in self.gram.chunks_exact_mut(s * s).enumerate() {
+                for (row, column) in places(s, LINES, Tile::<E, S, LINES, WIDTH>::LINE) {
+                    let mut tile = Tile::<E, S, LINES, WIDTH>::zero(simd);
+                    for index in 0..LINES {
+                        tile.load(index, &gram[(row + index) * s + column..]);
+                    }
+                    for (lhs, rhs) in lhs.chunks_exact(columns).zip(rhs.chunks_exact(columns)) {
+                        let factors = *line::<E, LINES>(lhs, span * s + row);
+                        tile.add(factors, &rhs[span * s + column..]);
+                    }
+                    for index in 0..LINES {
+                        tile.write(index, &mut gram[(row + index) * s + column..]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// [`GramOfColumns::add`] for spans that are not whole registers, `LINES` rows of `LINE` sums at a time.
 #[inline(always)]
 fn gram_of_columns<E: Real, const LINES: usize, const LINE: usize>(
     GramOfColumns {

@@ -30,6 +30,7 @@ mod butterfly;
 mod cayley;
 mod conv;
 mod gram;
+mod half;
 mod product;
 mod real;
 mod requests;
@@ -40,7 +41,8 @@ mod tile;
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::backend::{Flex, TensorMetadata, tensor::FloatTensor};
 use burn::tensor::ops::ConvOptions;
-use burn::tensor::{Bytes, DType, Shape};
+use burn::tensor::{Bytes, DType, Element, Shape, bf16, f16};
+use bytemuck::Pod;
 use pulp::Arch;
 
 use real::{Real, in_precision};
@@ -63,7 +65,7 @@ use super::{
 const LARGEST_SPAN: usize = 64;
 
 /// A tensor of these numbers, stored row by row, without a copy.
-fn tensor<E: Real>(values: Vec<E>, shape: impl Into<Shape>) -> FlexTensor {
+fn tensor<E: Element + Pod>(values: Vec<E>, shape: impl Into<Shape>) -> FlexTensor {
     FlexTensor::new(
         Bytes::from_elems(values),
         Layout::contiguous(shape.into()),
@@ -85,7 +87,7 @@ impl Contiguous {
         }
     }
 
-    fn values<E: Real>(&self) -> &[E] {
+    fn values<E: Element + Pod>(&self) -> &[E] {
         self.0
             .as_slice()
             .expect("the tensor is contiguous and of the precision matched on")
@@ -326,7 +328,7 @@ impl BoftBackend for Flex {
 ///
 /// # Numerics
 ///
-/// Runs in the precision of the blocks. An operand of another precision is cast before and the result is cast back
+/// Runs in the precision of the blocks. An operand of another precision is widened before and the result is rounded back
 /// once, after the scale.
 fn rotate(
     matrix: FlexTensor,
@@ -336,17 +338,74 @@ fn rotate(
     side: Side,
     direction: Direction,
 ) -> FlexTensor {
-    let (shape, dtype) = (matrix.shape().dims::<2>(), matrix.dtype());
-    let matrix = Contiguous::new(cast::<Flex>(matrix, blocks.dtype()));
-    let (blocks, scale) = (Contiguous::new(blocks), scale.map(Contiguous::new));
-    let rotated = in_precision!(blocks.0.dtype(), E => {
-        let rotation = butterfly::compose::<E>(blocks.values(), sizes, direction);
-        let scale = scale.as_ref().map(|scale| scale.values());
-        let rotated = match side {
-            Side::Left => butterfly::rotate_rows::<E>(matrix.values(), &rotation, sizes, shape, scale),
-            Side::Right => butterfly::rotate_columns::<E>(matrix.values(), &rotation, sizes, shape, scale),
+    let (blocks, direction) = as_stored(blocks, sizes, direction);
+    let rotation = Rotation {
+        blocks,
+        sizes,
+        scale: scale.map(Contiguous::new),
+        side,
+        direction,
+    };
+    match (rotation.blocks.0.dtype(), matrix.dtype()) {
+        (DType::F32, DType::BF16) => {
+            rotation.apply(matrix, half::rotate_rows::<bf16>, half::rotate_columns)
+        }
+        (DType::F32, DType::F16) => {
+            rotation.apply(matrix, half::rotate_rows::<f16>, half::rotate_columns)
+        }
+        (precision, stored) => {
+            let matrix = cast::<Flex>(matrix, precision);
+            let rotated = in_precision!(precision, E => {
+                rotation.apply(matrix, butterfly::rotate_rows::<E>, butterfly::rotate_columns)
+            });
+            cast::<Flex>(rotated, stored)
+        }
+    }
+}
+
+/// What [`rotate`] applies to a matrix.
+struct Rotation {
+    blocks: Contiguous,
+    sizes: Sizes,
+    scale: Option<Contiguous>,
+    side: Side,
+    direction: Direction,
+}
+
+/// Multiplies a matrix of `T` by rotations of spans in `E`, and then by the scale.
+type Kernel<T, E> = fn(&[T], &[E], Sizes, [usize; 2], Option<&[E]>) -> Vec<T>;
+
+impl Rotation {
+    /// Runs the kernel for its side of the matrix.
+    fn apply<T: Element + Pod, E: Real>(
+        &self,
+        matrix: FlexTensor,
+        left: Kernel<T, E>,
+        right: Kernel<T, E>,
+    ) -> FlexTensor {
+        let kernel = match self.side {
+            Side::Left => left,
+            Side::Right => right,
         };
-        tensor(rotated, shape)
-    });
-    cast::<Flex>(rotated, dtype)
+        let shape = matrix.shape().dims::<2>();
+        let matrix = Contiguous::new(matrix);
+        let spans = butterfly::compose::<E>(self.blocks.values(), self.sizes, self.direction);
+        let scale = self.scale.as_ref().map(Contiguous::values);
+        tensor(
+            kernel(matrix.values(), &spans, self.sizes, shape, scale),
+            shape,
+        )
+    }
+}
+
+/// The blocks as they lie in memory, and the direction that they are then for: one factor that is stored transposed is
+/// the transposed rotation's, which spares the copy that would transpose it back.
+fn as_stored(blocks: FlexTensor, sizes: Sizes, direction: Direction) -> (Contiguous, Direction) {
+    if sizes.m == 1 && direction == Direction::Back {
+        let transposed = blocks.transpose(2, 3);
+        if transposed.layout().contiguous_offsets().is_some() {
+            return (Contiguous(transposed), Direction::Forward);
+        }
+    }
+    (Contiguous::new(blocks), direction)
 }

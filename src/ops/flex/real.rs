@@ -1,11 +1,13 @@
 //! The precisions that the kernels compute in.
 //!
-//! Half precision is not among them: the callers widen such an operand before a kernel reads it, or take the portable
-//! version.
+//! Half precision is not among them. The rotations of [`half`](super::half) widen such an operand piece by piece; before the
+//! other kernels the callers widen it, or take the portable version.
 
+use std::mem::MaybeUninit;
 use std::ops::{Add, AddAssign, Mul};
 
 use burn::tensor::Element;
+use pulp::Simd;
 
 /// A precision that the kernels compute in.
 ///
@@ -30,9 +32,104 @@ pub(super) trait Real:
     ///
     /// One instruction where it is inlined into a kernel, and a slow call of a library function elsewhere on x86.
     fn mul_add(self, factor: Self, sum: Self) -> Self;
+
+    /// A register full of numbers.
+    type Register<S: Simd>: Copy;
+
+    /// A register that holds the same number everywhere.
+    fn splat<S: Simd>(simd: S, value: Self) -> Self::Register<S>;
+
+    /// `a·b + c` for the numbers of registers, each rounded once.
+    fn mul_add_registers<S: Simd>(
+        simd: S,
+        a: Self::Register<S>,
+        b: Self::Register<S>,
+        c: Self::Register<S>,
+    ) -> Self::Register<S>;
+
+    /// `a·b` for the numbers of registers.
+    fn mul_registers<S: Simd>(
+        simd: S,
+        a: Self::Register<S>,
+        b: Self::Register<S>,
+    ) -> Self::Register<S>;
+
+    /// As many registers as the numbers fill, from the first on.
+    fn registers<S: Simd>(numbers: &[Self]) -> &[Self::Register<S>];
+
+    /// As many registers as the numbers fill, to be written.
+    fn registers_mut<S: Simd>(numbers: &mut [Self]) -> &mut [Self::Register<S>];
+
+    /// The places of as many registers as the places of numbers fill.
+    fn register_places<S: Simd>(
+        numbers: &mut [MaybeUninit<Self>],
+    ) -> &mut [MaybeUninit<Self::Register<S>>];
+}
+
+/// How many numbers a register holds.
+pub(super) const fn lanes<E: Real, S: Simd>() -> usize {
+    size_of::<E::Register<S>>() / size_of::<E>()
+}
+
+/// What registers do with numbers of a precision.
+macro_rules! registers {
+    ($register:ident, $splat:ident, $mul_add:ident, $mul:ident, $as_registers:ident, $as_registers_mut:ident, $as_places:ident) => {
+        type Register<S: Simd> = S::$register;
+
+        #[inline(always)]
+        fn splat<S: Simd>(simd: S, value: Self) -> Self::Register<S> {
+            simd.$splat(value)
+        }
+
+        #[inline(always)]
+        fn mul_add_registers<S: Simd>(
+            simd: S,
+            a: Self::Register<S>,
+            b: Self::Register<S>,
+            c: Self::Register<S>,
+        ) -> Self::Register<S> {
+            simd.$mul_add(a, b, c)
+        }
+
+        #[inline(always)]
+        fn mul_registers<S: Simd>(
+            simd: S,
+            a: Self::Register<S>,
+            b: Self::Register<S>,
+        ) -> Self::Register<S> {
+            simd.$mul(a, b)
+        }
+
+        #[inline(always)]
+        fn registers<S: Simd>(numbers: &[Self]) -> &[Self::Register<S>] {
+            S::$as_registers(numbers).0
+        }
+
+        #[inline(always)]
+        fn registers_mut<S: Simd>(numbers: &mut [Self]) -> &mut [Self::Register<S>] {
+            S::$as_registers_mut(numbers).0
+        }
+
+        #[inline(always)]
+        fn register_places<S: Simd>(
+            numbers: &mut [MaybeUninit<Self>],
+        ) -> &mut [MaybeUninit<Self::Register<S>>] {
+            S::$as_places(numbers).0
+        }
+    };
 }
 
 impl Real for f32 {
+    registers!(
+        f32s,
+        splat_f32s,
+        mul_add_f32s,
+        mul_f32s,
+        as_simd_f32s,
+        as_mut_simd_f32s,
+        as_uninit_mut_simd_f32s
+    );
+
     fn rounded(value: f64) -> Self {
         value as f32
     }
@@ -44,6 +141,16 @@ impl Real for f32 {
 }
 
 impl Real for f64 {
+    registers!(
+        f64s,
+        splat_f64s,
+        mul_add_f64s,
+        mul_f64s,
+        as_simd_f64s,
+        as_mut_simd_f64s,
+        as_uninit_mut_simd_f64s
+    );
+
     fn rounded(value: f64) -> Self {
         value
     }

@@ -5,12 +5,11 @@
 
 use std::mem::MaybeUninit;
 
-use pulp::Arch;
 use rayon::prelude::*;
 
 use super::butterfly::{RotateColumns, written};
 use super::real::Real;
-use super::tile::PASSING_ROWS;
+use super::tile::{PASSING_ROWS, dispatch};
 
 /// Multiplications that are not worth another thread.
 const SINGLE_WORK: usize = 1 << 18;
@@ -33,20 +32,20 @@ pub(super) fn rotate<E: Real>(
     s: usize,
     [rows, columns]: [usize; 2],
 ) -> Vec<E> {
-    let arch = Arch::new();
     let rotate = |(output, matrix, choice): (&mut [MaybeUninit<E>], &[E], Option<usize>)| {
         let Some(choice) = choice else {
             output.write_copy_of_slice(matrix);
             return;
         };
-        arch.dispatch(RotateColumns {
+        let kernel = RotateColumns {
             output,
             matrix,
             rotation: rotations[choice],
             s,
             columns,
             scale: None,
-        });
+        };
+        dispatch::<E, _>(s, kernel);
     };
     let each = rows / choices.len();
     let (request, passing) = (each * columns, PASSING_ROWS * columns);

@@ -26,7 +26,7 @@ impl<E: Real> WithSimd for Dot<'_, E> {
 /// # Numerics
 ///
 /// Lane `k` adds the products `k`, `k + 16`, `k + 32`, … by fused multiply-adds in the operands' precision. The 16
-/// lanes and the products left over are added in f64, in order. A lane of a row of 4096 numbers has 256 terms, so an
+/// lanes and the products left over are added in f64. A lane of a row of 4096 numbers has 256 terms, so an
 /// f32 sum loses far less than it would in one chain.
 #[inline(always)]
 pub(super) fn dot<E: Real>(lhs: &[E], rhs: &[E]) -> f64 {
@@ -39,7 +39,21 @@ pub(super) fn dot<E: Real>(lhs: &[E], rhs: &[E]) -> f64 {
             sum[lane] = lhs[lane].mul_add(rhs[lane], sum[lane]);
         }
     }
-    sum.iter().map(|&value| value.into()).sum::<f64>() + rest
+    across(sum) + rest
+}
+
+/// The sum of the lanes in f64: of the two halves, then of the halves of these, so that few additions wait for another one.
+#[inline(always)]
+pub(super) fn across<E: Real>(lanes: [E; LANES]) -> f64 {
+    let mut lanes: [f64; LANES] = lanes.map(Into::into);
+    let mut half = LANES / 2;
+    while half > 0 {
+        for lane in 0..half {
+            lanes[lane] += lanes[lane + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
 }
 
 /// `Σ gradient ⊙ output` and `Σ gradient` per column, from partial sums of a fixed size.

@@ -1,10 +1,15 @@
 //! Tiles of matrices that stay in registers, and the number of rows that a task takes.
 //!
-//! The kernels keep 64 sums in registers where the span allows it: in f32 these are eight registers of AVX2, sixteen
-//! of Neon or four of AVX-512. That many independent sums hide the latency of a fused multiply-add, and leave
-//! registers for the operands.
+//! The kernels keep eight registers of sums where the span allows it. That many independent sums hide the latency of a fused
+//! multiply-add, and leave registers for the operands.
 
-use super::real::Real;
+use std::mem::MaybeUninit;
+
+#[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+use pulp::x86::V4;
+use pulp::{Arch, Simd, WithSimd};
+
+use super::real::{Real, lanes};
 
 /// Independent sums that a dot product or a column sum runs in.
 ///
@@ -26,7 +31,123 @@ pub(super) const ROWS: usize = 128;
 /// KiB.
 pub(super) const PASSING_ROWS: usize = 16;
 
-/// Runs a kernel with the sides of the tile that stays in registers as constants: `$lines` by `$line`.
+/// Runs a kernel with the widest registers that pieces of this many neighbours fill.
+///
+/// The sixteen numbers of f32 that a register of AVX-512 holds are more than a span of eight has.
+pub(super) fn dispatch<E: Real, K: WithSimd>(neighbours: usize, kernel: K) -> K::Output {
+    match Arch::new() {
+        #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+        Arch::V4(simd) if !neighbours.is_multiple_of(lanes::<E, V4>()) => {
+            Simd::vectorize(*simd, kernel)
+        }
+        arch => arch.dispatch(kernel),
+    }
+}
+
+/// Sums that stay in registers: `LINES` lines of `WIDTH` registers each.
+///
+/// Eight registers hide the latency of a fused multiply-add. An array of numbers in their place stays in memory where the
+/// compiler does not unroll every loop over it, at an eighth of the speed.
+pub(super) struct Tile<E: Real, S: Simd, const LINES: usize, const WIDTH: usize> {
+    simd: S,
+    sums: [[E::Register<S>; WIDTH]; LINES],
+}
+
+impl<E: Real, S: Simd, const LINES: usize, const WIDTH: usize> Tile<E, S, LINES, WIDTH> {
+    /// How many numbers a line has.
+    pub(super) const LINE: usize = WIDTH * lanes::<E, S>();
+
+    #[inline(always)]
+    pub(super) fn zero(simd: S) -> Self {
+        let sums = [[E::splat(simd, E::default()); WIDTH]; LINES];
+        Self { simd, sums }
+    }
+
+    /// Begins a line with these sums.
+    #[inline(always)]
+    pub(super) fn load(&mut self, line: usize, sums: &[E]) {
+        self.sums[line].copy_from_slice(E::registers::<S>(&sums[..Self::LINE]));
+    }
+
+    /// Adds to every line the same numbers times its factor, one fused multiply-add for each.
+    #[inline(always)]
+    pub(super) fn add(&mut self, factors: [E; LINES], numbers: &[E]) {
+        let numbers = E::registers::<S>(&numbers[..Self::LINE]);
+        for (sums, factor) in self.sums.iter_mut().zip(factors) {
+            let factor = E::splat(self.simd, factor);
+            for (sum, &numbers) in sums.iter_mut().zip(numbers) {
+                *sum = E::mul_add_registers(self.simd, factor, numbers, *sum);
+            }
+        }
+    }
+
+    /// Multiplies a line by a number.
+    #[inline(always)]
+    pub(super) fn scale(&mut self, line: usize, scale: E) {
+        let scale = E::splat(self.simd, scale);
+        for sum in &mut self.sums[line] {
+            *sum = E::mul_registers(self.simd, *sum, scale);
+        }
+    }
+
+    /// Multiplies every line by these numbers.
+    #[inline(always)]
+    pub(super) fn scale_columns(&mut self, scale: &[E]) {
+        let scale = E::registers::<S>(&scale[..Self::LINE]);
+        for (sum, &scale) in self
+            .sums
+            .iter_mut()
+            .flat_map(|sums| sums.iter_mut().zip(scale))
+        {
+            *sum = E::mul_registers(self.simd, *sum, scale);
+        }
+    }
+
+    /// Writes a line over other numbers.
+    #[inline(always)]
+    pub(super) fn write(&self, line: usize, place: &mut [E]) {
+        E::registers_mut::<S>(&mut place[..Self::LINE]).copy_from_slice(&self.sums[line]);
+    }
+
+    /// Writes a line where nothing has been written.
+    #[inline(always)]
+    pub(super) fn store(&self, line: usize, place: &mut [MaybeUninit<E>]) {
+        E::register_places::<S>(&mut place[..Self::LINE]).write_copy_of_slice(&self.sums[line]);
+    }
+}
+
+/// Runs a kernel with the sides of a [`Tile`] for spans of this length as constants, `$lines` by `$width`, or another one
+/// for spans that are not whole registers.
+///
+/// | span | `$lines` | `$width` |
+/// |---|---|---|
+/// | two registers, or a multiple | 4 | 2 |
+/// | one register, or a multiple | 8 | 1 |
+///
+/// Either is also a multiple of eight numbers.
+macro_rules! with_registers {
+    ($span:expr, $lanes:expr, $lines:ident, $width:ident => $run:expr, else $other:expr) => {
+        match ($span, $lanes) {
+            (span, lanes) if span % (2 * lanes) == 0 && span % 8 == 0 => {
+                with_registers!(4, 2, $lines, $width => $run)
+            }
+            (span, lanes) if span % lanes == 0 && span % 8 == 0 => {
+                with_registers!(8, 1, $lines, $width => $run)
+            }
+            _ => $other,
+        }
+    };
+    ($lines_value:literal, $width_value:literal, $lines:ident, $width:ident => $run:expr) => {{
+        const $lines: usize = $lines_value;
+        const $width: usize = $width_value;
+        $run
+    }};
+}
+
+pub(super) use with_registers;
+
+/// Runs a kernel for spans that are not whole registers, with the sides of the tile that it computes at a time as constants:
+/// `$lines` by `$line` numbers.
 ///
 /// | span divisible by | `$lines` | `$line` |
 /// |---|---|---|

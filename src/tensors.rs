@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use burn::tensor::{DType, TensorData, bf16, f16};
+use burn::tensor::{Bytes, DType, TensorData, bf16, f16};
 use safetensors::Dtype;
 
 use crate::ops;
@@ -245,7 +245,8 @@ pub fn decode(dtype: Dtype, bytes: &[u8], shape: impl Into<Vec<usize>>) -> Optio
     })
 }
 
-/// The little-endian bytes of a tensor, as a safetensors file holds them. None where [`to_file`] has no precision.
+/// The little-endian bytes of a tensor, as a safetensors file holds them: its own bytes on a machine that has them in this
+/// order, without a copy. None where [`to_file`] has no precision.
 ///
 /// # Examples
 ///
@@ -254,26 +255,18 @@ pub fn decode(dtype: Dtype, bytes: &[u8], shape: impl Into<Vec<usize>>) -> Optio
 /// use burn_boft::tensors::{decode, encode, to_file};
 ///
 /// let data = TensorData::new(vec![1f32, -0.5], [2]);
-/// let (dtype, bytes) = to_file(data.dtype()).zip(encode(&data)).unwrap();
+/// let dtype = to_file(data.dtype()).unwrap();
+/// let bytes = encode(data.clone()).unwrap();
 /// assert_eq!(decode(dtype, &bytes, [2]), Some(data));
 /// ```
-pub fn encode(data: &TensorData) -> Option<Vec<u8>> {
-    fn bytes<T: burn::tensor::Element, const N: usize>(
-        data: &TensorData,
-        to: fn(T) -> [u8; N],
-    ) -> Option<Vec<u8>> {
-        let numbers = data.as_slice::<T>().ok()?;
-        let bytes: Vec<_> = numbers.iter().map(|number| to(*number)).collect();
-        Some(bytes.into_flattened())
+pub fn encode(data: TensorData) -> Option<Bytes> {
+    to_file(data.dtype())?;
+    let width = data.dtype().size();
+    let (mut bytes, ..) = data.into_parts();
+    if cfg!(target_endian = "big") {
+        bytes.chunks_exact_mut(width).for_each(<[u8]>::reverse);
     }
-    match data.dtype() {
-        DType::F64 => bytes(data, f64::to_le_bytes),
-        DType::F32 => bytes(data, f32::to_le_bytes),
-        DType::F16 => bytes(data, f16::to_le_bytes),
-        DType::BF16 => bytes(data, bf16::to_le_bytes),
-        DType::I64 => bytes(data, i64::to_le_bytes),
-        _ => None,
-    }
+    Some(bytes)
 }
 
 #[cfg(test)]
@@ -289,14 +282,14 @@ mod tests {
             let stored = to_file(dtype).unwrap();
             assert_eq!(from_file(stored), Some(dtype));
             assert_eq!(file_name(stored), dtype.name());
-            let bytes = encode(&data).unwrap();
+            let bytes = encode(data.clone()).unwrap();
             assert_eq!(decode(stored, &bytes, [2, 3]), Some(data));
         }
         let scalar = TensorData::new(vec![-3i64], Vec::<usize>::new());
-        let bytes = encode(&scalar).unwrap();
+        let bytes = encode(scalar.clone()).unwrap();
         assert_eq!(decode(Dtype::I64, &bytes, []), Some(scalar));
         let flags = TensorData::new(vec![true], [1]);
-        assert_eq!((encode(&flags), decode(Dtype::U8, &[1], [1])), (None, None));
+        assert_eq!((encode(flags), decode(Dtype::U8, &[1], [1])), (None, None));
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! How far two models are apart.
 
+use std::ops::{AddAssign, Mul, Range, Sub};
+
 use burn::tensor::{DType, Element, TensorData, bf16, f16};
 use burn_boft::tensors::{decode, file_name, from_file, is_float, values};
 
@@ -7,10 +9,10 @@ use crate::base::Base;
 use crate::error::Error;
 use crate::pieces::COMPUTED;
 
-/// How many numbers are widened at a time.
+/// How many numbers are compared at a time.
 const CHUNK: usize = 4096;
 /// How many sums are kept side by side.
-const LANES: usize = 8;
+const LANES: usize = 16;
 
 /// How far weights are from others, over all rows that were compared.
 #[derive(Debug, Default, Clone, Copy)]
@@ -58,36 +60,100 @@ impl Difference {
     /// Compares rows of a weight with those that are expected.
     pub fn widen(&mut self, found: &TensorData, expected: &TensorData) {
         match (found.dtype(), expected.dtype()) {
-            (DType::F32, DType::F32) => self.widen_slices::<f32>(found, expected),
-            (DType::F16, DType::F16) => self.widen_slices::<f16>(found, expected),
-            (DType::BF16, DType::BF16) => self.widen_slices::<bf16>(found, expected),
-            _ => self.widen_values(&values(found), &values(expected)),
+            (DType::F32, DType::F32) => {
+                self.widen_slices(found, expected, <f64 as From<f32>>::from)
+            }
+            (DType::F16, DType::F16) => self.widen_slices(found, expected, f16::to_f32),
+            (DType::BF16, DType::BF16) => {
+                // `bf16::to_f32` does the same, and looks at every number whether it is NaN.
+                let wide = |number: bf16| f32::from_bits(u32::from(number.to_bits()) << 16);
+                self.widen_slices(found, expected, wide);
+            }
+            _ => self.add(Sums::of(&values(found), &values(expected))),
         }
     }
 
-    /// Compares numbers that f32 holds exactly, which is the quicker way to f64.
-    fn widen_slices<T: Element>(&mut self, found: &TensorData, expected: &TensorData) {
-        let (mut ours, mut theirs) = ([0.0; CHUNK], [0.0; CHUNK]);
-        let widen = |wide: &mut [f64], numbers: &[T]| {
-            for (wide, number) in wide.iter_mut().zip(numbers) {
-                *wide = f64::from(number.elem::<f32>());
-            }
+    /// Compares numbers in `A`, where its sums are neither too large nor too small, and in f64 elsewhere.
+    fn widen_slices<T: Element, A: Sum>(
+        &mut self,
+        found: &TensorData,
+        expected: &TensorData,
+        widened: impl Fn(T) -> A,
+    ) {
+        const KEPT: Range<f64> = 1e-30..1e30;
+        let (Ok(found), Ok(expected)) = (found.as_slice::<T>(), expected.as_slice::<T>()) else {
+            return;
         };
-        if let (Ok(found), Ok(expected)) = (found.as_slice::<T>(), expected.as_slice::<T>()) {
-            for (found, expected) in found.chunks(CHUNK).zip(expected.chunks(CHUNK)) {
-                widen(&mut ours, found);
-                widen(&mut theirs, expected);
-                self.widen_values(&ours[..found.len()], &theirs[..expected.len()]);
+        let (mut ours, mut theirs) = ([A::default(); CHUNK], [A::default(); CHUNK]);
+        for (found, expected) in found.chunks(CHUNK).zip(expected.chunks(CHUNK)) {
+            let (ours, theirs) = (&mut ours[..found.len()], &mut theirs[..expected.len()]);
+            for (wide, numbers) in [(&mut *ours, found), (&mut *theirs, expected)] {
+                for (wide, &number) in wide.iter_mut().zip(numbers) {
+                    *wide = widened(number);
+                }
+            }
+            let sums = Sums::of(ours, theirs);
+            let is_kept = KEPT.contains(&sums.squares[1]) && sums.squares[0].is_finite();
+            match is_kept {
+                true => self.add(sums),
+                false => {
+                    let wide = |numbers: &[A]| -> Vec<f64> {
+                        numbers.iter().map(|&number| number.into()).collect()
+                    };
+                    self.add(Sums::of(&wide(ours), &wide(theirs)));
+                }
             }
         }
     }
 
-    fn widen_values(&mut self, found: &[f64], expected: &[f64]) {
+    fn add(&mut self, Sums { largest, squares }: Sums) {
+        // `f64::max` ignores NaN, and a sum does not.
+        let absolute = match squares[0].is_nan() {
+            true => f64::NAN,
+            false => largest,
+        };
+        self.include(&Self {
+            absolute,
+            squares,
+            ..Self::default()
+        });
+    }
+}
+
+/// What some numbers add to a [`Difference`].
+#[derive(Debug, Default, Clone, Copy)]
+struct Sums {
+    largest: f64,
+    squares: [f64; 2],
+}
+
+/// What sums are taken in: f32 or f64.
+trait Sum: Copy + Default + Into<f64> + Sub<Output = Self> + Mul<Output = Self> + AddAssign {
+    /// The larger of this number and the size of another.
+    fn or_size(self, number: Self) -> Self;
+}
+
+impl Sum for f32 {
+    fn or_size(self, number: Self) -> Self {
+        self.max(number.abs())
+    }
+}
+
+impl Sum for f64 {
+    fn or_size(self, number: Self) -> Self {
+        self.max(number.abs())
+    }
+}
+
+impl Sums {
+    /// Compares numbers, a few of them at a time.
+    fn of<A: Sum>(found: &[A], expected: &[A]) -> Self {
         // Sums that do not wait for each other.
-        let (mut largest, mut squares) = ([0.0; LANES], [[0.0; LANES]; 2]);
-        let mut add = |lane: usize, found: f64, expected: f64| {
+        let zero = A::default();
+        let (mut largest, mut squares) = ([zero; LANES], [[zero; LANES]; 2]);
+        let mut add = |lane: usize, found: A, expected: A| {
             let difference = found - expected;
-            largest[lane] = f64::max(largest[lane], difference.abs());
+            largest[lane] = largest[lane].or_size(difference);
             squares[0][lane] += difference * difference;
             squares[1][lane] += expected * expected;
         };
@@ -99,17 +165,10 @@ impl Difference {
         for (lane, (found, expected)) in found_rest.iter().zip(expected_rest).enumerate() {
             add(lane, *found, *expected);
         }
-        let [differences, expected] = squares.map(|lanes| lanes.iter().sum::<f64>());
-        // `f64::max` ignores NaN, and a sum does not.
-        let largest = match differences.is_nan() {
-            true => f64::NAN,
-            false => largest.into_iter().fold(0.0, f64::max),
-        };
-        self.include(&Self {
-            absolute: largest,
-            squares: [differences, expected],
-            ..Self::default()
-        });
+        Self {
+            largest: largest.into_iter().map(Into::into).fold(0.0, f64::max),
+            squares: squares.map(|lanes| lanes.into_iter().map(Into::into).sum()),
+        }
     }
 }
 

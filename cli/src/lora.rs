@@ -152,7 +152,8 @@ impl Weight {
         shard.check_numbers(entry)?;
         let d_input = d_input(entry);
         // Widened first: the change is not rounded to the weight's precision.
-        let before = read_rows(shard, entry, rows)?.convert_dtype(step.layer.skew().dtype());
+        let before = read_rows(shard, entry, rows, &mut Vec::new())?;
+        let before = before.convert_dtype(step.layer.skew().dtype());
         let turn = Forward::new();
         let rotations = turn
             .prepare(slice::from_ref(step), d_input)

@@ -6,12 +6,12 @@ use std::iter;
 use std::ops::Range;
 use std::sync::Arc;
 
-use burn::tensor::{DType, TensorData};
+use burn::tensor::{Bytes, DType, TensorData};
 use burn_boft::tensors::{decode, encode, file_name, from_file, is_finite, part};
 use burn_boft::value::SavedTensor;
 
 use crate::base::{Base, Shard};
-use crate::changes::{Added, Change, Changes, Step, together};
+use crate::changes::{Added, Change, Changes, Step, least_common_multiple, together};
 use crate::error::Error;
 use crate::header::Entry;
 
@@ -209,21 +209,25 @@ impl<R> Piece<'_, R> {
         }
     }
 
-    /// Its bytes, as the file holds them.
+    /// Its bytes, as the file holds them. `buffer` is for what is read on the way, and spares clearing memory for every piece.
     ///
     /// # Errors
     ///
     /// The model cannot be read, or numbers would not be finite.
-    pub fn bytes(&self, turn: &impl Turn<Rotations = R>) -> Result<Vec<u8>, Error> {
+    pub fn bytes(
+        &self,
+        turn: &impl Turn<Rotations = R>,
+        buffer: &mut Vec<u8>,
+    ) -> Result<Bytes, Error> {
         match self {
             Self::Copy {
                 shard,
                 entry,
                 bytes,
             } => {
-                let mut buffer = vec![0; self.len()];
-                shard.read(entry, bytes.start, &mut buffer)?;
-                Ok(buffer)
+                let mut copied = vec![0; self.len()];
+                shard.read(entry, bytes.start, &mut copied)?;
+                Ok(Bytes::from_bytes_vec(copied))
             }
             Self::Turn {
                 shard,
@@ -232,9 +236,9 @@ impl<R> Piece<'_, R> {
                 rotations,
             } => {
                 let refuse = |reason: String| Error::tensor(&shard.path, &entry.key, reason);
-                let numbers = read_rows(shard, entry, rows)?;
+                let numbers = read_rows(shard, entry, rows, buffer)?;
                 let turned = turn.turn(rotations, numbers, rows.clone());
-                encoded(&turned.map_err(refuse)?, shard, &entry.key)
+                encoded(turned.map_err(refuse)?, shard, &entry.key)
             }
             Self::Save {
                 data,
@@ -243,7 +247,7 @@ impl<R> Piece<'_, R> {
                 shard,
                 key,
             } => encoded(
-                &part(data, numbers.clone()).convert_dtype(*dtype),
+                part(data, numbers.clone()).convert_dtype(*dtype),
                 shard,
                 key,
             ),
@@ -258,16 +262,31 @@ pub fn d_input(entry: &Entry) -> usize {
 
 /// How many rows of a weight are computed with at a time.
 pub fn at_once(steps: &[Step], d_input: usize) -> usize {
-    let together = together(steps);
-    (COMPUTED / d_input / together).max(1) * together
+    // Kernels take 16 rows together, and fewer of them one by one.
+    const ROWS: usize = 16;
+    let (together, rows) = (together(steps), COMPUTED / d_input);
+    let whole = least_common_multiple(together, ROWS);
+    match rows < whole {
+        true => (rows / together).max(1) * together,
+        false => rows / whole * whole,
+    }
 }
 
-/// Rows of a weight, in the precision of the file.
-pub fn read_rows(shard: &Shard, entry: &Entry, rows: &Range<usize>) -> Result<TensorData, Error> {
+/// Rows of a weight, in the precision of the file. Their bytes are left in `buffer`.
+pub fn read_rows(
+    shard: &Shard,
+    entry: &Entry,
+    rows: &Range<usize>,
+    buffer: &mut Vec<u8>,
+) -> Result<TensorData, Error> {
     let row = row_bytes(entry);
-    let mut bytes = vec![0; rows.len() * row as usize];
-    shard.read(entry, rows.start as u64 * row, &mut bytes)?;
-    decode(entry.dtype, &bytes, vec![rows.len(), d_input(entry)]).ok_or_else(|| {
+    let len = rows.len() * row as usize;
+    if buffer.len() < len {
+        buffer.resize(len, 0);
+    }
+    let bytes = &mut buffer[..len];
+    shard.read(entry, rows.start as u64 * row, bytes)?;
+    decode(entry.dtype, bytes, vec![rows.len(), d_input(entry)]).ok_or_else(|| {
         let why = format!("is {}", file_name(entry.dtype));
         Error::tensor(&shard.path, &entry.key, why)
     })
@@ -284,10 +303,11 @@ pub fn row_bytes(entry: &Entry) -> u64 {
 /// # Errors
 ///
 /// They are not finite, or of a precision that no file keeps.
-fn encoded(data: &TensorData, shard: &Shard, key: &str) -> Result<Vec<u8>, Error> {
-    check_finite(data, shard, key)?;
+fn encoded(data: TensorData, shard: &Shard, key: &str) -> Result<Bytes, Error> {
+    check_finite(&data, shard, key)?;
+    let dtype = data.dtype();
     encode(data).ok_or_else(|| {
-        let why = format!("would be {}, which no file keeps", data.dtype().name());
+        let why = format!("would be {}, which no file keeps", dtype.name());
         Error::tensor(&shard.path, key, why)
     })
 }

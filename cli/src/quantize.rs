@@ -348,7 +348,8 @@ impl<'a> Weight<'a> {
 
     /// Some of the rows as the file has them, widened.
     fn read(&self, rows: &Range<usize>) -> Result<TensorData, Error> {
-        Ok(read_rows(self.shard, self.entry, rows)?.convert_dtype(self.wide))
+        let numbers = read_rows(self.shard, self.entry, rows, &mut Vec::new())?;
+        Ok(numbers.convert_dtype(self.wide))
     }
 
     /// Rows as the merged file would have them.

@@ -1,12 +1,13 @@
 //! A model written anew with some of its tensors changed.
 //!
 //! A file is computed in waves of a few megabytes, so that memory does not grow with the model. While one wave is computed on
-//! all cores, the one before it is written.
+//! all cores, the one before it is written and the one after it prepared.
 
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::thread::{self, ScopedJoinHandle};
 
+use burn::tensor::Bytes;
 use burn_boft::tensors::{from_file, is_float, to_file};
 use indicatif::ProgressBar;
 use rayon::prelude::*;
@@ -252,16 +253,16 @@ impl<T: Turn> Writer<'_, T> {
             .into_iter()
             .flat_map(|(key, added)| of_added(self.base, shard, (key, added)));
         let mut pieces = tensors.chain(added);
-        let mut computed = Vec::new();
+        let (mut computed, mut wave) = (Vec::new(), next_wave(&mut pieces)?);
         loop {
-            let wave = wave(&mut pieces)?;
-            let (next, written) = rayon::join(
+            let (next, (written, following)) = rayon::join(
                 || {
                     wave.par_iter()
-                        .map(|piece| piece.bytes(self.turn))
+                        .map_init(Vec::new, |buffer, piece| piece.bytes(self.turn, buffer))
                         .collect()
                 },
-                || self.write(&computed, &mut file),
+                // Rotations are prepared meanwhile, too.
+                || (self.write(&computed, &mut file), next_wave(&mut pieces)),
             );
             written?;
             let next: Vec<_> = next;
@@ -269,10 +270,11 @@ impl<T: Turn> Writer<'_, T> {
             if wave.is_empty() {
                 return Ok(file);
             }
+            wave = following?;
         }
     }
 
-    fn write(&self, pieces: &[Vec<u8>], file: &mut OutputFile) -> Result<(), Error> {
+    fn write(&self, pieces: &[Bytes], file: &mut OutputFile) -> Result<(), Error> {
         for bytes in pieces {
             file.write(bytes)?;
             self.progress.inc(bytes.len() as u64);
@@ -289,7 +291,7 @@ fn finished(thread: Option<ScopedJoinHandle<Result<(), Error>>>) -> Result<(), E
 }
 
 /// The next pieces, of [`WAVE`] bytes or a little more; none at the end.
-fn wave<'a, R>(
+fn next_wave<'a, R>(
     pieces: &mut impl Iterator<Item = Result<Piece<'a, R>, Error>>,
 ) -> Result<Vec<Piece<'a, R>>, Error> {
     let (mut wave, mut bytes) = (Vec::new(), 0);

@@ -15,7 +15,8 @@ pub fn write(adapter: &Adapter, start: &str, output: &Path) -> Result<(), Error>
     let mut parts = Vec::new();
     for (key, data) in &tensors {
         let refuse = || Error::tensor(output, key, format!("is {}", data.dtype().name()));
-        let (dtype, bytes) = to_file(data.dtype()).zip(encode(data)).ok_or_else(refuse)?;
+        let tensor = to_file(data.dtype()).zip(encode(data.clone()));
+        let (dtype, bytes) = tensor.ok_or_else(refuse)?;
         parts.push((key.as_str(), dtype, data.shape().to_vec(), bytes));
     }
     let entries = parts

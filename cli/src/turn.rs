@@ -9,6 +9,7 @@ use burn_boft::tensors::{from_values, values};
 use burn_boft::value::Axis;
 use faer::Mat;
 use faer::linalg::solvers::DenseSolveCore;
+use rayon::prelude::*;
 
 use crate::changes::Step;
 use crate::distance::Difference;
@@ -17,6 +18,8 @@ use crate::pieces::Turn;
 /// A block counts as singular where its largest entry times the largest of its inverse reaches this. Such an inverse is
 /// mostly rounding errors.
 const SINGULAR: f64 = 1e6;
+/// A row that was scaled by less than this is lost: merging moves such a scale away from zero.
+const LOST: f64 = 1e-30;
 
 /// `W' = diag(s)·W·Rᵀ` in PyTorch's orientation, row by row, or `diag(s)·R·W` where the outputs are rotated; of several
 /// rotations one after the other, without rounding to the precision of the weight in between.
@@ -26,11 +29,10 @@ pub struct Forward {
 
 /// The rotation and the scale of one layer, ready to use.
 pub struct Rotation {
-    /// None where blocks of one channel do not rotate.
+    /// One block for each span, or the factors where spans are long. None where blocks of one channel do not rotate.
     blocks: Option<Blocks>,
     scale: Option<Tensor<1>>,
     axis: Axis,
-    block_size: usize,
     dtype: DType,
     /// The first row of the weight that it turns.
     first: usize,
@@ -43,13 +45,17 @@ impl Rotation {
             .adapter
             .rotation(layer, [d_input, step.rows.len()], device)
             .map_err(|mismatch| mismatch.to_string())?;
+        let direction = match layer.axis() {
+            Axis::Input => Direction::Back,
+            Axis::Output => Direction::Forward,
+        };
+        let blocks = blocks.map(|blocks| blocks.composed().stored_for(direction));
         let scale = layer.scale();
         let scale = scale.map(|scale| Tensor::from_data(scale.clone(), (device, scale.dtype())));
         Ok(Self {
             blocks,
             scale,
             axis: layer.axis(),
-            block_size: layer.block_size(),
             dtype: layer.skew().dtype(),
             first: step.rows.start,
         })
@@ -65,26 +71,55 @@ impl Rotation {
         self.scale.clone().map(|scale| scale.slice([rows]))
     }
 
-    /// The blocks that rotate these rows among themselves, where the outputs are rotated. The rows are whole spans.
-    fn of_rows(&self, blocks: &Blocks, rows: &Range<usize>) -> Blocks {
-        blocks.part(rows.start / self.block_size..rows.end / self.block_size)
+    /// What undoes it.
+    fn inverse(&self, is_orthogonal: bool, device: &Device) -> Result<Inverse, String> {
+        let Some(blocks) = &self.blocks else {
+            return Ok(None);
+        };
+        if !is_orthogonal {
+            return Ok(Some(invert(blocks, device)?));
+        }
+        let transposed = blocks.values().swap_dims(2, 3);
+        let [m, ..] = transposed.dims();
+        // The transpose of more factors has them in the other order, and where outputs are rotated, either direction is as
+        // quick as the other.
+        Ok(match (m, self.axis) {
+            (1, Axis::Input) => Some(Blocks::from_values(transposed).stored_for(Direction::Back)),
+            _ => None,
+        })
     }
 
+    /// Rows in the precision that they are computed in.
+    fn widened(&self, weight: Tensor<2>) -> Tensor<2> {
+        weight.cast(FloatDType::from(self.dtype))
+    }
+
+    /// The rotated rows. Where a single operation makes them, they are rounded to the precision that they came in.
     fn apply(&self, weight: Tensor<2>, rows: &Range<usize>) -> Tensor<2> {
-        let (weight, rows) = (weight.cast(FloatDType::from(self.dtype)), self.own(rows));
-        let weight = match (&self.blocks, self.axis) {
+        let rows = self.own(rows);
+        let scale = self.scale(rows.clone());
+        match (&self.blocks, self.axis) {
+            (Some(blocks), Axis::Input) => blocks.weight(weight, scale, Side::Right),
             (Some(blocks), Axis::Output) => {
-                self.of_rows(blocks, &rows)
-                    .rotate(weight, Side::Left, Direction::Forward)
+                let blocks = of_rows(blocks, &rows);
+                let weight = self.widened(weight);
+                scaled(blocks.rotate(weight, Side::Left, Direction::Forward), scale)
             }
-            _ => weight,
-        };
-        let blocks = self.blocks.as_ref().filter(|_| self.axis == Axis::Input);
-        match (blocks, self.scale(rows)) {
-            (Some(blocks), scale) => blocks.weight(weight, scale, Side::Right),
-            (None, Some(scale)) => weight * scale.unsqueeze_dim::<2>(1),
-            (None, None) => weight,
+            (None, _) => scaled(self.widened(weight), scale),
         }
+    }
+}
+
+/// The blocks that rotate these rows among themselves, where the outputs are rotated. The rows are whole spans.
+fn of_rows(blocks: &Blocks, rows: &Range<usize>) -> Blocks {
+    let [.., block_size] = blocks.values().dims();
+    blocks.part(rows.start / block_size..rows.end / block_size)
+}
+
+fn scaled(weight: Tensor<2>, scale: Option<Tensor<1>>) -> Tensor<2> {
+    match scale {
+        Some(scale) => weight * scale.unsqueeze_dim::<2>(1),
+        None => weight,
     }
 }
 
@@ -114,10 +149,22 @@ impl Turn for Forward {
     ) -> Result<TensorData, String> {
         let dtype = numbers.dtype();
         let weight = tensor(numbers, &self.device);
-        let rotations = rotations.iter();
-        let weight = rotations.fold(weight, |weight, rotation| rotation.apply(weight, &rows));
-        Ok(rounded(weight, dtype))
+        Ok(rounded(rotated(rotations, weight, &rows), dtype))
     }
+}
+
+/// Rows rotated by one rotation after the other, which are not rounded in between.
+fn rotated<'a>(
+    rotations: impl IntoIterator<Item = &'a Rotation, IntoIter: ExactSizeIterator>,
+    weight: Tensor<2>,
+    rows: &Range<usize>,
+) -> Tensor<2> {
+    let rotations = rotations.into_iter();
+    let is_only = rotations.len() == 1;
+    rotations.fold(weight, |weight, rotation| match is_only {
+        true => rotation.apply(weight, rows),
+        false => rotation.apply(rotation.widened(weight), rows),
+    })
 }
 
 /// Rows of a weight.
@@ -140,12 +187,14 @@ pub struct Backward {
 
 /// The rotations that are taken out of a weight.
 pub struct Undo {
-    rotations: Vec<(Rotation, Inverse)>,
+    rotations: Vec<Rotation>,
+    inverses: Vec<Inverse>,
     /// Which of the weights it is.
     weight: usize,
 }
 
-/// What undoes a rotation: the transposed inverses of its blocks, or none where it is orthogonal and undoes itself.
+/// What undoes a rotation: the inverses of the blocks of one factor, with the reciprocal scale, or none where the rotation itself
+/// does in the other direction.
 type Inverse = Option<Blocks>;
 
 impl Backward {
@@ -173,6 +222,7 @@ impl Backward {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Takes a rotation out of rows. Where a single operation does, they are rounded to the precision that they came in.
     fn restore(
         rotation: &Rotation,
         inverse: &Inverse,
@@ -180,20 +230,22 @@ impl Backward {
         rows: &Range<usize>,
     ) -> Tensor<2> {
         let rows = rotation.own(rows);
-        let weight = weight.cast(FloatDType::from(rotation.dtype));
-        let weight = match rotation.scale(rows.clone()) {
-            Some(scale) => weight / scale.unsqueeze_dim::<2>(1),
-            None => weight,
-        };
-        match (&rotation.blocks, inverse) {
-            (None, _) => weight,
-            (Some(blocks), _) if rotation.axis == Axis::Output => {
-                let blocks = rotation.of_rows(blocks, &rows);
-                blocks.rotate(weight, Side::Left, Direction::Back)
-            }
-            (Some(blocks), None) | (Some(_), Some(blocks)) => {
+        let scale = rotation.scale(rows.clone()).map(Tensor::recip);
+        match (&rotation.blocks, inverse, rotation.axis) {
+            (Some(_), Some(blocks), Axis::Input) => blocks.weight(weight, scale, Side::Right),
+            (Some(blocks), None, Axis::Input) => {
+                let weight = scaled(rotation.widened(weight), scale);
                 blocks.rotate(weight, Side::Right, Direction::Forward)
             }
+            (Some(_), Some(blocks), Axis::Output) => {
+                let weight = scaled(rotation.widened(weight), scale);
+                of_rows(blocks, &rows).rotate(weight, Side::Left, Direction::Forward)
+            }
+            (Some(blocks), None, Axis::Output) => {
+                let weight = scaled(rotation.widened(weight), scale);
+                of_rows(blocks, &rows).rotate(weight, Side::Left, Direction::Back)
+            }
+            (None, ..) => scaled(rotation.widened(weight), scale),
         }
     }
 }
@@ -202,28 +254,27 @@ impl Turn for Backward {
     type Rotations = Undo;
 
     fn prepare(&self, steps: &[Step], d_input: usize) -> Result<Undo, String> {
-        let mut rotations = Vec::new();
+        let (mut rotations, mut inverses) = (Vec::new(), Vec::new());
         for step in steps {
             if let Some(scale) = step.layer.scale()
-                && let Some(row) = scale.iter::<f64>().position(|scale| scale == 0.0)
+                && let Some(row) = scale.iter::<f64>().position(|scale| scale.abs() < LOST)
             {
                 return Err(format!(
                     "was scaled by zero in row {row}: nothing of that row is left to restore"
                 ));
             }
             let rotation = Rotation::new(step, d_input, &self.device)?;
-            let inverse = match &rotation.blocks {
-                Some(blocks) if !step.adapter.is_orthogonal() => {
-                    Some(invert(blocks, &self.device)?)
-                }
-                _ => None,
-            };
-            rotations.push((rotation, inverse));
+            inverses.push(rotation.inverse(step.adapter.is_orthogonal(), &self.device)?);
+            rotations.push(rotation);
         }
         let mut differences = self.lock();
         differences.push(Difference::default());
         let weight = differences.len() - 1;
-        Ok(Undo { rotations, weight })
+        Ok(Undo {
+            rotations,
+            inverses,
+            weight,
+        })
     }
 
     fn turn(
@@ -233,22 +284,26 @@ impl Turn for Backward {
         rows: Range<usize>,
     ) -> Result<TensorData, String> {
         let dtype = numbers.dtype();
-        let rotations = || undo.rotations.iter();
-        let merged = tensor(numbers.clone(), &self.device);
-        let restored = rotations().rfold(merged, |weight, (rotation, inverse)| {
+        let merged = tensor(numbers, &self.device);
+        let undone = undo.rotations.iter().zip(&undo.inverses).rev();
+        let is_only = undo.rotations.len() == 1;
+        let restored = undone.fold(merged.clone(), |weight, (rotation, inverse)| {
+            let weight = match is_only {
+                true => weight,
+                false => rotation.widened(weight),
+            };
             Self::restore(rotation, inverse, weight, &rows)
         });
-        let restored = rounded(restored, dtype);
-        let again = tensor(restored.clone(), &self.device);
-        let again = rotations().fold(again, |weight, (rotation, _)| rotation.apply(weight, &rows));
+        let restored = restored.cast(FloatDType::from(dtype));
+        let again = rounded(rotated(&undo.rotations, restored.clone(), &rows), dtype);
         let mut difference = Difference::default();
-        difference.widen(&rounded(again, dtype), &numbers);
+        difference.widen(&again, &merged.into_data());
         self.lock()[undo.weight].include(&difference);
-        Ok(restored)
+        Ok(restored.into_data())
     }
 }
 
-/// The transposed inverses of the blocks of one factor.
+/// The inverses of the blocks of one factor.
 fn invert(blocks: &Blocks, device: &Device) -> Result<Blocks, String> {
     let squares = blocks.values();
     let ([m, n, b, _], dtype) = (squares.dims(), squares.dtype());
@@ -256,31 +311,31 @@ fn invert(blocks: &Blocks, device: &Device) -> Result<Blocks, String> {
         return Err(format!("has {m} factors of blocks that are not orthogonal"));
     }
     let numbers = values(&squares.into_data());
-    let mut inverses = Vec::with_capacity(numbers.len());
-    for (index, block) in numbers.chunks_exact(b * b).enumerate() {
-        let block = Mat::from_fn(b, b, |row, column| block[row * b + column]);
-        let inverse = block.partial_piv_lu().inverse();
-        // A singular block cannot be undone, but rounding turns "no inverse" into a huge one.
-        let largest = |matrix: &Mat<f64>| {
-            let numbers = (0..b * b).map(|at| matrix[(at / b, at % b)].abs());
-            // `f64::max` ignores NaN.
-            numbers.fold(0.0, |largest, x| {
-                if x > largest || x.is_nan() {
-                    x
-                } else {
-                    largest
-                }
-            })
-        };
-        let condition = largest(&inverse) * largest(&block);
-        if condition.is_nan() || condition >= SINGULAR {
-            return Err(format!(
-                "cannot be restored: block {index} of the Neumann polynomial has no inverse"
-            ));
-        }
-        inverses.extend((0..b * b).map(|at| inverse[(at % b, at / b)]));
+    let blocks = numbers.par_chunks_exact(b * b);
+    let blocks: Vec<_> = blocks.map(|block| inverse(block, b)).collect();
+    if let Some(index) = blocks.iter().position(Option::is_none) {
+        return Err(format!(
+            "cannot be restored: block {index} of the Neumann polynomial has no inverse"
+        ));
     }
+    let inverses = blocks.into_iter().flatten().flatten().collect();
     let data = from_values(inverses, [1, n, b, b], dtype);
     let inverses = Tensor::from_data(data, (device, dtype));
-    Ok(Blocks::from_values(inverses))
+    Ok(Blocks::from_values(inverses).stored_for(Direction::Back))
+}
+
+/// The inverse of a block, row by row. None of a singular one, whose inverse rounding would turn into a huge one.
+fn inverse(block: &[f64], b: usize) -> Option<Vec<f64>> {
+    // `f64::max` ignores NaN.
+    let larger = |largest: f64, x: &f64| match x.abs() > largest || x.is_nan() {
+        true => x.abs(),
+        false => largest,
+    };
+    let inverse = Mat::from_fn(b, b, |row, column| block[row * b + column])
+        .partial_piv_lu()
+        .inverse();
+    let inverse: Vec<_> = (0..b * b).map(|at| inverse[(at / b, at % b)]).collect();
+    let [block, largest] = [block, &inverse].map(|numbers| numbers.iter().fold(0.0, larger));
+    let condition = block * largest;
+    (condition < SINGULAR).then_some(inverse)
 }

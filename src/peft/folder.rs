@@ -223,7 +223,7 @@ fn to_safetensors(
     let path = || folder.join(TENSORS_FILE);
     let mut encoded = Vec::new();
     for (key, data) in tensors {
-        let tensor = to_file(data.dtype()).zip(encode(data));
+        let tensor = to_file(data.dtype()).zip(encode(data.clone()));
         let (dtype, bytes) = tensor.ok_or_else(|| SaveError::Unrepresentable {
             path: key.clone(),
             reason: Unrepresentable::Precision {

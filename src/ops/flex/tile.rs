@@ -35,13 +35,16 @@ pub(super) const PASSING_ROWS: usize = 16;
 ///
 /// The sixteen numbers of f32 that a register of AVX-512 holds are more than a span of eight has.
 pub(super) fn dispatch<E: Real, K: WithSimd>(neighbours: usize, kernel: K) -> K::Output {
-    match Arch::new() {
-        #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
-        Arch::V4(simd) if !neighbours.is_multiple_of(lanes::<E, V4>()) => {
-            Simd::vectorize(*simd, kernel)
-        }
-        arch => arch.dispatch(kernel),
+    let arch = Arch::new();
+    #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+    if let Arch::V4(simd) = arch
+        && !neighbours.is_multiple_of(lanes::<E, V4>())
+    {
+        return Simd::vectorize(*simd, kernel);
     }
+    #[cfg(not(any(target_arch = "x86", target_arch = "x86_64")))]
+    let _ = neighbours;
+    arch.dispatch(kernel)
 }
 
 /// Sums that stay in registers: `LINES` lines of `WIDTH` registers each.

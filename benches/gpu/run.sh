@@ -4,8 +4,8 @@
 #   benches/gpu/run.sh build cuda          builds, and packs what has to travel into benches/gpu/packed.tar.xz
 #   benches/gpu/run.sh run cuda results    runs what was packed, and writes results/gpu.json and results/log
 #
-# The backend is cuda, rocm, vulkan, metal or wgpu. `run` takes less than eight minutes: what does not fit is left out and the
-# result says so. With a Python that has PyTorch and transformers in PYTHON, the same steps are measured in PEFT. Wheels of peers
+# The backend is cuda, rocm, vulkan, metal or wgpu. `run` takes less than eight minutes, or LIMIT seconds: what does not fit is left
+# out and the result says so. With a Python that has PyTorch and transformers in PYTHON, the same steps are measured in PEFT. Wheels of peers
 # that this Python lacks travel too, in benches/gpu/wheels: PEFT, LyCORIS and what they need, and PEFT's rewrite of BOFT in
 # benches/gpu/wheels/rewrite.
 set -euo pipefail
@@ -51,7 +51,7 @@ run() {
     trap 'rm -rf "$folder"' EXIT
     mkdir -p "$out"
     out=$(cd "$out" && pwd)
-    end=$((SECONDS + 470))
+    end=$((SECONDS + ${LIMIT:-470}))
     tar -C "$folder" -xJf "$packed"
     : >"$out/log"
     : >"$out/lines"

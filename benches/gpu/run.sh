@@ -25,7 +25,8 @@ executable() {
 }
 
 build() {
-    local backend=$1 folder messages
+    local backend=$1 messages
+    # Not local: the trap runs after the function has returned.
     folder=$(mktemp -d)
     messages="$folder/messages"
     trap 'rm -rf "$folder"' EXIT
@@ -46,7 +47,7 @@ build() {
 }
 
 run() {
-    local backend=$1 out=$2 folder end
+    local backend=$1 out=$2 end
     folder=$(mktemp -d)
     trap 'rm -rf "$folder"' EXIT
     mkdir -p "$out"
@@ -71,7 +72,7 @@ run() {
     measure() {
         local left=$((end - SECONDS))
         if [ "$left" -lt 5 ]; then
-            printf '{"part":"%s","status":"left out"}\n' "$*" >>"$out/lines"
+            printf '{"part":"%s","status":"left out"}\n' "$(basename "$1") ${*:2}" >>"$out/lines"
             return
         fi
         timeout "$left" "$@" 2>>"$out/log" | grep '^{' >>"$out/lines" ||

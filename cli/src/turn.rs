@@ -94,6 +94,14 @@ impl Rotation {
         weight.cast(FloatDType::from(self.dtype))
     }
 
+    /// Rows as they enter one of so many rotations: widened where they go through several, between which nothing is rounded.
+    fn entered(&self, weight: Tensor<2>, count: usize) -> Tensor<2> {
+        match count {
+            1 => weight,
+            _ => self.widened(weight),
+        }
+    }
+
     /// The rotated rows. Where a single operation makes them, they are rounded to the precision that they came in.
     fn apply(&self, weight: Tensor<2>, rows: &Range<usize>) -> Tensor<2> {
         let rows = self.own(rows);
@@ -154,16 +162,9 @@ impl Turn for Forward {
 }
 
 /// Rows rotated by one rotation after the other, which are not rounded in between.
-fn rotated<'a>(
-    rotations: impl IntoIterator<Item = &'a Rotation, IntoIter: ExactSizeIterator>,
-    weight: Tensor<2>,
-    rows: &Range<usize>,
-) -> Tensor<2> {
-    let rotations = rotations.into_iter();
-    let is_only = rotations.len() == 1;
-    rotations.fold(weight, |weight, rotation| match is_only {
-        true => rotation.apply(weight, rows),
-        false => rotation.apply(rotation.widened(weight), rows),
+fn rotated(rotations: &[Rotation], weight: Tensor<2>, rows: &Range<usize>) -> Tensor<2> {
+    rotations.iter().fold(weight, |weight, rotation| {
+        rotation.apply(rotation.entered(weight, rotations.len()), rows)
     })
 }
 
@@ -285,13 +286,9 @@ impl Turn for Backward {
     ) -> Result<TensorData, String> {
         let dtype = numbers.dtype();
         let merged = tensor(numbers, &self.device);
-        let undone = undo.rotations.iter().zip(&undo.inverses).rev();
-        let is_only = undo.rotations.len() == 1;
-        let restored = undone.fold(merged.clone(), |weight, (rotation, inverse)| {
-            let weight = match is_only {
-                true => weight,
-                false => rotation.widened(weight),
-            };
+        let undone = undo.rotations.iter().zip(&undo.inverses);
+        let restored = undone.rfold(merged.clone(), |weight, (rotation, inverse)| {
+            let weight = rotation.entered(weight, undo.rotations.len());
             Self::restore(rotation, inverse, weight, &rows)
         });
         let restored = restored.cast(FloatDType::from(dtype));

@@ -9,6 +9,8 @@
 use std::borrow::Cow;
 use std::mem::MaybeUninit;
 
+use burn::tensor::Element;
+use bytemuck::Pod;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -17,7 +19,7 @@ use super::span::{Scratch, Sizes, first_stage, multiply_by_stage, transpose};
 use super::tile::{
     PASSING_ROWS, ROWS, Tile, add_scaled, dispatch, line, with_registers, with_tile,
 };
-use crate::ops::butterfly::Direction;
+use crate::ops::butterfly::{Direction, Side};
 
 /// `op(R)` of every span, composed in f64.
 ///
@@ -95,62 +97,82 @@ impl<E: Real> WithSimd for Compose<'_, E> {
     }
 }
 
-/// `op(R)·t` for a `[d, columns]` matrix, with a scale per column.
+/// `op(R)·t` on the left or `t·op(R)` on the right, with a scale per column on the left and per row on the right.
 ///
-/// For weights as Burn stores them. The rows of a span lie together in memory, so each span is a task with one slice
-/// of the operand and one of the result, and no task shares either.
+/// On the left, for weights as Burn stores them, the rows of a span lie together in memory, so each span is a task with one
+/// slice of the operand and one of the result, and no task shares either. On the right, for activations, and for weights that
+/// have their outputs in rows, a span's numbers are a short piece of each row, so tasks take whole rows: [`PASSING_ROWS`] at a
+/// time, and [`ROWS`] for a thread.
 ///
 /// # Shapes
 ///
-/// - matrix: `[d, columns]`, contiguous; so is the result
+/// - matrix: `[d, columns]` or `[rows, d]`, contiguous; so is the result
 /// - rotation: `[d/s, s, s]`
-/// - scale: `[columns]`
+/// - scale: `[columns]` or `[rows]`
 ///
 /// # Numerics
 ///
-/// Sums of `s` fused multiply-adds in `E`, then one multiplication by the scale.
-pub(super) fn rotate_rows<E: Real>(
-    matrix: &[E],
-    rotation: &[E],
+/// Sums of `s` fused multiply-adds in the precision of the rotation, then one multiplication by the scale. Rows that do not fill
+/// a tile are summed in the same order, so a row's result does not depend on how many others there are.
+pub(super) fn rotate<T: Stored>(
+    matrix: &[T],
+    rotation: &[T::Real],
     sizes: Sizes,
     [rows, columns]: [usize; 2],
-    scale: Option<&[E]>,
-) -> Vec<E> {
-    let operands = (matrix, rotation);
-    by_spans(
-        operands,
-        sizes,
-        [rows, columns],
-        |output, matrix, rotation| {
-            let kernel = RotateRows {
-                output,
-                matrix,
-                rotation,
-                columns,
-                scale,
-            };
-            dispatch::<E, _>(columns, kernel);
-        },
-    )
-}
-
-/// Rotates every span with `rotate`, which gets the place of its result, its rows and its rotation, and writes the whole place.
-pub(super) fn by_spans<T: Send + Sync, E: Sync>(
-    (matrix, rotation): (&[T], &[E]),
-    sizes: Sizes,
-    [rows, columns]: [usize; 2],
-    rotate: impl Fn(&mut [MaybeUninit<T>], &[T], &[E]) + Sync,
+    scale: Option<&[T::Real]>,
+    side: Side,
 ) -> Vec<T> {
     let s = sizes.span;
-    let spans = matrix
-        .par_chunks(s * columns)
-        .zip(rotation.par_chunks(s * s));
-    written(rows * columns, |output| {
-        output
-            .par_chunks_mut(s * columns)
-            .zip(spans)
-            .for_each(|(output, (matrix, rotation))| rotate(output, matrix, rotation));
-    })
+    match side {
+        Side::Left => {
+            let spans = matrix
+                .par_chunks(s * columns)
+                .zip(rotation.par_chunks(s * s));
+            written(rows * columns, |output| {
+                let spans = output.par_chunks_mut(s * columns).zip(spans);
+                spans.for_each(|(output, (matrix, rotation))| {
+                    let task = Task {
+                        output,
+                        matrix,
+                        rotation,
+                        s,
+                        columns,
+                        scale,
+                        side,
+                    };
+                    dispatch::<T::Real, _>(columns, task);
+                });
+            })
+        }
+        Side::Right => {
+            let rotate = |(index, (output, matrix)): (usize, (&mut [MaybeUninit<T>], &[T]))| {
+                let task = Task {
+                    output,
+                    matrix,
+                    rotation,
+                    s,
+                    columns,
+                    scale: scale.map(|scale| &scale[index * PASSING_ROWS..]),
+                    side,
+                };
+                dispatch::<T::Real, _>(s, task);
+            };
+            written(rows * columns, |output| {
+                // Rows for a single thread do not wait for another one to wake up.
+                if rows <= ROWS {
+                    let outputs = output.chunks_mut(PASSING_ROWS * columns);
+                    let tasks = outputs.zip(matrix.chunks(PASSING_ROWS * columns));
+                    return tasks.enumerate().for_each(rotate);
+                }
+                output
+                    .par_chunks_mut(PASSING_ROWS * columns)
+                    .zip(matrix.par_chunks(PASSING_ROWS * columns))
+                    .enumerate()
+                    .with_min_len(ROWS / PASSING_ROWS)
+                    .for_each(rotate);
+            })
+        }
+    }
 }
 
 /// A vector of `len` numbers, every one of which `write` writes.
@@ -164,30 +186,63 @@ pub(super) fn written<T>(len: usize, write: impl FnOnce(&mut [MaybeUninit<T>])) 
     values
 }
 
-/// One span of [`rotate_rows`]. Its kernel takes four, two or one rows of the result at a time, whichever divides the
-/// span.
-pub(super) struct RotateRows<'a, E> {
-    pub(super) output: &'a mut [MaybeUninit<E>],
-    pub(super) matrix: &'a [E],
-    pub(super) rotation: &'a [E],
-    pub(super) columns: usize,
-    pub(super) scale: Option<&'a [E]>,
+/// A precision that a matrix may have where it is rotated.
+pub(super) trait Stored: Element + Pod + Send + Sync {
+    /// The precision that it is computed in.
+    type Real: Real;
+
+    /// Rotates a part of the matrix.
+    fn run<S: Simd>(simd: S, task: Task<'_, Self>);
 }
 
-impl<E: Real> WithSimd for RotateRows<'_, E> {
+impl<E: Real> Stored for E {
+    type Real = E;
+
+    #[inline(always)]
+    fn run<S: Simd>(simd: S, task: Task<'_, E>) {
+        task.run(simd);
+    }
+}
+
+/// What one thread rotates: the rows of a span on the left; up to [`PASSING_ROWS`] rows on the right, with the scales from the
+/// first of them on.
+pub(super) struct Task<'a, T: Stored> {
+    pub(super) output: &'a mut [MaybeUninit<T>],
+    pub(super) matrix: &'a [T],
+    pub(super) rotation: &'a [T::Real],
+    pub(super) s: usize,
+    pub(super) columns: usize,
+    pub(super) scale: Option<&'a [T::Real]>,
+    pub(super) side: Side,
+}
+
+impl<T: Stored> WithSimd for Task<'_, T> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        match self.matrix.len() / self.columns % 4 {
-            0 => self.rotate::<S, 4>(simd),
-            2 => self.rotate::<S, 2>(simd),
-            _ => self.rotate::<S, 1>(simd),
-        }
+        T::run(simd, self);
     }
 }
 
-impl<E: Real> RotateRows<'_, E> {
+impl<E: Real> Task<'_, E> {
+    /// Rotates numbers that are stored as they are computed.
+    #[inline(always)]
+    pub(super) fn run<S: Simd>(self, simd: S) {
+        let s = self.s;
+        match self.side {
+            // Four, two or one rows of the result at a time, whichever divides the span.
+            Side::Left if s.is_multiple_of(4) => self.rotate_rows::<S, 4>(simd),
+            Side::Left if s.is_multiple_of(2) => self.rotate_rows::<S, 2>(simd),
+            Side::Left => self.rotate_rows::<S, 1>(simd),
+            Side::Right if s == 4 && self.columns.is_multiple_of(8) => self.rotate_fours(),
+            Side::Right => with_registers!(
+                s, lanes::<E, S>(), LINES, WIDTH => self.rotate_columns::<S, LINES, WIDTH>(simd),
+                else with_tile!(s, LINES, LINE => rotate_span_columns::<E, LINES, LINE>(self))
+            ),
+        }
+    }
+
     /// Rotates the span, `LINES` rows of the result at a time.
     ///
     /// From the outside in, the loops run over two registers of columns, over groups of `LINES` rows of the result, and over
@@ -195,18 +250,17 @@ impl<E: Real> RotateRows<'_, E> {
     /// a few KiB and stay in a first-level cache, and so does the rotation. Each number of the result is written once. Columns
     /// beyond the last full register are rotated one by one.
     #[inline(always)]
-    fn rotate<S: Simd, const LINES: usize>(mut self, simd: S) {
-        let (columns, lanes) = (self.columns, lanes::<E, S>());
-        let s = self.matrix.len() / columns;
+    fn rotate_rows<S: Simd, const LINES: usize>(mut self, simd: S) {
+        let (s, columns, lanes) = (self.s, self.columns, lanes::<E, S>());
         let [pairs, registers] = [2 * lanes, lanes].map(|width| columns / width * width);
-        for first in (0..s).step_by(LINES) {
-            if registers > pairs {
-                self.tile(Tile::<E, S, LINES, 1>::zero(simd), first, pairs);
-            }
-        }
         for start in (0..pairs).step_by(2 * lanes) {
             for first in (0..s).step_by(LINES) {
-                self.tile(Tile::<E, S, LINES, 2>::zero(simd), first, start);
+                self.tile_of_rows(Tile::<E, S, LINES, 2>::zero(simd), first, start);
+            }
+        }
+        for start in (pairs..registers).step_by(lanes) {
+            for first in (0..s).step_by(LINES) {
+                self.tile_of_rows(Tile::<E, S, LINES, 1>::zero(simd), first, start);
             }
         }
         for column in registers..columns {
@@ -226,13 +280,13 @@ impl<E: Real> RotateRows<'_, E> {
 
     /// `LINES` rows of the result from `first` on, in the columns from `start` on.
     #[inline(always)]
-    fn tile<S: Simd, const LINES: usize, const WIDTH: usize>(
+    fn tile_of_rows<S: Simd, const LINES: usize, const WIDTH: usize>(
         &mut self,
         mut tile: Tile<E, S, LINES, WIDTH>,
         first: usize,
         start: usize,
     ) {
-        let s = self.matrix.len() / self.columns;
+        let s = self.s;
         let mut factors = [self.rotation; LINES];
         for (index, factors) in factors.iter_mut().enumerate() {
             *factors = &self.rotation[(first + index) * s..][..s];
@@ -249,96 +303,7 @@ impl<E: Real> RotateRows<'_, E> {
             tile.store(line, &mut self.output[place..]);
         }
     }
-}
 
-/// `t·op(R)` for a `[rows, d]` matrix, with a scale per row.
-///
-/// For activations, and for weights that have their outputs in rows. A span's numbers are a short piece of each row,
-/// so tasks take whole rows: [`PASSING_ROWS`] at a time, and [`ROWS`] for a thread.
-///
-/// # Shapes
-///
-/// - matrix: `[rows, d]`, contiguous; so is the result
-/// - rotation: `[d/s, s, s]`
-/// - scale: `[rows]`
-///
-/// # Numerics
-///
-/// Sums of `s` fused multiply-adds in `E`, then one multiplication by the scale. Rows that do not fill a tile are
-/// summed in the same order, so a row's result does not depend on how many others there are.
-pub(super) fn rotate_columns<E: Real>(
-    matrix: &[E],
-    rotation: &[E],
-    sizes: Sizes,
-    [rows, columns]: [usize; 2],
-    scale: Option<&[E]>,
-) -> Vec<E> {
-    by_passing_rows(matrix, [rows, columns], |output, matrix, first| {
-        let kernel = RotateColumns {
-            output,
-            matrix,
-            rotation,
-            s: sizes.span,
-            columns,
-            scale: scale.map(|scale| &scale[first..]),
-        };
-        dispatch::<E, _>(sizes.span, kernel);
-    })
-}
-
-/// Rotates [`PASSING_ROWS`] rows at a time with `rotate`, which gets the place of their result, the rows and the index of the
-/// first, and writes the whole place.
-pub(super) fn by_passing_rows<T: Send + Sync>(
-    matrix: &[T],
-    [rows, columns]: [usize; 2],
-    rotate: impl Fn(&mut [MaybeUninit<T>], &[T], usize) + Sync,
-) -> Vec<T> {
-    let rotate = |(task, (output, matrix)): (usize, (&mut [MaybeUninit<T>], &[T]))| {
-        rotate(output, matrix, task * PASSING_ROWS);
-    };
-    written(rows * columns, |output| {
-        // Rows for a single thread do not wait for another one to wake up.
-        if rows <= ROWS {
-            let outputs = output.chunks_mut(PASSING_ROWS * columns);
-            let tasks = outputs.zip(matrix.chunks(PASSING_ROWS * columns));
-            return tasks.enumerate().for_each(rotate);
-        }
-        output
-            .par_chunks_mut(PASSING_ROWS * columns)
-            .zip(matrix.par_chunks(PASSING_ROWS * columns))
-            .enumerate()
-            .with_min_len(ROWS / PASSING_ROWS)
-            .for_each(rotate);
-    })
-}
-
-/// Up to [`PASSING_ROWS`] rows of [`rotate_columns`], with the scales from the first of them on.
-pub(super) struct RotateColumns<'a, E> {
-    pub(super) output: &'a mut [MaybeUninit<E>],
-    pub(super) matrix: &'a [E],
-    pub(super) rotation: &'a [E],
-    pub(super) s: usize,
-    pub(super) columns: usize,
-    pub(super) scale: Option<&'a [E]>,
-}
-
-impl<E: Real> WithSimd for RotateColumns<'_, E> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let s = self.s;
-        if s == 4 && self.columns.is_multiple_of(8) {
-            return self.rotate_fours();
-        }
-        with_registers!(
-            s, lanes::<E, S>(), LINES, WIDTH => self.rotate::<S, LINES, WIDTH>(simd),
-            else with_tile!(s, LINES, LINE => rotate_span_columns::<E, LINES, LINE>(self))
-        );
-    }
-}
-
-impl<E: Real> RotateColumns<'_, E> {
     /// Rotates every span of the rows, `LINES` rows by `WIDTH` registers of the result at a time.
     ///
     /// From the outside in, the loops run over spans, over registers of columns within the span, over groups of `LINES` rows,
@@ -346,16 +311,16 @@ impl<E: Real> RotateColumns<'_, E> {
     /// pass by. The innermost step multiplies one number of each row by a piece of one row of the rotation, so that vectors
     /// run along the rotation's rows and the operand needs no transposing.
     #[inline(always)]
-    fn rotate<S: Simd, const LINES: usize, const WIDTH: usize>(mut self, simd: S) {
+    fn rotate_columns<S: Simd, const LINES: usize, const WIDTH: usize>(mut self, simd: S) {
         let rows = self.matrix.len() / self.columns;
         let (spans, tiled) = (self.columns / self.s, rows / LINES * LINES);
         for span in 0..spans {
             for start in (0..self.s).step_by(WIDTH * lanes::<E, S>()) {
                 for row in (0..tiled).step_by(LINES) {
-                    self.tile(Tile::<E, S, LINES, WIDTH>::zero(simd), span, start, row);
+                    self.tile_of_columns(Tile::<E, S, LINES, WIDTH>::zero(simd), span, start, row);
                 }
                 for row in tiled..rows {
-                    self.tile(Tile::<E, S, 1, WIDTH>::zero(simd), span, start, row);
+                    self.tile_of_columns(Tile::<E, S, 1, WIDTH>::zero(simd), span, start, row);
                 }
             }
         }
@@ -391,7 +356,7 @@ impl<E: Real> RotateColumns<'_, E> {
 
     /// `LINES` rows of the result from `row` on, in the columns of the span from `start` on.
     #[inline(always)]
-    fn tile<S: Simd, const LINES: usize, const WIDTH: usize>(
+    fn tile_of_columns<S: Simd, const LINES: usize, const WIDTH: usize>(
         &mut self,
         mut tile: Tile<E, S, LINES, WIDTH>,
         span: usize,
@@ -422,17 +387,18 @@ impl<E: Real> RotateColumns<'_, E> {
     }
 }
 
-/// [`RotateColumns::rotate`] for spans that are not whole registers, `LINES` rows by `LINE` columns of the result at a time.
+/// [`Task::rotate_columns`] for spans that are not whole registers, `LINES` rows by `LINE` columns of the result at a time.
 #[inline(always)]
 fn rotate_span_columns<E: Real, const LINES: usize, const LINE: usize>(
-    RotateColumns {
+    Task {
         output,
         matrix,
         rotation,
         s,
         columns,
         scale,
-    }: RotateColumns<'_, E>,
+        ..
+    }: Task<'_, E>,
 ) {
     for (span, rotation) in rotation.chunks_exact(s * s).enumerate() {
         for start in (0..s).step_by(LINE) {

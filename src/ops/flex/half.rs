@@ -7,18 +7,17 @@ use std::mem::MaybeUninit;
 
 use burn::tensor::{bf16, f16};
 use half::slice::HalfFloatSliceExt;
-use pulp::{Simd, WithSimd};
+use pulp::Simd;
 
-use super::butterfly::{RotateColumns, RotateRows, by_passing_rows, by_spans};
-use super::span::Sizes;
-use super::tile::dispatch;
+use super::butterfly::{Stored, Task};
+use crate::ops::butterfly::Side;
 
 /// How many columns a piece has, or a few less, where spans would be parted. With 16 rows a piece and its rotation have 32 KiB
 /// each.
 const PIECE: usize = 512;
 
 /// A precision that matrices are stored in and not computed with.
-pub(super) trait Half: Copy + Send + Sync {
+trait Half: Stored<Real = f32> {
     /// Widens numbers to f32, which holds all of them exactly.
     fn widen(numbers: &[Self], wide: &mut [f32]);
 
@@ -57,117 +56,52 @@ impl Half for f16 {
     }
 }
 
-/// [`rotate_rows`](super::butterfly::rotate_rows) of a matrix in half precision.
-pub(super) fn rotate_rows<H: Half>(
-    matrix: &[H],
-    rotation: &[f32],
-    sizes: Sizes,
-    [rows, columns]: [usize; 2],
-    scale: Option<&[f32]>,
-) -> Vec<H> {
-    let operands = (matrix, rotation);
-    by_spans(
-        operands,
-        sizes,
-        [rows, columns],
-        |output, matrix, rotation| {
-            let kernel = Rows {
-                output,
-                matrix,
-                rotation,
-                columns,
-                scale,
-            };
-            dispatch::<f32, _>(columns, kernel);
-        },
-    )
-}
-
-/// [`rotate_columns`](super::butterfly::rotate_columns) of a matrix in half precision.
-pub(super) fn rotate_columns<H: Half>(
-    matrix: &[H],
-    rotation: &[f32],
-    sizes: Sizes,
-    [rows, columns]: [usize; 2],
-    scale: Option<&[f32]>,
-) -> Vec<H> {
-    by_passing_rows(matrix, [rows, columns], |output, matrix, first| {
-        let kernel = Columns {
-            output,
-            matrix,
-            rotation,
-            s: sizes.span,
-            columns,
-            scale: scale.map(|scale| &scale[first..]),
-        };
-        dispatch::<f32, _>(sizes.span, kernel);
-    })
-}
-
-/// One span of [`rotate_rows`].
-struct Rows<'a, H> {
-    output: &'a mut [MaybeUninit<H>],
-    matrix: &'a [H],
-    rotation: &'a [f32],
-    columns: usize,
-    scale: Option<&'a [f32]>,
-}
-
-impl<H: Half> WithSimd for Rows<'_, H> {
-    type Output = ();
+impl Stored for bf16 {
+    type Real = f32;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let mut piece = Piece::default();
-        for start in (0..self.columns).step_by(PIECE) {
-            let columns = PIECE.min(self.columns - start);
-            let (matrix, output) = piece.widen(self.matrix, self.columns, start, columns);
-            RotateRows {
-                output,
-                matrix,
-                rotation: self.rotation,
-                columns,
-                scale: self.scale.map(|scale| &scale[start..]),
-            }
-            .with_simd(simd);
-            // SAFETY: the kernel has written every number of the piece.
-            unsafe { piece.round(self.output, self.columns, start, columns) };
-        }
+    fn run<S: Simd>(simd: S, task: Task<'_, Self>) {
+        in_pieces(simd, task);
     }
 }
 
-/// Up to 16 rows of [`rotate_columns`], with the scales from the first of them on.
-struct Columns<'a, H> {
-    output: &'a mut [MaybeUninit<H>],
-    matrix: &'a [H],
-    rotation: &'a [f32],
-    s: usize,
-    columns: usize,
-    scale: Option<&'a [f32]>,
-}
-
-impl<H: Half> WithSimd for Columns<'_, H> {
-    type Output = ();
+impl Stored for f16 {
+    type Real = f32;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let mut piece = Piece::default();
-        let step = PIECE / self.s * self.s;
-        for start in (0..self.columns).step_by(step) {
-            let columns = step.min(self.columns - start);
-            let (matrix, output) = piece.widen(self.matrix, self.columns, start, columns);
-            RotateColumns {
-                output,
-                matrix,
-                rotation: &self.rotation[start * self.s..][..columns * self.s],
-                s: self.s,
-                columns,
-                scale: self.scale,
-            }
-            .with_simd(simd);
-            // SAFETY: the kernel has written every number of the piece.
-            unsafe { piece.round(self.output, self.columns, start, columns) };
+    fn run<S: Simd>(simd: S, task: Task<'_, Self>) {
+        in_pieces(simd, task);
+    }
+}
+
+/// Rotates some columns after the other.
+#[inline(always)]
+fn in_pieces<H: Half, S: Simd>(simd: S, task: Task<'_, H>) {
+    let Task { s, side, .. } = task;
+    let step = match side {
+        Side::Left => PIECE,
+        Side::Right => PIECE / s * s,
+    };
+    let mut piece = Piece::default();
+    for start in (0..task.columns).step_by(step) {
+        let columns = step.min(task.columns - start);
+        let (rotation, scale) = match side {
+            Side::Left => (task.rotation, task.scale.map(|scale| &scale[start..])),
+            Side::Right => (&task.rotation[start * s..][..columns * s], task.scale),
+        };
+        let (matrix, output) = piece.widen(task.matrix, task.columns, start, columns);
+        Task {
+            output,
+            matrix,
+            rotation,
+            s,
+            columns,
+            scale,
+            side,
         }
+        .run(simd);
+        // SAFETY: every number of the piece has been written.
+        unsafe { piece.round(task.output, task.columns, start, columns) };
     }
 }
 

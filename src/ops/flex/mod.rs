@@ -45,7 +45,8 @@ use burn::tensor::{Bytes, DType, Element, Shape, bf16, f16};
 use bytemuck::Pod;
 use pulp::Arch;
 
-use real::{Real, in_precision};
+use butterfly::Stored;
+use real::in_precision;
 use span::Sizes;
 
 use super::backend::{BoftBackend, OptionalTensor, Tensors};
@@ -347,17 +348,11 @@ fn rotate(
         direction,
     };
     match (rotation.blocks.0.dtype(), matrix.dtype()) {
-        (DType::F32, DType::BF16) => {
-            rotation.apply(matrix, half::rotate_rows::<bf16>, half::rotate_columns)
-        }
-        (DType::F32, DType::F16) => {
-            rotation.apply(matrix, half::rotate_rows::<f16>, half::rotate_columns)
-        }
+        (DType::F32, DType::BF16) => rotation.apply::<bf16>(matrix),
+        (DType::F32, DType::F16) => rotation.apply::<f16>(matrix),
         (precision, stored) => {
             let matrix = cast::<Flex>(matrix, precision);
-            let rotated = in_precision!(precision, E => {
-                rotation.apply(matrix, butterfly::rotate_rows::<E>, butterfly::rotate_columns)
-            });
+            let rotated = in_precision!(precision, E => rotation.apply::<E>(matrix));
             cast::<Flex>(rotated, stored)
         }
     }
@@ -372,29 +367,15 @@ struct Rotation {
     direction: Direction,
 }
 
-/// Multiplies a matrix of `T` by rotations of spans in `E`, and then by the scale.
-type Kernel<T, E> = fn(&[T], &[E], Sizes, [usize; 2], Option<&[E]>) -> Vec<T>;
-
 impl Rotation {
-    /// Runs the kernel for its side of the matrix.
-    fn apply<T: Element + Pod, E: Real>(
-        &self,
-        matrix: FlexTensor,
-        left: Kernel<T, E>,
-        right: Kernel<T, E>,
-    ) -> FlexTensor {
-        let kernel = match self.side {
-            Side::Left => left,
-            Side::Right => right,
-        };
+    fn apply<T: Stored>(&self, matrix: FlexTensor) -> FlexTensor {
         let shape = matrix.shape().dims::<2>();
         let matrix = Contiguous::new(matrix);
-        let spans = butterfly::compose::<E>(self.blocks.values(), self.sizes, self.direction);
+        let spans = butterfly::compose(self.blocks.values(), self.sizes, self.direction);
         let scale = self.scale.as_ref().map(Contiguous::values);
-        tensor(
-            kernel(matrix.values(), &spans, self.sizes, shape, scale),
-            shape,
-        )
+        let matrix = matrix.values::<T>();
+        let rotated = butterfly::rotate(matrix, &spans, self.sizes, shape, scale, self.side);
+        tensor(rotated, shape)
     }
 }
 

@@ -7,6 +7,7 @@ use std::mem::MaybeUninit;
 use std::ops::{Add, AddAssign, Mul};
 
 use burn::tensor::Element;
+use bytemuck::Pod;
 use pulp::Simd;
 
 /// A precision that the kernels compute in.
@@ -15,7 +16,7 @@ use pulp::Simd;
 /// needs.
 pub(super) trait Real:
     Element
-    + bytemuck::Pod
+    + Pod
     + Default
     + Send
     + Sync

@@ -7,9 +7,10 @@ use std::mem::MaybeUninit;
 
 use rayon::prelude::*;
 
-use super::butterfly::{RotateColumns, written};
+use super::butterfly::{Task, written};
 use super::real::Real;
 use super::tile::{PASSING_ROWS, dispatch};
+use crate::ops::butterfly::Side;
 
 /// Multiplications that are not worth another thread.
 const SINGLE_WORK: usize = 1 << 18;
@@ -24,7 +25,7 @@ const SINGLE_WORK: usize = 1 << 18;
 ///
 /// # Numerics
 ///
-/// A row gets the same bits as from [`rotate_columns`](super::butterfly::rotate_columns) with the rotation of its request.
+/// A row gets the same bits as from [`rotate`](super::butterfly::rotate) with the rotation of its request.
 pub(super) fn rotate<E: Real>(
     input: &[E],
     rotations: &[&[E]],
@@ -37,15 +38,16 @@ pub(super) fn rotate<E: Real>(
             output.write_copy_of_slice(matrix);
             return;
         };
-        let kernel = RotateColumns {
+        let task = Task {
             output,
             matrix,
             rotation: rotations[choice],
             s,
             columns,
             scale: None,
+            side: Side::Right,
         };
-        dispatch::<E, _>(s, kernel);
+        dispatch::<E, _>(s, task);
     };
     let each = rows / choices.len();
     let (request, passing) = (each * columns, PASSING_ROWS * columns);

@@ -1,6 +1,6 @@
 //! Rotating a weight with an adapter, and undoing that.
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
@@ -18,8 +18,9 @@ use crate::pieces::Turn;
 /// A block counts as singular where its largest entry times the largest of its inverse reaches this. Such an inverse is
 /// mostly rounding errors.
 const SINGULAR: f64 = 1e6;
-/// A row that was scaled by less than this is lost: merging moves such a scale away from zero.
-const LOST: f64 = 1e-30;
+/// The scales that can be divided by. Multiplying by a smaller number, or by the reciprocal of a larger one, moves that number away
+/// from zero.
+const SCALES: RangeInclusive<f64> = 1e-30..=1e30;
 
 /// `W' = diag(s)·W·Rᵀ` in PyTorch's orientation, row by row, or `diag(s)·R·W` where the outputs are rotated; of several
 /// rotations one after the other, without rounding to the precision of the weight in between.
@@ -257,11 +258,14 @@ impl Turn for Backward {
     fn prepare(&self, steps: &[Step], d_input: usize) -> Result<Undo, String> {
         let (mut rotations, mut inverses) = (Vec::new(), Vec::new());
         for step in steps {
-            if let Some(scale) = step.layer.scale()
-                && let Some(row) = scale.iter::<f64>().position(|scale| scale.abs() < LOST)
-            {
+            let scales = step.layer.scale().map(values).unwrap_or_default();
+            let lost = scales
+                .iter()
+                .position(|scale| !SCALES.contains(&scale.abs()));
+            if let Some(row) = lost {
                 return Err(format!(
-                    "was scaled by zero in row {row}: nothing of that row is left to restore"
+                    "was scaled by {:.1e} in row {row}: nothing of that row is left to restore",
+                    scales[row]
                 ));
             }
             let rotation = Rotation::new(step, d_input, &self.device)?;

@@ -246,18 +246,23 @@ fn what_cannot_be_undone_is_refused() {
     );
 
     let prefix = "base_model.model.fc1";
-    let mut scale = Tensor::random(&[20, 1], 3);
-    scale.numbers[7] = 0.0;
-    let tensors = [
-        (format!("{prefix}.boft_R"), Tensor::random(&[1, 6, 4, 4], 4)),
-        (format!("{prefix}.boft_s"), scale),
-    ];
     let config = json!({"peft_type": "BOFT", "target_modules": ["fc1"]});
-    write_adapter(&folder.path().join("zero"), &config, &tensors.into());
-    assert_eq!(
-        unmerge("zero"),
-        "base.safetensors: `fc1.weight` was scaled by zero in row 7: nothing of that row is left to restore"
-    );
+    for lost in [0.0, -9e-31, 2e30] {
+        let mut scale = Tensor::random(&[20, 1], 3);
+        scale.numbers[7] = lost;
+        let tensors = [
+            (format!("{prefix}.boft_R"), Tensor::random(&[1, 6, 4, 4], 4)),
+            (format!("{prefix}.boft_s"), scale),
+        ];
+        let adapter = format!("scaled-by-{lost:e}");
+        write_adapter(&folder.path().join(&adapter), &config, &tensors.into());
+        assert_eq!(
+            unmerge(&adapter),
+            format!(
+                "base.safetensors: `fc1.weight` was scaled by {lost:.1e} in row 7: nothing of that row is left to restore"
+            )
+        );
+    }
 
     // At ‖Q‖ = 1 the polynomial of five terms, (1 + Q²)² + 2Q(1 + Q²), is zero.
     let one = Tensor::new(&[12, 1], vec![1.0; 12]);
@@ -270,5 +275,12 @@ fn what_cannot_be_undone_is_refused() {
         unmerge("flat"),
         "base.safetensors: `fc1.weight` cannot be restored: block 0 of the Neumann polynomial has no inverse"
     );
-    assert_eq!(names(folder.path()), ["base.safetensors", "flat", "zero"]);
+    let kept = [
+        "base.safetensors",
+        "flat",
+        "scaled-by--9e-31",
+        "scaled-by-0e0",
+        "scaled-by-2e30",
+    ];
+    assert_eq!(names(folder.path()), kept);
 }

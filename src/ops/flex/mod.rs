@@ -97,8 +97,8 @@ impl Contiguous {
 
 /// Whether the kernels serve this precision on this processor.
 ///
-/// On a processor without a fused multiply-add each [`Real::mul_add`] would be a call of a library function, and the
-/// portable versions are faster.
+/// On a processor without a fused multiply-add each [`Real::mul_add`](real::Real::mul_add) would be a call of a library
+/// function, and the portable versions are faster.
 fn has_kernel(tensor: &FlexTensor) -> bool {
     matches!(tensor.dtype(), DType::F32 | DType::F64) && !matches!(Arch::new(), Arch::Scalar)
 }

@@ -4,13 +4,14 @@ use std::ops::{AddAssign, Mul, Range, Sub};
 
 use burn::tensor::{DType, Element, TensorData, bf16, f16};
 use burn_boft::tensors::{decode, file_name, from_file, is_float, values};
+use multiversion::multiversion;
 
 use crate::base::Base;
 use crate::error::Error;
 use crate::pieces::COMPUTED;
 
 /// How many numbers are compared at a time.
-const CHUNK: usize = 4096;
+const CHUNK: usize = 2048;
 /// How many sums are kept side by side.
 const LANES: usize = 16;
 
@@ -78,31 +79,19 @@ impl Difference {
         &mut self,
         found: &TensorData,
         expected: &TensorData,
-        widened: impl Fn(T) -> A,
+        widened: impl Fn(T) -> A + Copy,
     ) {
         const KEPT: Range<f64> = 1e-30..1e30;
         let (Ok(found), Ok(expected)) = (found.as_slice::<T>(), expected.as_slice::<T>()) else {
             return;
         };
-        let (mut ours, mut theirs) = ([A::default(); CHUNK], [A::default(); CHUNK]);
         for (found, expected) in found.chunks(CHUNK).zip(expected.chunks(CHUNK)) {
-            let (ours, theirs) = (&mut ours[..found.len()], &mut theirs[..expected.len()]);
-            for (wide, numbers) in [(&mut *ours, found), (&mut *theirs, expected)] {
-                for (wide, &number) in wide.iter_mut().zip(numbers) {
-                    *wide = widened(number);
-                }
-            }
-            let sums = Sums::of(ours, theirs);
+            let sums = sums_of_chunk(found, expected, widened);
             let is_kept = KEPT.contains(&sums.squares[1]) && sums.squares[0].is_finite();
-            match is_kept {
-                true => self.add(sums),
-                false => {
-                    let wide = |numbers: &[A]| -> Vec<f64> {
-                        numbers.iter().map(|&number| number.into()).collect()
-                    };
-                    self.add(Sums::of(&wide(ours), &wide(theirs)));
-                }
-            }
+            self.add(match is_kept {
+                true => sums,
+                false => sums_of_chunk(found, expected, |number| -> f64 { widened(number).into() }),
+            });
         }
     }
 
@@ -147,6 +136,7 @@ impl Sum for f64 {
 
 impl Sums {
     /// Compares numbers, a few of them at a time.
+    #[inline(always)]
     fn of<A: Sum>(found: &[A], expected: &[A]) -> Self {
         // Sums that do not wait for each other.
         let zero = A::default();
@@ -170,6 +160,22 @@ impl Sums {
             squares: squares.map(|lanes| lanes.into_iter().map(Into::into).sum()),
         }
     }
+}
+
+/// Compares as many numbers as a chunk has at most, with the instructions that this processor has.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+fn sums_of_chunk<T: Element, A: Sum>(
+    found: &[T],
+    expected: &[T],
+    widened: impl Fn(T) -> A,
+) -> Sums {
+    let mut wide = [[A::default(); CHUNK]; 2];
+    for (wide, numbers) in wide.iter_mut().zip([found, expected]) {
+        for (wide, &number) in wide.iter_mut().zip(numbers) {
+            *wide = widened(number);
+        }
+    }
+    Sums::of(&wide[0][..found.len()], &wide[1][..expected.len()])
 }
 
 /// The larger of two numbers, and NaN where one is, which `f64::max` would ignore.

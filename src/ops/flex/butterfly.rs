@@ -17,7 +17,7 @@ use rayon::prelude::*;
 use super::real::{Real, lanes};
 use super::span::{Scratch, Sizes, first_stage, multiply_by_stage, transpose};
 use super::tile::{
-    PASSING_ROWS, ROWS, Tile, add_scaled, dispatch, line, with_registers, with_tile,
+    PASSING_ROWS, ROWS, Tile, add_scaled, dispatch, line, registers, with_registers, with_tile,
 };
 use crate::ops::butterfly::{Direction, Side};
 
@@ -235,11 +235,7 @@ impl<E: Real> Task<'_, E> {
             Side::Left if s.is_multiple_of(4) => self.rotate_rows::<S, 4>(simd),
             Side::Left if s.is_multiple_of(2) => self.rotate_rows::<S, 2>(simd),
             Side::Left => self.rotate_rows::<S, 1>(simd),
-            Side::Right if s == 4 && self.columns.is_multiple_of(8) => self.rotate_fours(),
-            Side::Right => with_registers!(
-                s, lanes::<E, S>(), LINES, WIDTH => self.rotate_columns::<S, LINES, WIDTH>(simd),
-                else with_tile!(s, LINES, LINE => rotate_span_columns::<E, LINES, LINE>(self))
-            ),
+            Side::Right => simd.vectorize(Columns(self)),
         }
     }
 
@@ -292,7 +288,7 @@ impl<E: Real> Task<'_, E> {
             *factors = &self.rotation[(first + index) * s..][..s];
         }
         for inner in 0..s {
-            let numbers = &self.matrix[inner * self.columns + start..];
+            let numbers = registers::<E, S, _>(&self.matrix[inner * self.columns + start..]);
             tile.add(factors.map(|factors| factors[inner]), numbers);
         }
         if let Some(scale) = self.scale {
@@ -304,23 +300,40 @@ impl<E: Real> Task<'_, E> {
         }
     }
 
+    /// Rotates spans of `s` numbers, which kernels of whole registers take `PART` at a time.
+    #[inline(always)]
+    fn rotate_spans<S: Simd, const PART: usize>(self, simd: S, s: usize) {
+        with_registers!(
+            s, lanes::<E, S>(), LINES, WIDTH => self.rotate_columns::<S, LINES, WIDTH, PART>(simd, s),
+            else with_tile!(s, LINES, LINE => rotate_span_columns::<E, LINES, LINE>(self))
+        )
+    }
+
     /// Rotates every span of the rows, `LINES` rows by `WIDTH` registers of the result at a time.
     ///
     /// From the outside in, the loops run over spans, over registers of columns within the span, over groups of `LINES` rows,
-    /// and over the `s` numbers of the span. The rotation's matrix stays in a first-level cache while all rows of the task
-    /// pass by. The innermost step multiplies one number of each row by a piece of one row of the rotation, so that vectors
-    /// run along the rotation's rows and the operand needs no transposing.
+    /// and over the `s` numbers of the span, in parts of a constant length, which spare checks of bounds. The rotation's matrix
+    /// stays in a first-level cache while all rows of the task pass by. The innermost step multiplies one number of each row by
+    /// a piece of one row of the rotation, so that vectors run along the rotation's rows and the operand needs no transposing.
     #[inline(always)]
-    fn rotate_columns<S: Simd, const LINES: usize, const WIDTH: usize>(mut self, simd: S) {
+    fn rotate_columns<S: Simd, const LINES: usize, const WIDTH: usize, const PART: usize>(
+        mut self,
+        simd: S,
+        s: usize,
+    ) {
         let rows = self.matrix.len() / self.columns;
-        let (spans, tiled) = (self.columns / self.s, rows / LINES * LINES);
-        for span in 0..spans {
-            for start in (0..self.s).step_by(WIDTH * lanes::<E, S>()) {
+        let tiled = rows / LINES * LINES;
+        for (span, rotation) in self.rotation.chunks_exact(s * s).enumerate() {
+            for start in (0..s).step_by(WIDTH * lanes::<E, S>()) {
                 for row in (0..tiled).step_by(LINES) {
-                    self.tile_of_columns(Tile::<E, S, LINES, WIDTH>::zero(simd), span, start, row);
+                    let tile = Tile::<E, S, LINES, WIDTH>::zero(simd);
+                    let place = [row, span, start];
+                    self.tile_of_columns::<S, LINES, WIDTH, PART>(tile, rotation, s, place);
                 }
                 for row in tiled..rows {
-                    self.tile_of_columns(Tile::<E, S, 1, WIDTH>::zero(simd), span, start, row);
+                    let tile = Tile::<E, S, 1, WIDTH>::zero(simd);
+                    let place = [row, span, start];
+                    self.tile_of_columns::<S, 1, WIDTH, PART>(tile, rotation, s, place);
                 }
             }
         }
@@ -356,25 +369,24 @@ impl<E: Real> Task<'_, E> {
 
     /// `LINES` rows of the result from `row` on, in the columns of the span from `start` on.
     #[inline(always)]
-    fn tile_of_columns<S: Simd, const LINES: usize, const WIDTH: usize>(
+    fn tile_of_columns<S: Simd, const LINES: usize, const WIDTH: usize, const PART: usize>(
         &mut self,
         mut tile: Tile<E, S, LINES, WIDTH>,
-        span: usize,
-        start: usize,
-        row: usize,
+        rotation: &[E],
+        s: usize,
+        [row, span, start]: [usize; 3],
     ) {
-        let (s, columns) = (self.s, self.columns);
-        let rotation = &self.rotation[span * s * s..][..s * s];
-        // As many numbers of each row are taken together, which spares checks of bounds.
-        for inner in (0..s).step_by(LINES) {
-            let place = row * columns + span * s + inner;
-            let mut factors = [line::<E, LINES>(self.matrix, place); LINES];
+        let (columns, lanes) = (self.columns, lanes::<E, S>());
+        let rotation = E::registers::<S>(rotation);
+        for part in (0..s).step_by(PART) {
+            let place = row * columns + span * s + part;
+            let mut factors = [line::<E, PART>(self.matrix, place); LINES];
             for (index, factors) in factors.iter_mut().enumerate() {
                 *factors = line(self.matrix, place + index * columns);
             }
-            for step in 0..LINES {
-                let numbers = &rotation[(inner + step) * s + start..];
-                tile.add(factors.map(|factors| factors[step]), numbers);
+            for inner in 0..PART {
+                let numbers = line(rotation, ((part + inner) * s + start) / lanes);
+                tile.add(factors.map(|factors| factors[inner]), numbers);
             }
         }
         for line in 0..LINES {
@@ -383,6 +395,28 @@ impl<E: Real> Task<'_, E> {
             }
             let place = (row + line) * columns + span * s + start;
             tile.store(line, &mut self.output[place..]);
+        }
+    }
+}
+
+/// The rotation of rows, which the compiler translates by itself: in one function with that of columns of spans, the latter would
+/// have fewer registers.
+struct Columns<'a, E: Real>(Task<'a, E>);
+
+impl<E: Real> WithSimd for Columns<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self(task) = self;
+        // The usual spans as constants, for which the innermost loop is unrolled.
+        match task.s {
+            4 if task.columns.is_multiple_of(8) => task.rotate_fours(),
+            8 => task.rotate_spans::<S, 8>(simd, 8),
+            16 => task.rotate_spans::<S, 16>(simd, 16),
+            32 => task.rotate_spans::<S, 32>(simd, 32),
+            64 => task.rotate_spans::<S, 32>(simd, 64),
+            s => task.rotate_spans::<S, 8>(simd, s),
         }
     }
 }

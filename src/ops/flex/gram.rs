@@ -11,8 +11,8 @@ use super::real::{Real, lanes};
 use super::span::{Scratch, Sizes, multiply_by_stage, transpose};
 use super::sums::{across, dot, total};
 use super::tile::{
-    LANES, PASSING_ROWS, ROWS, Tile, add_scaled, dispatch, line, multiply, places, with_registers,
-    with_tile,
+    LANES, PASSING_ROWS, ROWS, Tile, add_scaled, dispatch, line, multiply, places, registers,
+    with_registers, with_tile,
 };
 use crate::ops::butterfly::{Direction, Side};
 
@@ -198,7 +198,7 @@ impl<E: Real> GramOfColumns<'_, E> {
                     }
                     for (lhs, rhs) in lhs.chunks_exact(columns).zip(rhs.chunks_exact(columns)) {
                         let factors = *line::<E, LINES>(lhs, span * s + row);
-                        tile.add(factors, &rhs[span * s + column..]);
+                        tile.add(factors, registers::<E, S, _>(&rhs[span * s + column..]));
                     }
                     for index in 0..LINES {
                         tile.write(index, &mut gram[(row + index) * s + column..]);

@@ -9,12 +9,16 @@ use burn::tensor::{bf16, f16};
 use half::slice::HalfFloatSliceExt;
 use pulp::Simd;
 
+use super::LARGEST_SPAN;
 use super::butterfly::{Stored, Task};
 use crate::ops::butterfly::Side;
 
-/// How many columns a piece has, or a few less, where spans would be parted. With 16 rows a piece and its rotation have 32 KiB
-/// each.
-const PIECE: usize = 512;
+/// How many columns a piece has, or a few less, where spans would be parted. With 16 rows a piece and what it becomes have 8 KiB
+/// each, so that both stay in a first-level cache, together with the rotation.
+const PIECE: usize = 128;
+
+// A piece has one span at least.
+const _: () = assert!(LARGEST_SPAN <= PIECE);
 
 /// A precision that matrices are stored in and not computed with.
 trait Half: Stored<Real = f32> {
@@ -36,7 +40,13 @@ impl Half for bf16 {
     #[inline(always)]
     fn round(wide: &[f32], numbers: &mut [MaybeUninit<Self>]) {
         for (number, &wide) in numbers.iter_mut().zip(wide) {
-            number.write(Self::from_f32(wide));
+            // The bits of `bf16::from_f32`, in fewer instructions.
+            let bits = wide.to_bits();
+            let high = match wide.is_nan() {
+                true => bits >> 16 | 0x40,
+                false => (bits + 0x7fff + (bits >> 16 & 1)) >> 16,
+            };
+            number.write(Self::from_bits(high as u16));
         }
     }
 }

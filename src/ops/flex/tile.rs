@@ -72,10 +72,9 @@ impl<E: Real, S: Simd, const LINES: usize, const WIDTH: usize> Tile<E, S, LINES,
         self.sums[line].copy_from_slice(E::registers::<S>(&sums[..Self::LINE]));
     }
 
-    /// Adds to every line the same numbers times its factor, one fused multiply-add for each.
+    /// Adds to every line the same registers times its factor, one fused multiply-add for each number.
     #[inline(always)]
-    pub(super) fn add(&mut self, factors: [E; LINES], numbers: &[E]) {
-        let numbers = E::registers::<S>(&numbers[..Self::LINE]);
+    pub(super) fn add(&mut self, factors: [E; LINES], numbers: &[E::Register<S>; WIDTH]) {
         for (sums, factor) in self.sums.iter_mut().zip(factors) {
             let factor = E::splat(self.simd, factor);
             for (sum, &numbers) in sums.iter_mut().zip(numbers) {
@@ -117,6 +116,18 @@ impl<E: Real, S: Simd, const LINES: usize, const WIDTH: usize> Tile<E, S, LINES,
     pub(super) fn store(&self, line: usize, place: &mut [MaybeUninit<E>]) {
         E::register_places::<S>(&mut place[..Self::LINE]).write_copy_of_slice(&self.sums[line]);
     }
+}
+
+/// The first numbers of a slice, as the registers of a line.
+///
+/// # Panics
+///
+/// - If there are fewer of them.
+#[inline(always)]
+pub(super) fn registers<E: Real, S: Simd, const WIDTH: usize>(
+    numbers: &[E],
+) -> &[E::Register<S>; WIDTH] {
+    line(E::registers::<S>(&numbers[..WIDTH * lanes::<E, S>()]), 0)
 }
 
 /// Runs a kernel with the sides of a [`Tile`] for spans of this length as constants, `$lines` by `$width`, or another one

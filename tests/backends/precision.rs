@@ -1,6 +1,6 @@
 //! The precisions of a base, and how exactly each has to compute.
 
-use burn::tensor::quantization::QuantValue;
+use burn::tensor::quantization::{QuantScheme, QuantStore, QuantValue};
 use burn::tensor::{DType, Device};
 
 /// How the base of a layer is stored. Activations have the same precision, or f32 where the base is quantized.
@@ -48,13 +48,19 @@ impl Precision {
         }
     }
 
-    /// How the weight is packed, if it is.
-    pub fn packed(self) -> Option<QuantValue> {
-        match self {
-            Self::Q8 => Some(QuantValue::Q8S),
-            Self::Q4 => Some(QuantValue::Q4S),
-            _ => None,
-        }
+    /// How a device packs the weight, if it is packed: GPU backends into words of 32 bits.
+    pub fn packed(self, device: &Device) -> Option<QuantScheme> {
+        let value = match self {
+            Self::Q8 => QuantValue::Q8S,
+            Self::Q4 => QuantValue::Q4S,
+            _ => return None,
+        };
+        let scheme = Device::flex().settings().quantization.scheme;
+        let scheme = scheme.with_value(value);
+        Some(match is_on_gpu(device) {
+            true => scheme.with_store(QuantStore::PackedU32(0)),
+            false => scheme,
+        })
     }
 
     /// Whether a device computes in this precision at all.
@@ -77,6 +83,16 @@ impl Precision {
             merged,
         }
     }
+}
+
+#[cfg(feature = "cubecl")]
+fn is_on_gpu(device: &Device) -> bool {
+    device.identity().is_some()
+}
+
+#[cfg(not(feature = "cubecl"))]
+fn is_on_gpu(_: &Device) -> bool {
+    false
 }
 
 /// How far a layer is from its reference.

@@ -1,10 +1,11 @@
-"""Writes a synthetic Llama of about 2 GiB in shards, and two adapters of it, in the layouts of transformers and PEFT.
+"""Writes a synthetic Llama of about 2 GiB in shards, and three adapters of it, in the layouts of transformers and PEFT.
 
     pip install -r requirements.txt
     python make_model.py <folder>
 
-The folder gets `model/` (bf16, shards of at most 500 MB), `boft/` (block size 4, one factor: PEFT without its CUDA
-extension has no more) and `oft/` (block size 32, PEFT's defaults), both on every projection. The numbers are random;
+The folder gets `model/` (bf16, shards of at most 500 MB), `boft-b4-m1/` (block size 4, one factor: PEFT without its CUDA
+extension merges no more), `boft-b8-m2/` (block size 8, two factors) and `oft/` (block size 32, PEFT's defaults), each on every
+projection. The numbers are random;
 nothing is left at zero or one.
 """
 
@@ -20,10 +21,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def boft(path, layer):
-    blocks = layer.in_features // 4
-    yield f"{path}.boft_R", 0.1 * torch.randn(1, blocks, 4, 4)
-    yield f"{path}.boft_s", 1 + 0.1 * torch.randn(layer.out_features, 1)
+def boft(b, m):
+    def tensors(path, layer):
+        yield f"{path}.boft_R", 0.1 * torch.randn(m, layer.in_features // b, b, b)
+        yield f"{path}.boft_s", 1 + 0.1 * torch.randn(layer.out_features, 1)
+
+    return tensors
 
 
 def oft(path, layer):
@@ -58,7 +61,9 @@ def main(folder):
     model.save_pretrained(folder / "model", max_shard_size="500MB")
     print(f"model: {parameters:,} parameters, {2 * parameters / 2**30:.2f} GiB")
     names = {"base_model_name_or_path": "synthetic", "target_modules": PROJECTIONS}
-    save_adapter(folder / "boft", model, BOFTConfig(boft_block_size=4, **names), boft)
+    for b, m in [(4, 1), (8, 2)]:
+        config = BOFTConfig(boft_block_size=b, boft_n_butterfly_factor=m, **names)
+        save_adapter(folder / f"boft-b{b}-m{m}", model, config, boft(b, m))
     save_adapter(folder / "oft", model, OFTConfig(oft_block_size=32, **names), oft)
 
 

@@ -69,7 +69,7 @@ pub struct Man {
 /// The options of `convert`.
 #[derive(Debug, Args)]
 pub struct Convert {
-    /// The adapter: PEFT's folder, of any version since 0.14, a Burn record (.bpk), or another program's .safetensors file
+    /// The adapter: PEFT's folder (BOFT since 0.11, OFT since 0.14), a Burn record (.bpk), or another program's .safetensors file
     pub input: PathBuf,
 
     /// The form to write
@@ -86,7 +86,7 @@ pub struct Convert {
     )]
     pub to_lora: Option<u32>,
 
-    /// The folder or record to write, which must not exist yet
+    /// The folder or file to write, which must not exist yet
     #[arg(long, value_name = "PATH")]
     pub output: PathBuf,
 

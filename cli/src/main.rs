@@ -88,6 +88,10 @@ fn run(command: Command, json: bool) -> Result<(), Error> {
         Command::Diff(options) => diff::run(&options, json),
         Command::Convert(options) => convert::run(&options, json),
         Command::Formats => formats::run(json),
+        Command::Completions(_) | Command::Man(_) if json => {
+            let why = "completions and pages of the manual are not JSON; leave out --json";
+            Err(Error::Settings(why.into()))
+        }
         Command::Completions(options) => manual::completions(&options),
         Command::Man(options) => manual::page(&options),
     }

@@ -141,6 +141,10 @@ fn turned<'a, T: Turn>(
     (rows, steps): (Range<usize>, &'a [Step<'a>]),
     turn: &'a T,
 ) -> Pieces<'a, T::Rotations> {
+    // Such a weight may be for more channels than memory holds the rotations of.
+    if rows.is_empty() {
+        return Box::new(iter::empty());
+    }
     let d_input = d_input(entry);
     let at_once = at_once(steps, d_input);
     let prepare = move || turn.prepare(steps, d_input);
@@ -262,7 +266,7 @@ pub fn d_input(entry: &Entry) -> usize {
 
 /// How many rows of a weight are computed with at a time.
 pub fn at_once(steps: &[Step], d_input: usize) -> usize {
-    // Kernels take 16 rows together, and fewer of them one by one.
+    // Kernels are at their best with 16 rows, which they take in groups of four or eight.
     const ROWS: usize = 16;
     let (together, rows) = (together(steps), COMPUTED / d_input);
     let whole = least_common_multiple(together, ROWS);

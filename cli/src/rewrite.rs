@@ -1,6 +1,6 @@
 //! A model written anew with some of its tensors changed.
 //!
-//! A file is computed in waves of a few megabytes, so that memory does not grow with the model. While one wave is computed on
+//! A file is computed in waves of 16 MiB, so that memory does not grow with the model. While one wave is computed on
 //! all cores, the one before it is written and the one after it prepared.
 
 use std::panic::resume_unwind;

@@ -46,10 +46,7 @@ impl Rotation {
             .adapter
             .rotation(layer, [d_input, step.rows.len()], device)
             .map_err(|mismatch| mismatch.to_string())?;
-        let direction = match layer.axis() {
-            Axis::Input => Direction::Back,
-            Axis::Output => Direction::Forward,
-        };
+        let direction = direction(layer.axis());
         let blocks = blocks.map(|blocks| blocks.composed().stored_for(direction));
         let scale = layer.scale();
         let scale = scale.map(|scale| Tensor::from_data(scale.clone(), (device, scale.dtype())));
@@ -78,7 +75,8 @@ impl Rotation {
             return Ok(None);
         };
         if !is_orthogonal {
-            return Ok(Some(invert(blocks, device)?));
+            let inverses = invert(blocks, device)?;
+            return Ok(Some(inverses.stored_for(direction(self.axis))));
         }
         let transposed = blocks.values().swap_dims(2, 3);
         let [m, ..] = transposed.dims();
@@ -116,6 +114,14 @@ impl Rotation {
             }
             (None, _) => scaled(self.widened(weight), scale),
         }
+    }
+}
+
+/// The direction of the products with the weight.
+fn direction(axis: Axis) -> Direction {
+    match axis {
+        Axis::Input => Direction::Back,
+        Axis::Output => Direction::Forward,
     }
 }
 
@@ -195,8 +201,8 @@ pub struct Undo {
     weight: usize,
 }
 
-/// What undoes a rotation: the inverses of the blocks of one factor, with the reciprocal scale, or none where the rotation itself
-/// does in the other direction.
+/// What undoes a rotation, apart from its scale: the inverses of the blocks of one factor, or none where the rotation itself does in
+/// the other direction.
 type Inverse = Option<Blocks>;
 
 impl Backward {
@@ -264,8 +270,9 @@ impl Turn for Backward {
                 .position(|scale| !SCALES.contains(&scale.abs()));
             if let Some(row) = lost {
                 return Err(format!(
-                    "was scaled by {:.1e} in row {row}: nothing of that row is left to restore",
-                    scales[row]
+                    "was scaled by {:.1e} in row {}, which cannot be undone",
+                    scales[row],
+                    step.rows.start + row
                 ));
             }
             let rotation = Rotation::new(step, d_input, &self.device)?;
@@ -322,7 +329,7 @@ fn invert(blocks: &Blocks, device: &Device) -> Result<Blocks, String> {
     let inverses = blocks.into_iter().flatten().flatten().collect();
     let data = from_values(inverses, [1, n, b, b], dtype);
     let inverses = Tensor::from_data(data, (device, dtype));
-    Ok(Blocks::from_values(inverses).stored_for(Direction::Back))
+    Ok(Blocks::from_values(inverses))
 }
 
 /// The inverse of a block, row by row. None of a singular one, whose inverse rounding would turn into a huge one.

@@ -194,3 +194,44 @@ fn forty_thousand_layers_with_biases_take_four_times_as_long_as_ten_thousand() {
     };
     assert_linear(convert, 40_000);
 }
+
+/// A rotation of that many channels, written out, would not fit any memory.
+#[test]
+fn a_weight_without_numbers_is_copied_however_wide_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let weight = |channels| {
+        let weight = Tensor::new(&[0, channels], Vec::new());
+        [("fc.weight".to_string(), weight)].into()
+    };
+    let config = json!({
+        "peft_type": "OFT", "oft_block_size": 4, "block_share": true, "use_cayley_neumann": false,
+        "target_modules": ["fc"]
+    });
+    let blocks = Tensor::random(&[1, 6], 1);
+    let key = "base_model.model.fc.oft_R.weight".to_string();
+    write_adapter(
+        &folder.path().join("adapter"),
+        &config,
+        &[(key, blocks)].into(),
+    );
+    for channels in [1 << 40, 1 << 62] {
+        let (base, output) = (format!("{channels}"), format!("{channels}-merged"));
+        let paths = [base, output, format!("{channels}-restored")];
+        let [base, merged, restored] = paths.each_ref().map(|name| format!("{name}.safetensors"));
+        write(&folder.path().join(&base), &weight(channels));
+        succeed(folder.path(), &merge_command(&base, "adapter", &merged));
+        let unmerge = [
+            "unmerge",
+            "--merged",
+            &merged,
+            "--adapter",
+            "adapter",
+            "--output",
+        ];
+        succeed(folder.path(), &[&unmerge[..], &[&restored]].concat());
+        for output in [merged, restored] {
+            let shape = &read(&folder.path().join(output))["fc.weight"].shape;
+            assert_eq!(shape, &[0, channels]);
+        }
+    }
+}

@@ -227,6 +227,15 @@ fn the_command_line_describes_itself_to_shells_and_to_the_manual() {
         page.contains("keep\\-saved") && page.contains("json"),
         "{page}"
     );
+    for arguments in [
+        ["completions", "bash", "--json"],
+        ["man", "merge", "--json"],
+    ] {
+        assert_eq!(
+            refused(folder.path(), &arguments),
+            "completions and pages of the manual are not JSON; leave out --json"
+        );
+    }
     assert_eq!(
         refused(folder.path(), &["man", "fold"]),
         "there is no command `fold`; there are merge, unmerge, inspect, diff, convert, formats, completions, man, help"

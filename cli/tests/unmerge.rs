@@ -259,7 +259,7 @@ fn what_cannot_be_undone_is_refused() {
         assert_eq!(
             unmerge(&adapter),
             format!(
-                "base.safetensors: `fc1.weight` was scaled by {lost:.1e} in row 7: nothing of that row is left to restore"
+                "base.safetensors: `fc1.weight` was scaled by {lost:.1e} in row 7, which cannot be undone"
             )
         );
     }

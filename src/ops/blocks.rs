@@ -199,10 +199,11 @@ impl Blocks {
         }
     }
 
-    /// The same rotation, stored for products in this direction: one factor that [`Direction::Back`] is to be taken of lies
-    /// transposed in memory, where kernels on the CPU would transpose it for every product. More factors stay as they are.
+    /// The same rotation, stored for products in this direction. For [`Direction::Back`], a single factor is stored transposed,
+    /// so that kernels on the CPU need not transpose it for every product. Several factors stay as they are, and so does everything
+    /// for [`Direction::Forward`].
     ///
-    /// The other direction gives the same numbers as before, only later.
+    /// Products in the other direction give the same numbers, and take longer.
     pub fn stored_for(self, direction: Direction) -> Self {
         let shape = self.values.dims();
         let [m, n, b, _] = shape;

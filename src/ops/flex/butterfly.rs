@@ -114,6 +114,10 @@ impl<E: Real> WithSimd for Compose<'_, E> {
 ///
 /// Sums of `s` fused multiply-adds in the precision of the rotation, then one multiplication by the scale. Rows that do not fill
 /// a tile are summed in the same order, so a row's result does not depend on how many others there are.
+///
+/// # Panics
+///
+/// - If the rotation is for another number of channels, or the matrix has another shape.
 pub(super) fn rotate<T: Stored>(
     matrix: &[T],
     rotation: &[T::Real],
@@ -123,6 +127,17 @@ pub(super) fn rotate<T: Stored>(
     side: Side,
 ) -> Vec<T> {
     let s = sizes.span;
+    let channels = match side {
+        Side::Left => rows,
+        Side::Right => columns,
+    };
+    // With these, every number of the result is written below.
+    assert_eq!(
+        rotation.len(),
+        channels * s,
+        "a rotation of {channels} channels"
+    );
+    assert_eq!(matrix.len(), rows * columns, "a [{rows}, {columns}] matrix");
     match side {
         Side::Left => {
             let spans = matrix
@@ -181,7 +196,7 @@ pub(super) fn rotate<T: Stored>(
 pub(super) fn written<T>(len: usize, write: impl FnOnce(&mut [MaybeUninit<T>])) -> Vec<T> {
     let mut values = Vec::with_capacity(len);
     write(&mut values.spare_capacity_mut()[..len]);
-    // SAFETY: every caller writes every number: every span of every row, and in it every tile.
+    // SAFETY: every caller writes every number, after it has checked that its operands have the sizes for that.
     unsafe { values.set_len(len) };
     values
 }
@@ -399,8 +414,7 @@ impl<E: Real> Task<'_, E> {
     }
 }
 
-/// The rotation of rows, which the compiler translates by itself: in one function with that of columns of spans, the latter would
-/// have fewer registers.
+/// The kernel of [`Side::Right`], a function of its own: inlined beside that of [`Side::Left`], both would get fewer registers.
 struct Columns<'a, E: Real>(Task<'a, E>);
 
 impl<E: Real> WithSimd for Columns<'_, E> {
@@ -469,6 +483,36 @@ fn rotate_span_columns<E: Real, const LINES: usize, const LINE: usize>(
                     output[row * columns + place..][..LINE].write_copy_of_slice(sums);
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::catch_unwind;
+
+    use burn::tensor::bf16;
+
+    use super::*;
+
+    #[test]
+    fn a_rotation_for_another_number_of_channels_is_refused() {
+        let sizes = Sizes::new([1, 2, 4, 4]);
+        for (side, shape) in [
+            (Side::Left, [16, 4]),
+            (Side::Right, [1, 16]),
+            (Side::Right, [3, 10]),
+        ] {
+            let count = shape[0] * shape[1];
+            let rotated = catch_unwind(|| {
+                rotate(&vec![0.5_f32; count], &[0.5; 32], sizes, shape, None, side)
+            });
+            assert!(rotated.is_err(), "{side:?} {shape:?}");
+            let rotated = catch_unwind(|| {
+                let matrix = vec![bf16::from_f32(0.5); count];
+                rotate(&matrix, &[0.5; 32], sizes, shape, None, side)
+            });
+            assert!(rotated.is_err(), "{side:?} {shape:?} in half precision");
         }
     }
 }

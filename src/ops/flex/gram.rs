@@ -29,7 +29,7 @@ use crate::ops::butterfly::{Direction, Side};
 ///
 /// # Numerics
 ///
-/// On the left the entries are summed by [`dot`], in lanes of the operands' precision. On the right partial sums of
+/// On the left the entries are summed as [`dot`] sums them, in lanes of the operands' precision. On the right partial sums of
 /// [`ROWS`] rows run in the operands' precision and are added up in f64. Either order depends on the shape alone, not
 /// on the number of threads.
 pub(super) fn gram<E: Real>(

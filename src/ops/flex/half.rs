@@ -13,8 +13,8 @@ use super::LARGEST_SPAN;
 use super::butterfly::{Stored, Task};
 use crate::ops::butterfly::Side;
 
-/// How many columns a piece has, or a few less, where spans would be parted. With 16 rows a piece and what it becomes have 8 KiB
-/// each, so that both stay in a first-level cache, together with the rotation.
+/// How many columns a piece has, or a few less, where spans would be parted. On the right, where it has up to 16 rows, a piece and
+/// what it becomes have 8 KiB each, so that both stay in a first-level cache, together with the rotation.
 const PIECE: usize = 128;
 
 // A piece has one span at least.
@@ -25,7 +25,7 @@ trait Half: Stored<Real = f32> {
     /// Widens numbers to f32, which holds all of them exactly.
     fn widen(numbers: &[Self], wide: &mut [f32]);
 
-    /// Rounds numbers to the nearest, and ties to the even ones.
+    /// Rounds up to [`PIECE`] numbers to the nearest, and ties to the even ones.
     fn round(wide: &[f32], numbers: &mut [MaybeUninit<Self>]);
 }
 
@@ -58,11 +58,9 @@ impl Half for f16 {
 
     fn round(wide: &[f32], numbers: &mut [MaybeUninit<Self>]) {
         let mut rounded = [Self::ZERO; PIECE];
-        for (wide, numbers) in wide.chunks(PIECE).zip(numbers.chunks_mut(PIECE)) {
-            let rounded = &mut rounded[..wide.len()];
-            rounded.convert_from_f32_slice(wide);
-            numbers.write_copy_of_slice(rounded);
-        }
+        let rounded = &mut rounded[..wide.len()];
+        rounded.convert_from_f32_slice(wide);
+        numbers.write_copy_of_slice(rounded);
     }
 }
 
@@ -110,7 +108,7 @@ fn in_pieces<H: Half, S: Simd>(simd: S, task: Task<'_, H>) {
             side,
         }
         .run(simd);
-        // SAFETY: every number of the piece has been written.
+        // SAFETY: every number of the piece has been written, since it has whole spans.
         unsafe { piece.round(task.output, task.columns, start, columns) };
     }
 }

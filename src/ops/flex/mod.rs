@@ -1,4 +1,4 @@
-//! CPU kernels in f32 and f64, for processors with vector instructions and a fused multiply-add.
+//! CPU kernels in f32 and f64, and for rotations of bf16 and f16, for processors with vector instructions and a fused multiply-add.
 //!
 //! | operation | a kernel serves | the portable version takes |
 //! |---|---|---|
@@ -10,16 +10,18 @@
 //! | `boft_product` | any strides, two operands of one precision | operands of two precisions |
 //! | `boft_scale_requests` | every layer | |
 //!
-//! In the second and third row, operands of any precision are cast before a kernel reads them. In the last four,
-//! operands in half precision take the portable version, too.
+//! `boft_butterfly` and `boft_weight` read bf16 and f16 as they are stored, where the blocks are in f32. All other operands of
+//! the second and third row are cast before a kernel reads them. In the last four rows, operands in half precision take the
+//! portable version, too.
 //!
 //! # Vector instructions
 //!
 //! A kernel is a struct that implements [`WithSimd`](pulp::WithSimd), and `Arch::dispatch` picks one of several
-//! compiled copies of it when the program runs. No kernel names an instruction: the loops have lengths that are
-//! constants, and the compiler turns them into vectors. This works only for code that is inlined into `with_simd`, so
-//! everything called from there is `#[inline(always)]`. A function compiled by itself has the vector width of the
-//! oldest processor of its target, and calls a library for every fused multiply-add.
+//! compiled copies of it when the program runs; `tile::dispatch` picks a narrower one where a span does not fill the
+//! registers of AVX-512. Rotations and Gram sums keep their sums in registers (`tile::Tile`). The other loops have lengths
+//! that are constants, and the compiler turns them into vectors. All of this works only for code that is inlined into
+//! `with_simd`, so everything that computes there is `#[inline(always)]`. A function compiled by itself has the vector width of
+//! the oldest processor of its target, and calls a library for every fused multiply-add.
 //!
 //! # Threads
 //!

@@ -26,6 +26,10 @@ const SINGLE_WORK: usize = 1 << 18;
 /// # Numerics
 ///
 /// A row gets the same bits as from [`rotate`](super::butterfly::rotate) with the rotation of its request.
+///
+/// # Panics
+///
+/// - If the rows cannot be divided among the requests, or a rotation is for another number of channels.
 pub(super) fn rotate<E: Real>(
     input: &[E],
     rotations: &[&[E]],
@@ -33,6 +37,17 @@ pub(super) fn rotate<E: Real>(
     s: usize,
     [rows, columns]: [usize; 2],
 ) -> Vec<E> {
+    assert!(
+        rows.is_multiple_of(choices.len()) && input.len() == rows * columns,
+        "{rows} rows of {columns} numbers for {} requests",
+        choices.len()
+    );
+    assert!(
+        rotations
+            .iter()
+            .all(|rotation| rotation.len() == columns * s),
+        "rotations of {columns} channels"
+    );
     let rotate = |(output, matrix, choice): (&mut [MaybeUninit<E>], &[E], Option<usize>)| {
         let Some(choice) = choice else {
             output.write_copy_of_slice(matrix);
@@ -81,12 +96,22 @@ pub(super) fn rotate<E: Real>(
 /// # Numerics
 ///
 /// One multiplication and one addition, each rounded.
+///
+/// # Panics
+///
+/// - If the output has another shape, or a scale or bias another length.
 pub(super) fn scale<E: Real>(
     output: &[E],
     (scales, scaled): (&[&[E]], &[Option<usize>]),
     (biases, biased): (&[&[E]], &[Option<usize>]),
     [rows, columns]: [usize; 2],
 ) -> Vec<E> {
+    assert_eq!(output.len(), rows * columns, "a [{rows}, {columns}] output");
+    let vectors = scales.iter().chain(biases);
+    assert!(
+        vectors.into_iter().all(|vector| vector.len() == columns),
+        "scales and biases of {columns} channels"
+    );
     let each = (rows / scaled.len()).max(1);
     let (ones, zeros) = (vec![E::rounded(1.0); columns], vec![E::default(); columns]);
     written(rows * columns, |result| {

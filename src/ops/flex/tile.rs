@@ -17,7 +17,7 @@ use super::real::{Real, lanes};
 /// AVX2.
 pub(super) const LANES: usize = 16;
 
-/// Rows that one task rotates, and that one partial sum covers.
+/// Rows that are worth a thread of their own where a matrix is rotated, and that one partial sum covers.
 ///
 /// Fixed, so that sums do not depend on the number of threads. A sum over rows has at most this many terms in the
 /// operand's precision, before it is added to the others in f64.
@@ -138,7 +138,7 @@ pub(super) fn registers<E: Real, S: Simd, const WIDTH: usize>(
 /// | two registers, or a multiple | 4 | 2 |
 /// | one register, or a multiple | 8 | 1 |
 ///
-/// Either is also a multiple of eight numbers.
+/// Either is also a multiple of eight numbers, since eight lines, or parts of eight numbers, have to divide the span.
 macro_rules! with_registers {
     ($span:expr, $lanes:expr, $lines:ident, $width:ident => $run:expr, else $other:expr) => {
         match ($span, $lanes) {

@@ -239,3 +239,23 @@ pub fn between<'a>(
     }
     Ok(difference)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn differences_whose_squares_f32_does_not_hold_are_counted() {
+        let numbers = |last: f32| {
+            let numbers = [1.0, last].map(bf16::from_f32);
+            TensorData::new(numbers.to_vec(), [2])
+        };
+        let (found, expected) = (numbers(1.5e-30), numbers(1e-30));
+        let apart = bf16::from_f32(1.5e-30).to_f64() - bf16::from_f32(1e-30).to_f64();
+        let mut difference = Difference::default();
+        difference.widen(&found, &expected);
+        for found in [difference.absolute(), difference.relative()] {
+            assert!((found / apart - 1.0).abs() < 1e-6, "{found} for {apart}");
+        }
+    }
+}

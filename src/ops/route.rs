@@ -87,10 +87,19 @@ pub fn route(tokens: usize, [d_input, d_output]: [usize; 2], pass: Pass, base: B
 
 /// Whether the weight route keeps `R·W·diag(s)` for the backward pass, or computes it again there.
 ///
-/// It keeps a weight that is no larger than the layer's input and output together, `d·o ≤ T·(d + o)`, so that the
-/// memory kept grows with the tokens, as it does anyway, and not with the model.
-pub(super) fn keeps_weight(tokens: usize, [d_input, d_output]: [usize; 2]) -> bool {
-    d_input * d_output <= tokens * (d_input + d_output)
+/// What a layer keeps for its adapter is this weight and, for the gradient of a trained scale, its output. Together they are to be no
+/// larger than the layer's input and output, `d·o (+ T·o) ≤ T·(d + o)`, so that the memory kept grows with the tokens, as it does
+/// anyway, and not with the model.
+pub(super) fn keeps_weight(
+    tokens: usize,
+    [d_input, d_output]: [usize; 2],
+    keeps_output: bool,
+) -> bool {
+    let output = match keeps_output {
+        true => tokens * d_output,
+        false => 0,
+    };
+    d_input * d_output + output <= tokens * (d_input + d_output)
 }
 
 #[cfg(test)]
@@ -99,9 +108,17 @@ mod tests {
 
     #[test]
     fn a_rotated_weight_is_kept_where_the_activations_are_larger() {
-        assert!(!keeps_weight(2047, [4096, 4096]));
-        assert!(keeps_weight(2048, [4096, 4096]));
-        assert!(keeps_weight(1028, [384, 1536]));
+        assert!(!keeps_weight(2047, [4096, 4096], false));
+        assert!(keeps_weight(2048, [4096, 4096], false));
+        assert!(keeps_weight(1028, [384, 1536], false));
+    }
+
+    #[test]
+    fn beside_an_output_that_is_kept_a_rotated_weight_is_kept_for_as_many_tokens_as_outputs() {
+        assert!(!keeps_weight(4095, [4096, 4096], true));
+        assert!(keeps_weight(4096, [4096, 4096], true));
+        assert!(!keeps_weight(1028, [384, 1536], true));
+        assert!(keeps_weight(1028, [1536, 384], true));
     }
 
     #[test]

@@ -78,12 +78,13 @@ pub(super) fn rotated_conv2d<B: BoftBackend, C: CheckpointStrategy, const N: usi
     );
     let [n, _, h, w] = output.shape().dims::<4>();
     let [o, c, kh, kw] = weight.shape().dims::<4>();
+    let keeps_effective = keeps_weight(n * h * w, [c * kh * kw, o], keeps_output);
     match Conv2d.prepare::<C>(nodes).compute_bound().stateful() {
         OpsKind::Tracked(mut prep) => {
             let state = Conv2dState {
                 input: prep.checkpoint(&input),
                 weight,
-                effective: keeps_weight(n * h * w, [c * kh * kw, o]).then_some(effective),
+                effective: keeps_effective.then_some(effective),
                 blocks,
                 channels: ChannelState {
                     scale,

@@ -34,7 +34,7 @@ pub(super) struct LinearState<B: Backend> {
     input: NodeId,
     /// The base, of which the rotated weight is made again where it was not kept.
     weight: FloatTensor<B>,
-    /// `R·W·diag(s)`, where it is kept: up to the size of the layer's input and output together.
+    /// `R·W·diag(s)`, where it is kept: with the output, up to the size of the layer's input and output together.
     effective: Option<FloatTensor<B>>,
     blocks: FloatTensor<B>,
     channels: ChannelState<B>,
@@ -68,7 +68,7 @@ pub(super) fn rotated_linear<B: BoftBackend, C: CheckpointStrategy, const N: usi
     let scale = scale.into_primitive();
     let effective = B::boft_weight(weight.clone(), blocks.clone(), scale.clone(), Side::Left);
     let [rows, _] = input.primitive().shape().dims();
-    let keeps_effective = keeps_weight(rows, weight.shape().dims());
+    let keeps_effective = keeps_weight(rows, weight.shape().dims(), keeps_output);
     let output = B::boft_product(
         input.primitive().clone(),
         effective.clone(),

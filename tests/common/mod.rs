@@ -6,7 +6,12 @@ pub mod models;
 pub mod peft;
 pub mod training;
 
-#[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
+#[cfg(any(
+    feature = "wgpu",
+    feature = "webgpu",
+    feature = "vulkan",
+    feature = "metal"
+))]
 use burn::tensor::DeviceKind;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
@@ -261,6 +266,11 @@ pub fn devices() -> Vec<(&'static str, Device)> {
     }
 }
 
+/// Whether a backend of this name compiles each kernel while it runs, and again for other sizes. Tests try fewer sizes there.
+pub fn compiles_kernels(backend: &str) -> bool {
+    !matches!(backend, "flex" | "ndarray")
+}
+
 /// Every backend of this build, by name: those that the kernels are tested on. `BURN_DEVICE` chooses one of them.
 pub fn kernel_devices() -> Vec<(&'static str, Device)> {
     #[allow(unused_mut)] // Without a GPU backend the list is complete.
@@ -268,6 +278,8 @@ pub fn kernel_devices() -> Vec<(&'static str, Device)> {
     if std::env::var("BURN_DEVICE").is_err() {
         #[cfg(feature = "wgpu")]
         devices.push(("wgpu", Device::wgpu(DeviceKind::DefaultDevice)));
+        #[cfg(feature = "webgpu")]
+        devices.push(("webgpu", Device::webgpu(DeviceKind::DefaultDevice)));
         #[cfg(feature = "vulkan")]
         devices.push(("vulkan", Device::vulkan(DeviceKind::DefaultDevice)));
         #[cfg(feature = "metal")]

@@ -4,7 +4,7 @@ mod common;
 
 use burn::tensor::{DType, Tensor};
 use burn_boft::ops::Blocks;
-use common::{Sizes, compiles_kernels, host, kernel_devices, noise, skew_matrix, tensor};
+use common::{Sizes, few_sizes, host, kernel_devices, noise, skew_matrix, tensor};
 
 /// `max|RᵀR − I|` over all spans.
 fn defect(blocks: &Blocks) -> f64 {
@@ -38,11 +38,11 @@ const TOLERANCE: f64 = 1e-6;
 fn rotations_are_orthogonal_up_to_a_norm_of_ten() {
     for (backend, device) in kernel_devices() {
         for m in [1, 2, 3, 4] {
-            for b in [2, 4, 8, 16] {
-                // There, a few sizes.
-                if compiles_kernels(backend) && ![4, 16].contains(&b) {
-                    continue;
-                }
+            let blocks: &[usize] = match few_sizes() {
+                true => &[4, 16],
+                false => &[2, 4, 8, 16],
+            };
+            for &b in blocks {
                 let sizes = Sizes {
                     d: 3 * (b << (m - 1)),
                     b,

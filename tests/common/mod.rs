@@ -266,9 +266,13 @@ pub fn devices() -> Vec<(&'static str, Device)> {
     }
 }
 
-/// Whether a backend of this name compiles each kernel while it runs, and again for other sizes. Tests try fewer sizes there.
-pub fn compiles_kernels(backend: &str) -> bool {
-    !matches!(backend, "flex" | "ndarray")
+/// Whether `BURN_BOFT_SIZES` asks for few sizes. A software adapter takes a minute to compile the kernels for each.
+pub fn few_sizes() -> bool {
+    match std::env::var("BURN_BOFT_SIZES").as_deref() {
+        Ok("few") => true,
+        Ok(other) => panic!("BURN_BOFT_SIZES is `few` or not set, and not `{other}`"),
+        Err(_) => false,
+    }
 }
 
 /// Every backend of this build, by name: those that the kernels are tested on. `BURN_DEVICE` chooses one of them.

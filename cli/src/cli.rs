@@ -34,6 +34,9 @@ pub enum Command {
     ///
     /// No file says how adapters were merged, so that they have to be given as for `merge`: in the same order, of which the
     /// last is taken out first, and with the same --strength and --factors.
+    ///
+    /// How far merging them again would be off is an estimate, for which every row is multiplied by a random vector. --base compares
+    /// every number with the model from before the merge.
     Unmerge(Unmerge),
     /// Shows what an adapter is and how far it turns each layer
     Inspect(Inspect),

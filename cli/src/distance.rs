@@ -1,29 +1,56 @@
 //! How far two models are apart.
 
-use std::ops::{AddAssign, Mul, Range, Sub};
-
-use burn::tensor::{DType, Element, TensorData, bf16, f16};
-use burn_boft::tensors::{decode, file_name, from_file, is_float, values};
-use multiversion::multiversion;
+use burn::tensor::TensorData;
+use burn_boft::tensors::{decode, file_name, from_file, is_float};
 
 use crate::base::Base;
 use crate::error::Error;
 use crate::pieces::COMPUTED;
-
-/// How many numbers are compared at a time.
-const CHUNK: usize = 2048;
-/// How many sums are kept side by side.
-const LANES: usize = 16;
+use crate::sums::{Apart, compare};
 
 /// How far weights are from others, over all rows that were compared.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct Difference {
     /// The largest difference between two numbers.
     absolute: f64,
+    relative: Relative,
+}
+
+/// How far weights are from others, relative to the norms of these, over all rows that were compared.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Relative {
     /// `‖A − B‖ / ‖B‖` of the worst weight before this one, in Frobenius norms.
-    relative: f64,
+    worst: f64,
     /// The squares of both norms over the rows of this weight so far.
     squares: [f64; 2],
+}
+
+impl Relative {
+    /// The difference of the worst weight.
+    pub fn worst(&self) -> f64 {
+        match self.of_weight() {
+            Some(relative) => larger(self.worst, relative),
+            None => self.worst,
+        }
+    }
+
+    /// The difference of this weight. None where its norm is zero.
+    pub fn of_weight(&self) -> Option<f64> {
+        let [difference, expected] = self.squares;
+        (expected != 0.0).then(|| (difference / expected).sqrt())
+    }
+
+    /// Begins another weight.
+    pub fn next(&mut self) {
+        (self.worst, self.squares) = (self.worst(), [0.0; 2]);
+    }
+
+    /// Adds the squares of both norms over other rows of this weight.
+    pub fn add(&mut self, squares: [f64; 2]) {
+        for (sum, square) in self.squares.iter_mut().zip(squares) {
+            *sum += square;
+        }
+    }
 }
 
 impl Difference {
@@ -33,155 +60,37 @@ impl Difference {
 
     /// The difference of the worst weight, relative to its norm.
     pub fn relative(&self) -> f64 {
-        match self.of_weight() {
-            Some(relative) => larger(self.relative, relative),
-            None => self.relative,
-        }
+        self.relative.worst()
     }
 
     /// The difference of this weight, relative to its norm. None where that is zero.
     pub fn of_weight(&self) -> Option<f64> {
-        let [difference, expected] = self.squares;
-        (expected != 0.0).then(|| (difference / expected).sqrt())
+        self.relative.of_weight()
     }
 
     /// Begins another weight.
-    pub fn next(&mut self) {
-        (self.relative, self.squares) = (self.relative(), [0.0; 2]);
-    }
-
-    /// Adds what other rows of this weight have shown.
-    pub fn include(&mut self, rows: &Self) {
-        self.absolute = larger(self.absolute, rows.absolute);
-        for (square, other) in self.squares.iter_mut().zip(rows.squares) {
-            *square += other;
-        }
+    fn next(&mut self) {
+        self.relative.next();
     }
 
     /// Compares rows of a weight with those that are expected.
     pub fn widen(&mut self, found: &TensorData, expected: &TensorData) {
-        match (found.dtype(), expected.dtype()) {
-            (DType::F32, DType::F32) => {
-                self.widen_slices(found, expected, <f64 as From<f32>>::from)
-            }
-            (DType::F16, DType::F16) => self.widen_slices(found, expected, f16::to_f32),
-            (DType::BF16, DType::BF16) => {
-                // `bf16::to_f32` does the same, and looks at every number whether it is NaN.
-                let wide = |number: bf16| f32::from_bits(u32::from(number.to_bits()) << 16);
-                self.widen_slices(found, expected, wide);
-            }
-            _ => self.add(Sums::of(&values(found), &values(expected))),
-        }
+        compare(found, expected, |sums| self.add(sums));
     }
 
-    /// Compares numbers in `A`, where its sums are neither too large nor too small, and in f64 elsewhere.
-    fn widen_slices<T: Element, A: Sum>(
-        &mut self,
-        found: &TensorData,
-        expected: &TensorData,
-        widened: impl Fn(T) -> A + Copy,
-    ) {
-        const KEPT: Range<f64> = 1e-30..1e30;
-        let (Ok(found), Ok(expected)) = (found.as_slice::<T>(), expected.as_slice::<T>()) else {
-            return self.add(Sums::of(&values(found), &values(expected)));
-        };
-        for (found, expected) in found.chunks(CHUNK).zip(expected.chunks(CHUNK)) {
-            let sums = sums_of_chunk(found, expected, widened);
-            let [difference, norm] = sums.squares;
-            let is_kept = |square| KEPT.contains(square);
-            let is_same = sums.largest == 0.0 && difference == 0.0;
-            self.add(match is_kept(&norm) && (is_same || is_kept(&difference)) {
-                true => sums,
-                false => sums_of_chunk(found, expected, |number| -> f64 { widened(number).into() }),
-            });
-        }
-    }
-
-    fn add(&mut self, Sums { largest, squares }: Sums) {
+    fn add(&mut self, Apart { largest, squares }: Apart) {
         // `f64::max` ignores NaN, and a sum does not.
         let absolute = match squares[0].is_nan() {
             true => f64::NAN,
             false => largest,
         };
-        self.include(&Self {
-            absolute,
-            squares,
-            ..Self::default()
-        });
+        self.absolute = larger(self.absolute, absolute);
+        self.relative.add(squares);
     }
-}
-
-/// What some numbers add to a [`Difference`].
-#[derive(Debug, Default, Clone, Copy)]
-struct Sums {
-    largest: f64,
-    squares: [f64; 2],
-}
-
-/// What sums are taken in: f32 or f64.
-trait Sum: Copy + Default + Into<f64> + Sub<Output = Self> + Mul<Output = Self> + AddAssign {
-    /// The larger of this number and the size of another.
-    fn or_size(self, number: Self) -> Self;
-}
-
-impl Sum for f32 {
-    fn or_size(self, number: Self) -> Self {
-        self.max(number.abs())
-    }
-}
-
-impl Sum for f64 {
-    fn or_size(self, number: Self) -> Self {
-        self.max(number.abs())
-    }
-}
-
-impl Sums {
-    /// Compares numbers, a few of them at a time.
-    #[inline(always)]
-    fn of<A: Sum>(found: &[A], expected: &[A]) -> Self {
-        // Sums that do not wait for each other.
-        let zero = A::default();
-        let (mut largest, mut squares) = ([zero; LANES], [[zero; LANES]; 2]);
-        let mut add = |lane: usize, found: A, expected: A| {
-            let difference = found - expected;
-            largest[lane] = largest[lane].or_size(difference);
-            squares[0][lane] += difference * difference;
-            squares[1][lane] += expected * expected;
-        };
-        let ((found, found_rest), (expected, expected_rest)) =
-            (found.as_chunks::<LANES>(), expected.as_chunks::<LANES>());
-        for (found, expected) in found.iter().zip(expected) {
-            (0..LANES).for_each(|lane| add(lane, found[lane], expected[lane]));
-        }
-        for (lane, (found, expected)) in found_rest.iter().zip(expected_rest).enumerate() {
-            add(lane, *found, *expected);
-        }
-        Self {
-            largest: largest.into_iter().map(Into::into).fold(0.0, f64::max),
-            squares: squares.map(|lanes| lanes.into_iter().map(Into::into).sum()),
-        }
-    }
-}
-
-/// Compares as many numbers as a chunk has at most, with the instructions that this processor has.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
-fn sums_of_chunk<T: Element, A: Sum>(
-    found: &[T],
-    expected: &[T],
-    widened: impl Fn(T) -> A,
-) -> Sums {
-    let mut wide = [[A::default(); CHUNK]; 2];
-    for (wide, numbers) in wide.iter_mut().zip([found, expected]) {
-        for (wide, &number) in wide.iter_mut().zip(numbers) {
-            *wide = widened(number);
-        }
-    }
-    Sums::of(&wide[0][..found.len()], &wide[1][..expected.len()])
 }
 
 /// The larger of two numbers, and NaN where one is, which `f64::max` would ignore.
-fn larger(a: f64, b: f64) -> f64 {
+pub fn larger(a: f64, b: f64) -> f64 {
     match b > a || b.is_nan() {
         true => b,
         false => a,
@@ -242,6 +151,8 @@ pub fn between<'a>(
 
 #[cfg(test)]
 mod tests {
+    use burn::tensor::bf16;
+
     use super::*;
 
     #[test]

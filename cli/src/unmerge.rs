@@ -58,8 +58,7 @@ pub fn run(options: &Unmerge, json: bool) -> Result<(), Error> {
         _ => "adapters",
     };
     let mut text = format!(
-        "{output}: {restored} restored; merging the {what} into them again is off by at most {}",
-        in_words(&again)
+        "{output}: {restored} restored; merging the {what} into them again would be off by about {again:.1e} of a weight's norm before it is rounded"
     );
     if let (Some(difference), Some(path)) = (&base, &options.base) {
         text.push_str(&format!(
@@ -71,7 +70,7 @@ pub fn run(options: &Unmerge, json: bool) -> Result<(), Error> {
     let value = json!({
         "output": output.to_string(),
         "restored": count,
-        "merging_again": to_json(&again),
+        "merging_again": {"relative": again},
         "base": base.as_ref().map(to_json),
         "left_behind": others.left_names(),
     });

@@ -65,6 +65,18 @@ pub const fn merge_command<'a>(base: &'a str, adapter: &'a str, output: &'a str)
     ]
 }
 
+/// The arguments of a command in one line, with `--adapter` before each of these.
+pub fn arguments(command: &str, adapters: &[&str]) -> Vec<String> {
+    let mut all: Vec<_> = command.split(' ').map(str::to_string).collect();
+    let adapters = adapters.iter();
+    all.extend(adapters.flat_map(|adapter| ["--adapter".to_string(), adapter.to_string()]));
+    all
+}
+
+pub fn texts(arguments: &[String]) -> Vec<&str> {
+    arguments.iter().map(String::as_str).collect()
+}
+
 /// The arguments that convert an adapter.
 pub const fn convert_command<'a>(adapter: &'a str, to: &'a str, output: &'a str) -> [&'a str; 6] {
     ["convert", adapter, "--to", to, "--output", output]

@@ -10,18 +10,6 @@ use crate::files::*;
 
 const PREFIX: &str = "base_model.model";
 
-/// The arguments of a command in one line, with `--adapter` before each of these.
-fn arguments(command: &str, adapters: &[&str]) -> Vec<String> {
-    let mut all: Vec<_> = command.split(' ').map(str::to_string).collect();
-    let adapters = adapters.iter();
-    all.extend(adapters.flat_map(|adapter| ["--adapter".to_string(), adapter.to_string()]));
-    all
-}
-
-fn texts(arguments: &[String]) -> Vec<&str> {
-    arguments.iter().map(String::as_str).collect()
-}
-
 /// What a command writes to this file.
 fn written(folder: &Path, command: &str, adapters: &[&str], output: &str) -> Tensors {
     let mut all = arguments(command, adapters);

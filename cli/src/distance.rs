@@ -6,7 +6,7 @@ use burn_boft::tensors::{decode, file_name, from_file, is_float};
 use crate::base::Base;
 use crate::error::Error;
 use crate::pieces::COMPUTED;
-use crate::sums::{Apart, compare};
+use crate::sums::{Sums, compare};
 
 /// How far weights are from others, over all rows that were compared.
 #[derive(Debug, Default, Clone, Copy)]
@@ -78,7 +78,7 @@ impl Difference {
         compare(found, expected, |sums| self.add(sums));
     }
 
-    fn add(&mut self, Apart { largest, squares }: Apart) {
+    fn add(&mut self, Sums { largest, squares }: Sums) {
         // `f64::max` ignores NaN, and a sum does not.
         let absolute = match squares[0].is_nan() {
             true => f64::NAN,

@@ -20,7 +20,7 @@ const KEPT: Range<f64> = 1e-30..1e30;
 
 /// How far some numbers are from those that are expected.
 #[derive(Debug, Default, Clone, Copy)]
-pub struct Apart {
+pub struct Sums {
     /// The largest difference between two of them, NaN left out.
     pub largest: f64,
     /// The squared norms of the difference and of what is expected.
@@ -57,7 +57,7 @@ fn widened(number: bf16) -> f32 {
 }
 
 /// Compares numbers with as many others, and adds up by `add` what parts of them show.
-pub fn compare(found: &TensorData, expected: &TensorData, add: impl FnMut(Apart)) {
+pub fn compare(found: &TensorData, expected: &TensorData, add: impl FnMut(Sums)) {
     match (found.dtype(), expected.dtype()) {
         (DType::F32, DType::F32) => {
             compare_slices(found, expected, <f64 as From<f32>>::from, add);
@@ -68,8 +68,8 @@ pub fn compare(found: &TensorData, expected: &TensorData, add: impl FnMut(Apart)
     }
 }
 
-fn compare_values(found: &TensorData, expected: &TensorData, mut add: impl FnMut(Apart)) {
-    add(Apart::of(&values(found), &values(expected)));
+fn compare_values(found: &TensorData, expected: &TensorData, mut add: impl FnMut(Sums)) {
+    add(Sums::of(&values(found), &values(expected)));
 }
 
 /// Compares numbers in `A`, where its sums are neither too large nor too small, and in f64 elsewhere.
@@ -77,7 +77,7 @@ fn compare_slices<T: Element, A: Sum>(
     found: &TensorData,
     expected: &TensorData,
     widened: impl Fn(T) -> A + Copy,
-    mut add: impl FnMut(Apart),
+    mut add: impl FnMut(Sums),
 ) {
     let (Ok(from), Ok(to)) = (found.as_slice::<T>(), expected.as_slice::<T>()) else {
         return compare_values(found, expected, add);
@@ -101,12 +101,12 @@ fn compare_chunk<T: Element, A: Sum>(
     found: &[T],
     expected: &[T],
     widened: impl Fn(T) -> A,
-) -> Apart {
+) -> Sums {
     let mut wide = [[A::default(); CHUNK]; 2];
     for (wide, numbers) in wide.iter_mut().zip([found, expected]) {
         widen(numbers, wide, &widened);
     }
-    Apart::of(&wide[0][..found.len()], &wide[1][..expected.len()])
+    Sums::of(&wide[0][..found.len()], &wide[1][..expected.len()])
 }
 
 #[inline(always)]
@@ -116,7 +116,7 @@ fn widen<T: Element, A: Sum>(numbers: &[T], wide: &mut [A], widened: impl Fn(T) 
     }
 }
 
-impl Apart {
+impl Sums {
     /// Compares numbers, a few of them at a time.
     #[inline(always)]
     fn of<A: Sum>(found: &[A], expected: &[A]) -> Self {

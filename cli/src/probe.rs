@@ -2,8 +2,8 @@
 //!
 //! Merging makes `W'' = diag(s)·W·Rᵀ`. Its product with a vector is `diag(s)·(W·(Rᵀ·v))`, for which only the vector is rotated
 //! instead of every row of the weight. Where `v` has any direction with the same probability and the length `√d`, the squares of
-//! the numbers of `(W'' − W')·v` are on average the squared norms of the rows of `W'' − W'`. So an error in any row shows, and
-//! the norm of all rows is estimated to about one part in `√(2·rows)`.
+//! the numbers of `(W'' − W')·v` are on average the squared norms of the rows of `W'' − W'`. So an error counts in whichever row it
+//! is, and the norm of all rows is estimated to about one part in `√(2·rows)`.
 //!
 //! Freivalds, *Probabilistic Machines Can Use Less Running Time*.
 

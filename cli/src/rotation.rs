@@ -32,6 +32,7 @@ pub struct Rotation {
 pub type Inverse = Option<Blocks>;
 
 impl Rotation {
+    /// Computes the blocks of a layer, once for all rows of a weight with so many inputs.
     pub fn new(step: &Step, d_input: usize, device: &Device) -> Result<Self, String> {
         let layer = step.layer;
         let blocks = step
@@ -171,6 +172,7 @@ fn of_rows(blocks: &Blocks, rows: &Range<usize>) -> Blocks {
     blocks.part(rows.start / block_size..rows.end / block_size)
 }
 
+/// The same blocks, for products in f64.
 fn in_f64(blocks: &Blocks) -> Blocks {
     Blocks::from_values(blocks.values().cast(FloatDType::F64))
 }

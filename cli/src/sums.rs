@@ -151,7 +151,7 @@ impl Vector {
         }
     }
 
-    /// The products of a matrix's rows with the vector, and the square of the matrix's norm.
+    /// The products of a matrix's rows, as long as the vector, with the vector, and the square of the matrix's norm.
     pub fn products(&self, matrix: &TensorData) -> (Vec<f64>, f64) {
         let (single, double) = (&self.single, &self.double);
         let products = match matrix.dtype() {
@@ -236,7 +236,7 @@ mod tests {
     fn products_are_those_of_f64_in_every_precision_and_size() {
         let width = CHUNK + 37;
         let vector: Vec<_> = (0..width).map(|i| (i as f64 * 0.37).cos()).collect();
-        // In f32, the squares of the third and fourth row would be zero and infinite.
+        // In f32, the squares of numbers of the third and fourth scale would be zero and infinite.
         for (dtype, scales) in [
             (DType::BF16, [1.0, 3e-3, 2e-25, 4e22]),
             (DType::F16, [1.0, 3e-3, 2e-4, 4e3]),

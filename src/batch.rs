@@ -3,7 +3,7 @@
 use burn::module::{Module, Reparameterization};
 use burn::tensor::Tensor;
 
-use crate::ops::{PerRequest, linear_requests};
+use crate::ops::{PerRequest, linear_requests, reshaped};
 
 /// The adapters of one linear layer for one batch, whose requests may each use another one.
 ///
@@ -129,14 +129,14 @@ impl BatchAdapter {
         });
         let choose = |of: fn(&Choice) -> Option<usize>| choices.iter().map(of).collect::<Vec<_>>();
         let biased = choices.iter().map(|choice| choice.bias.or(own)).collect();
-        linear_requests(
-            input.reshape([rows, d_input]),
+        let output = linear_requests(
+            reshaped(input, [rows, d_input]),
             base,
             PerRequest::new(self.rotations.clone(), choose(|choice| choice.rotation)),
             PerRequest::new(self.scales.clone(), choose(|choice| choice.scale)),
             PerRequest::new(biases, biased),
-        )
-        .reshape(shape)
+        );
+        reshaped(output, shape)
     }
 }
 

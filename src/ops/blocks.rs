@@ -6,7 +6,8 @@ use burn::tensor::{FloatDType, Tensor};
 
 use super::backend::{BoftBackend, is_listed};
 use super::butterfly::{Direction, Side};
-use super::precision::{is_quantized, widen};
+use super::precision::{reshaped, widen};
+use super::product::{product, with_bias};
 use super::route::Route;
 use super::{butterfly, cayley, linear};
 
@@ -386,7 +387,7 @@ impl Blocks {
         }
         let rows = shape.num_elements() / d;
         shape[D - 1] = d_output;
-        let input = input.reshape([rows, d]);
+        let input = reshaped(input, [rows, d]);
         let output = match route {
             Route::Activation => {
                 let rotated = self.rotate(input, Side::Right, Direction::Forward);
@@ -397,7 +398,7 @@ impl Blocks {
             }
             Route::Weight => self.linear_by_weight(input, weight, scale, bias),
         };
-        output.reshape(shape)
+        reshaped(output, shape)
     }
 
     /// Applies a convolution with a rotated weight, `diag(s)·W·Rᵀ` for the weight as an `[o, c·kh·kw]` matrix.
@@ -571,26 +572,6 @@ enum Operation {
     Portable,
 }
 
-/// `x·W + bias` with a weight that is not rotated, and may be quantized.
-///
-/// # Shapes
-///
-/// - input: `[rows, d]`
-/// - weight: `[d, o]`
-/// - bias: `[o]`
-/// - result: `[rows, o]`
-pub(super) fn product(input: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
-    let is_packed = is_quantized(weight.dtype());
-    match is_packed && is_listed(input.device().as_dispatch()) {
-        true => {
-            let (input, weight) = (input.into_dispatch(), weight.into_dispatch());
-            let output = <Dispatch as BoftBackend>::boft_packed_product(input, weight);
-            with_bias(Tensor::from_dispatch(output), bias)
-        }
-        false => burn::tensor::module::linear(input, weight, bias),
-    }
-}
-
 /// Panics unless a vector has a number for every output.
 fn assert_outputs(operation: &str, name: &str, vector: &Tensor<1>, outputs: usize) {
     let [count] = vector.dims();
@@ -617,14 +598,6 @@ fn scaled(output: Tensor<2>, scale: Tensor<1>, bias: Option<Tensor<1>>) -> Tenso
             let scale = scale.cast(FloatDType::from(output.dtype()));
             with_bias(output * scale.unsqueeze::<2>(), bias)
         }
-    }
-}
-
-/// Adds a bias of `[o]` to each row of a `[rows, o]` tensor, after the scale, which does not multiply it.
-fn with_bias(output: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
-    match bias {
-        Some(bias) => output + bias.unsqueeze::<2>(),
-        None => output,
     }
 }
 

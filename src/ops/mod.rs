@@ -55,6 +55,7 @@ mod linear;
 mod low_rank;
 mod per_request;
 mod precision;
+mod product;
 mod requests;
 mod route;
 
@@ -67,4 +68,5 @@ pub use per_request::{PerRequest, linear_requests, rotate_requests};
 pub use route::{Base, Pass, Route, route};
 
 pub(crate) use cayley::{neumann_016_coefficients, neumann_coefficients, upper_triangle};
-pub(crate) use precision::{dequantized, is_quantized, widen, widened};
+pub(crate) use precision::{dequantized, is_quantized, reshaped, widen, widened};
+pub(crate) use product::product;

@@ -7,7 +7,7 @@ use burn::backend::Dispatch;
 use burn::tensor::Tensor;
 
 use super::backend::{BoftBackend, is_listed};
-use super::blocks::product;
+use super::product::product;
 use super::requests::{self, Taken};
 
 /// Numbers of which every request of a batch takes one, or none: request `i` takes `values[choices[i]]`.

@@ -4,7 +4,7 @@
 //! rounded to half precision would be orthogonal to three digits at most, and sums over thousands of rows would lose
 //! the small terms.
 
-use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
+use burn::backend::{Backend, Dispatch, TensorMetadata, ops::FloatTensorOps, tensor::FloatTensor};
 use burn::tensor::{DType, FloatDType, Shape, Tensor};
 
 /// The tensor in f32 or wider. Half precision becomes f32, which is exact; f32 and f64 stay as they are.
@@ -49,6 +49,15 @@ pub(super) fn cast<B: Backend>(tensor: FloatTensor<B>, dtype: DType) -> FloatTen
         true => tensor,
         false => B::float_cast(tensor, dtype.into()),
     }
+}
+
+/// Reshapes a tensor, also to axes of no length. Burn's `reshape` takes a zero for an axis that keeps its length.
+pub(crate) fn reshaped<const D: usize, const E: usize>(
+    tensor: Tensor<D>,
+    shape: impl Into<Shape>,
+) -> Tensor<E> {
+    let tensor = Dispatch::float_reshape(tensor.into_dispatch(), shape.into());
+    Tensor::from_dispatch(tensor)
 }
 
 /// Reshapes to a fixed number of axes, whose lengths have to multiply to the number of elements.

@@ -20,7 +20,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("cached", &["ops"]),
     ("adapter", &["ops", "config", "rotation", "cached"]),
     ("batch", &["ops"]),
-    ("linear", &["adapter", "batch"]),
+    ("linear", &["ops", "adapter", "batch"]),
     ("conv", &["adapter"]),
     ("model", &["ops", "config", "select", "rotation", "adapter", "batch"]),
     ("value", &["ops", "tensors", "config", "select", "rotation", "adapter", "batch", "model"]),

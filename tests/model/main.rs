@@ -16,6 +16,7 @@ mod many_layers;
 mod once;
 mod oracle;
 mod peft_numbers;
+mod plain;
 mod precision;
 mod pytorch_files;
 mod quantized;

@@ -9,6 +9,7 @@
 //! | [`Cayley`] | the blocks | a second inverse |
 //! | [`Butterfly`](butterfly::Butterfly) | the blocks, and either its input or its output | results of single factors |
 //! | [`Weight`] | the blocks, the scale, its output | the base itself |
+//! | [`Product`](product::Product) | its input for a trained weight, its weight for a tracked input | |
 //! | [`PackedProduct`] | the packed weight | the floats of every quantized weight at once |
 //! | [`Scaled`](scaled::Scaled) | its output, for a trained scale | the output before it was scaled |
 //! | [`Linear`](linear::Linear) | its input, base, blocks, scale and bias; the output for a trained scale; the rotated weight if small | a gradient of the shape of the weight |
@@ -38,6 +39,7 @@ mod butterfly;
 mod conv;
 mod gradients;
 mod linear;
+mod product;
 mod scaled;
 
 use burn::backend::autodiff::{
@@ -57,6 +59,7 @@ use butterfly::multiplied;
 use conv::rotated_conv2d;
 use gradients::{scale_gradient, weight_gradient};
 use linear::rotated_linear;
+use product::product;
 use scaled::scaled;
 
 use super::backend::{BoftBackend, OptionalTensor};
@@ -175,6 +178,21 @@ impl<B: BoftBackend, C: CheckpointStrategy> BoftBackend for Autodiff<B, C> {
                 let nodes = [i, w, b, s, bias.node()];
                 let bias = Some(bias.into_primitive());
                 rotated_conv2d::<B, C, 5>(nodes, operands, bias, options)
+            }
+        }
+    }
+
+    fn boft_product(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: OptionalTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let [i, w] = [input.node(), weight.node()];
+        match bias {
+            OptionalTensor::Absent => product::<B, C, 2>([i, w], input, weight, None),
+            OptionalTensor::Present(bias) => {
+                let nodes = [i, w, bias.node()];
+                product::<B, C, 3>(nodes, input, weight, Some(bias.into_primitive()))
             }
         }
     }

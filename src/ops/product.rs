@@ -1,0 +1,70 @@
+//! `x·W + bias` with a weight that is not rotated.
+
+use burn::backend::{Dispatch, DispatchDevice};
+use burn::tensor::Tensor;
+
+use super::backend::{BoftBackend, is_listed};
+use super::precision::{is_quantized, reshaped};
+
+/// `x·W + bias` with a weight that is not rotated, and may be quantized.
+///
+/// On the CPU (`flex`) it does without clearing and copying the output, which Burn's product does. Other backends tune their
+/// products for each device. With a packed weight, the backward pass keeps that and not the floats that Burn makes of
+/// it.
+///
+/// # Shapes
+///
+/// - input: `[…, d]`
+/// - weight: `[d, o]`
+/// - bias: `[o]`
+/// - result: `[…, o]`
+///
+/// # Numerics
+///
+/// On the CPU a sum starts from the bias, elsewhere the bias is added to the rounded product.
+pub(crate) fn product<const D: usize>(
+    input: Tensor<D>,
+    weight: Tensor<2>,
+    bias: Option<Tensor<1>>,
+) -> Tensor<D> {
+    let device = input.device();
+    let is_packed = is_quantized(weight.dtype());
+    if !is_listed(device.as_dispatch()) || !is_packed && !is_cpu(device.as_dispatch()) {
+        return burn::tensor::module::linear(input, weight, bias);
+    }
+    let [d, d_output] = weight.dims();
+    let mut shape = input.shape();
+    let rows = shape[..D - 1].iter().product();
+    shape[D - 1] = d_output;
+    let input = reshaped::<D, 2>(input, [rows, d]).into_dispatch();
+    let weight = weight.into_dispatch();
+    let output = match is_packed {
+        true => {
+            let output = <Dispatch as BoftBackend>::boft_packed_product(input, weight);
+            with_bias(Tensor::from_dispatch(output), bias)
+        }
+        false => {
+            let bias = bias.map(Tensor::into_dispatch).into();
+            Tensor::from_dispatch(<Dispatch as BoftBackend>::boft_product(input, weight, bias))
+        }
+    };
+    reshaped(output, shape)
+}
+
+fn is_cpu(device: &DispatchDevice) -> bool {
+    match device {
+        #[cfg(feature = "flex")]
+        DispatchDevice::Flex(_) => true,
+        DispatchDevice::Autodiff(inner) => is_cpu(inner),
+        #[allow(unreachable_patterns)] // Which devices exist depends on the whole build's features.
+        _ => false,
+    }
+}
+
+/// Adds a bias of `[o]` to each row of a `[rows, o]` tensor.
+pub(super) fn with_bias(output: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
+    match bias {
+        Some(bias) => output + bias.unsqueeze::<2>(),
+        None => output,
+    }
+}

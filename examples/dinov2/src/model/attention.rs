@@ -5,18 +5,18 @@ use burn::tensor::{Device, Tensor};
 
 use crate::ops::attention;
 
-use super::{BoftLinear, BoftLinearConfig, Dinov2Config};
+use super::{BoftLinear, Dinov2Config, LinearLayer};
 
 /// Self-attention and its output projection.
 #[derive(Module, Debug)]
-pub struct Dinov2Attention {
+pub struct Dinov2Attention<L: LinearLayer = BoftLinear> {
     /// The heads.
-    pub attention: Dinov2SelfAttention,
+    pub attention: Dinov2SelfAttention<L>,
     /// What follows them.
-    pub output: Dinov2SelfOutput,
+    pub output: Dinov2SelfOutput<L>,
 }
 
-impl Dinov2Attention {
+impl<L: LinearLayer> Dinov2Attention<L> {
     pub(super) fn new(config: &Dinov2Config, device: &Device) -> Self {
         Self {
             attention: Dinov2SelfAttention::new(config, device),
@@ -38,17 +38,17 @@ impl Dinov2Attention {
 
 /// The heads: `softmax(Q·Kᵀ / √head_size)·V`.
 #[derive(Module, Debug)]
-pub struct Dinov2SelfAttention {
+pub struct Dinov2SelfAttention<L: LinearLayer = BoftLinear> {
     /// Tokens to queries.
-    pub query: BoftLinear,
+    pub query: L,
     /// Tokens to keys.
-    pub key: BoftLinear,
+    pub key: L,
     /// Tokens to values.
-    pub value: BoftLinear,
+    pub value: L,
     head_size: usize,
 }
 
-impl Dinov2SelfAttention {
+impl<L: LinearLayer> Dinov2SelfAttention<L> {
     fn new(config: &Dinov2Config, device: &Device) -> Self {
         Self {
             query: linear(config, device),
@@ -82,11 +82,11 @@ impl Dinov2SelfAttention {
 
 /// The output projection of the attention.
 #[derive(Module, Debug)]
-pub struct Dinov2SelfOutput {
+pub struct Dinov2SelfOutput<L: LinearLayer = BoftLinear> {
     /// Heads to tokens.
-    pub dense: BoftLinear,
+    pub dense: L,
 }
 
-fn linear(config: &Dinov2Config, device: &Device) -> BoftLinear {
-    BoftLinearConfig::new(config.hidden_size, config.hidden_size).init(device)
+fn linear<L: LinearLayer>(config: &Dinov2Config, device: &Device) -> L {
+    L::init(config.hidden_size, config.hidden_size, device)
 }

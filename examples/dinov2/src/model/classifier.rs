@@ -4,26 +4,36 @@ use burn::module::Module;
 use burn::nn::LayerNorm;
 use burn::tensor::{Bool, DType, Device, Tensor};
 
-use super::layer::layer_norm;
-use super::{BoftLinear, BoftLinearConfig, Dinov2Config, Dinov2Embeddings, Dinov2Encoder};
+use crate::ops::layer_norm;
+
+use super::layer::norm;
+use super::{BoftLinear, Dinov2Config, Dinov2Embeddings, Dinov2Encoder, LinearLayer};
 
 /// DINOv2 without a head.
 #[derive(Module, Debug)]
-pub struct Dinov2Model {
+pub struct Dinov2Model<L: LinearLayer = BoftLinear> {
     /// From pixels to tokens.
     pub embeddings: Dinov2Embeddings,
     /// The transformer layers.
-    pub encoder: Dinov2Encoder,
+    pub encoder: Dinov2Encoder<L>,
     /// The norm after the last layer.
     pub layernorm: LayerNorm,
+    epsilon: f64,
 }
 
-impl Dinov2Model {
-    pub(super) fn new(config: &Dinov2Config, device: &Device) -> Self {
+impl<L: LinearLayer> Dinov2Model<L> {
+    /// Makes the model with linear layers of one's choice; [`init_backbone`](Dinov2Config::init_backbone) makes it with
+    /// [`BoftLinear`].
+    ///
+    /// # Panics
+    ///
+    /// As [`init`](Dinov2Config::init).
+    pub fn new(config: &Dinov2Config, device: &Device) -> Self {
         Self {
             embeddings: Dinov2Embeddings::new(config, device),
             encoder: Dinov2Encoder::new(config, device),
-            layernorm: layer_norm(config, device),
+            layernorm: norm(config, device),
+            epsilon: config.layer_norm_eps,
         }
     }
 
@@ -49,7 +59,16 @@ impl Dinov2Model {
     /// Where the images have other channels than the model, or are smaller than a patch.
     pub fn forward(&self, pixels: Tensor<4>) -> Tensor<3> {
         let tokens = self.embeddings.forward(pixels, None);
-        self.layernorm.forward(self.encoder.forward(tokens))
+        self.normalized(self.encoder.forward(tokens))
+    }
+
+    /// The norm after the last layer.
+    ///
+    /// # Shapes
+    ///
+    /// - `tokens`, output: `[batch, tokens, hidden_size]`
+    pub fn normalized(&self, tokens: Tensor<3>) -> Tensor<3> {
+        layer_norm(&self.layernorm, self.epsilon, tokens)
     }
 
     /// The tokens after the embeddings and after each layer, before the final norm, with `masked`
@@ -129,8 +148,7 @@ impl Dinov2ForImageClassification {
     pub(super) fn new(config: &Dinov2Config, device: &Device) -> Self {
         Self {
             dinov2: Dinov2Model::new(config, device),
-            classifier: BoftLinearConfig::new(2 * config.hidden_size, config.num_labels)
-                .init(device),
+            classifier: LinearLayer::init(2 * config.hidden_size, config.num_labels, device),
         }
     }
 

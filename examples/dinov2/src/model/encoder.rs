@@ -3,16 +3,16 @@
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 
-use super::{Dinov2Config, Dinov2Layer};
+use super::{BoftLinear, Dinov2Config, Dinov2Layer, LinearLayer};
 
 /// The transformer layers, in order.
 #[derive(Module, Debug)]
-pub struct Dinov2Encoder {
+pub struct Dinov2Encoder<L: LinearLayer = BoftLinear> {
     /// The layers.
-    pub layer: Vec<Dinov2Layer>,
+    pub layer: Vec<Dinov2Layer<L>>,
 }
 
-impl Dinov2Encoder {
+impl<L: LinearLayer> Dinov2Encoder<L> {
     pub(super) fn new(config: &Dinov2Config, device: &Device) -> Self {
         Self {
             layer: (0..config.num_hidden_layers)

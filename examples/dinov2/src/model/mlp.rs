@@ -6,28 +6,27 @@ use burn::tensor::{Device, Tensor};
 
 use crate::ops::gelu;
 
-use super::{BoftLinear, BoftLinearConfig, Dinov2Config};
+use super::{BoftLinear, Dinov2Config, LinearLayer};
 
 /// `fc2(gelu(fc1(x)))`, or SwiGLU: `weights_out(silu(a) ⊙ b)` with `[a, b] = weights_in(x)`.
 ///
 /// One struct holds both kinds, because a variant of an enum would add its name to the paths of the
 /// parameters.
 #[derive(Module, Debug)]
-pub struct Dinov2Mlp {
+pub struct Dinov2Mlp<L: LinearLayer = BoftLinear> {
     /// The first map of the GELU kind: `[hidden_size, mlp_size]`.
-    pub fc1: Option<BoftLinear>,
+    pub fc1: Option<L>,
     /// The second map of the GELU kind: `[mlp_size, hidden_size]`.
-    pub fc2: Option<BoftLinear>,
+    pub fc2: Option<L>,
     /// Gate and value of the SwiGLU kind, side by side: `[hidden_size, 2 · swiglu_size]`.
-    pub weights_in: Option<BoftLinear>,
+    pub weights_in: Option<L>,
     /// The second map of the SwiGLU kind: `[swiglu_size, hidden_size]`.
-    pub weights_out: Option<BoftLinear>,
+    pub weights_out: Option<L>,
 }
 
-impl Dinov2Mlp {
+impl<L: LinearLayer> Dinov2Mlp<L> {
     pub(super) fn new(config: &Dinov2Config, device: &Device) -> Self {
-        let linear =
-            |d_input, d_output| Some(BoftLinearConfig::new(d_input, d_output).init(device));
+        let linear = |d_input, d_output| Some(L::init(d_input, d_output, device));
         let width = config.hidden_size;
         if config.use_swiglu_ffn {
             let hidden = config.swiglu_size();

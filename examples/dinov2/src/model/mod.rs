@@ -11,6 +11,7 @@ mod config;
 mod embeddings;
 mod encoder;
 mod layer;
+mod linear;
 mod mlp;
 mod resample;
 
@@ -20,7 +21,9 @@ pub use config::Dinov2Config;
 pub use embeddings::{Dinov2Embeddings, Dinov2PatchEmbeddings};
 pub use encoder::Dinov2Encoder;
 pub use layer::{Dinov2Layer, Dinov2LayerScale};
+pub use linear::LinearLayer;
 pub use mlp::Dinov2Mlp;
 
 // The model is made of `BoftLinear`, which takes the fast route. This is the only place that says so.
-use burn_boft::{BoftLinear, BoftLinearConfig};
+// It could be made of Burn's layers as well, with which the benchmarks compare it.
+use burn_boft::BoftLinear;

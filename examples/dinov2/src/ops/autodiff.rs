@@ -11,7 +11,9 @@ use burn::backend::autodiff::{
     grads::Gradients,
     ops::{Backward, Ops, OpsKind},
 };
+use burn::backend::ops::{FloatTensorOps, ModuleOps};
 use burn::backend::tensor::FloatTensor;
+use burn::backend::{Backend, TensorMetadata};
 
 use super::TransformerBackend;
 
@@ -26,6 +28,45 @@ impl<B: TransformerBackend> RetroForward for GeluAgain<B> {
     fn forward(&self, states: &mut BackwardStates, output: NodeId) {
         let input = states.get_state::<FloatTensor<B>>(&self.input);
         states.save(output, B::fused_gelu(input));
+    }
+}
+
+/// Normalizes once more in the backward pass.
+#[derive(Debug)]
+struct LayerNormAgain<B: Backend> {
+    input: NodeId,
+    gamma: FloatTensor<B>,
+    beta: FloatTensor<B>,
+    epsilon: f64,
+}
+
+impl<B: TransformerBackend> RetroForward for LayerNormAgain<B> {
+    fn forward(&self, states: &mut BackwardStates, output: NodeId) {
+        let input = states.get_state::<FloatTensor<B>>(&self.input);
+        let (gamma, beta) = (self.gamma.clone(), self.beta.clone());
+        states.save(
+            output,
+            B::fused_layer_norm(input, gamma, beta, self.epsilon),
+        );
+    }
+}
+
+/// Adds once more in the backward pass.
+#[derive(Debug)]
+struct AddScaledAgain<B: Backend> {
+    tokens: NodeId,
+    update: NodeId,
+    scale: FloatTensor<B>,
+}
+
+impl<B: TransformerBackend> RetroForward for AddScaledAgain<B> {
+    fn forward(&self, states: &mut BackwardStates, output: NodeId) {
+        let tokens = states.get_state::<FloatTensor<B>>(&self.tokens);
+        let update = states.get_state::<FloatTensor<B>>(&self.update);
+        states.save(
+            output,
+            B::fused_add_scaled(tokens, update, self.scale.clone()),
+        );
     }
 }
 
@@ -75,6 +116,127 @@ impl<B: TransformerBackend, C: CheckpointStrategy> TransformerBackend for Autodi
 
     fn fused_gelu_backward(_: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
         unreachable!("a backward pass is not differentiated")
+    }
+
+    fn fused_layer_norm(
+        input: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        beta: FloatTensor<Self>,
+        epsilon: f64,
+    ) -> FloatTensor<Self> {
+        #[derive(Debug)]
+        struct LayerNorm;
+
+        impl<B: TransformerBackend> Backward<B, 1> for LayerNorm {
+            type State = (NodeId, FloatTensor<B>, f64);
+
+            fn backward(
+                self,
+                ops: Ops<Self::State, 1>,
+                gradients: &mut Gradients,
+                checkpointer: &mut Checkpointer,
+            ) {
+                let [parent] = ops.parents;
+                let gradient = gradients.consume::<B>(&ops.node);
+                if let Some(parent) = parent {
+                    let (input, gamma, epsilon) = ops.state;
+                    let input = checkpointer.retrieve_node_output(input);
+                    let gradient = B::fused_layer_norm_backward(input, gamma, gradient, epsilon);
+                    gradients.register::<B>(parent.id, gradient);
+                }
+            }
+        }
+
+        if gamma.is_tracked() || beta.is_tracked() {
+            return Self::layer_norm(input, gamma, Some(beta), epsilon);
+        }
+        let (gamma, beta) = (gamma.into_primitive(), beta.into_primitive());
+        let values = input.primitive().clone();
+        let output = B::fused_layer_norm(values, gamma.clone(), beta.clone(), epsilon);
+        match LayerNorm
+            .prepare::<C>([input.node()])
+            .memory_bound()
+            .retro_forward(LayerNormAgain::<B> {
+                input: input.id(),
+                gamma: gamma.clone(),
+                beta,
+                epsilon,
+            })
+            .parents([&input])
+            .stateful()
+        {
+            OpsKind::Tracked(mut prep) => {
+                let state = (prep.checkpoint(&input), gamma, epsilon);
+                prep.finish(state, output)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(output),
+        }
+    }
+
+    fn fused_layer_norm_backward(
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: f64,
+    ) -> FloatTensor<Self> {
+        unreachable!("a backward pass is not differentiated")
+    }
+
+    fn fused_add_scaled(
+        tokens: FloatTensor<Self>,
+        update: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        #[derive(Debug)]
+        struct AddScaled;
+
+        impl<B: TransformerBackend> Backward<B, 2> for AddScaled {
+            type State = FloatTensor<B>;
+
+            fn backward(
+                self,
+                ops: Ops<Self::State, 2>,
+                gradients: &mut Gradients,
+                _: &mut Checkpointer,
+            ) {
+                let [tokens, update] = ops.parents;
+                let gradient = gradients.consume::<B>(&ops.node);
+                if let Some(update) = update {
+                    let gradient = B::fused_scale(gradient.clone(), ops.state);
+                    gradients.register::<B>(update.id, gradient);
+                }
+                if let Some(tokens) = tokens {
+                    gradients.register::<B>(tokens.id, gradient);
+                }
+            }
+        }
+
+        if scale.is_tracked() {
+            return Self::float_add(tokens, Self::fused_scale(update, scale));
+        }
+        let scale = scale.into_primitive();
+        let [values, updates] = [&tokens, &update].map(|tensor| tensor.primitive().clone());
+        let output = B::fused_add_scaled(values, updates, scale.clone());
+        match AddScaled
+            .prepare::<C>([tokens.node(), update.node()])
+            .memory_bound()
+            .retro_forward(AddScaledAgain::<B> {
+                tokens: tokens.id(),
+                update: update.id(),
+                scale: scale.clone(),
+            })
+            .parents([&tokens, &update])
+            .stateful()
+        {
+            OpsKind::Tracked(prep) => prep.finish(scale, output),
+            OpsKind::UnTracked(prep) => prep.finish(output),
+        }
+    }
+
+    fn fused_scale(tokens: FloatTensor<Self>, scale: FloatTensor<Self>) -> FloatTensor<Self> {
+        let mut shape = vec![1; tokens.shape().num_dims()];
+        *shape.last_mut().expect("tokens have channels") = scale.shape().num_elements();
+        Self::float_mul(tokens, Self::float_reshape(scale, shape.into()))
     }
 
     fn fused_attention(

@@ -20,6 +20,8 @@ pub(super) struct Scratch {
 
 /// Runs a pass for every head of `[batch, heads, tokens, head_size]` tensors of one shape.
 ///
+/// A pass gets outputs that nobody has cleared, and writes every row of them before it adds to it.
+///
 /// The results lie token by token, as the layers around the heads read them.
 pub(super) fn by_head<const I: usize, const O: usize>(
     inputs: [FlexTensor; I],
@@ -38,10 +40,12 @@ pub(super) fn by_head<const I: usize, const O: usize>(
         );
     }
     let shape = [batch, tokens, heads, head_size];
-    let mut outputs = [(); O].map(|()| vec![0.0; shape.iter().product()]);
-    let mut places = outputs
-        .each_mut()
-        .map(|output| MatrixMut::heads(output, shape).into_iter());
+    let count = shape.iter().product();
+    let mut outputs = [(); O].map(|()| Vec::with_capacity(count));
+    let mut places = outputs.each_mut().map(|output| {
+        let places = &mut output.spare_capacity_mut()[..count];
+        MatrixMut::heads(places, shape).into_iter()
+    });
     let tasks: Vec<_> = (0..batch * heads)
         .map(|_| {
             places
@@ -60,7 +64,11 @@ pub(super) fn by_head<const I: usize, const O: usize>(
             );
         },
     );
-    outputs.map(|output| tensor(output, shape).transpose(1, 2))
+    outputs.map(|mut output| {
+        // SAFETY: a pass writes all rows of its head, and the heads are the whole output.
+        unsafe { output.set_len(count) };
+        tensor(output, shape).transpose(1, 2)
+    })
 }
 
 /// `softmax(Q·Kᵀ / √head_size)·V`.
@@ -82,9 +90,11 @@ pub(super) fn backward(
     [mut query_gradient, mut key_gradient, mut value_gradient]: [MatrixMut<'_>; 3],
 ) {
     for rows in tiles(query.rows()) {
+        // The first tile finds outputs that nobody has written.
+        let adds = rows.start > 0;
         let (query, gradient) = (query.slice(&rows), gradient.slice(&rows));
         let weights = attention_weights(query, key, &mut scratch.weights);
-        value_gradient.add(weights.transposed(), gradient);
+        value_gradient.product(weights.transposed(), gradient, adds);
 
         let scores = &mut scratch.gradients;
         scores.resize(query.rows() * key.rows(), 0.0);
@@ -97,7 +107,7 @@ pub(super) fn backward(
         });
         let scores = Matrix::new(scores, key.rows());
         query_gradient.slice(&rows).assign(scores, key);
-        key_gradient.add(scores.transposed(), query);
+        key_gradient.product(scores.transposed(), query, adds);
     }
 }
 

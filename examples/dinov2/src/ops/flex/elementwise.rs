@@ -1,50 +1,114 @@
-//! Functions of single numbers, written so that loops over them become vector instructions.
+//! Functions of numbers and of rows of numbers, written so that loops over them become vector instructions.
+
+use std::mem::MaybeUninit;
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-/// Numbers that one task maps.
-const CHUNK: usize = 1 << 14;
+/// Numbers that one task computes, about.
+const TASK: usize = 1 << 14;
 
-/// `f` of every pair of numbers.
-pub(super) fn map(
-    lhs: &[f32],
-    rhs: &[f32],
-    f: impl Fn(f32, f32) -> f32 + Copy + Send + Sync,
+/// `f` of the numbers at each place of tensors of one shape.
+pub(super) fn map<const N: usize>(
+    inputs: [&[f32]; N],
+    f: impl Fn([f32; N]) -> f32 + Sync,
 ) -> Vec<f32> {
+    map_rows(inputs, [], TASK, |_, []| (), |(), numbers, []| f(numbers))
+}
+
+/// Computes every number of a row from what a first look at the whole row found, from the numbers at its place in each
+/// input, and from those of its column.
+///
+/// # Shapes
+///
+/// - inputs: `[rows, width]`, where the last row may be shorter if there are no columns; so is the result
+/// - columns: `[width]`
+pub(super) fn map_rows<const N: usize, const C: usize, L>(
+    inputs: [&[f32]; N],
+    columns: [&[f32]; C],
+    width: usize,
+    look: impl Fn([&[f32]; N], [&[f32]; C]) -> L + Sync,
+    f: impl Fn(&L, [f32; N], [f32; C]) -> f32 + Sync,
+) -> Vec<f32> {
+    let len = inputs[0].len();
+    assert!(inputs.iter().all(|input| input.len() == len));
+    assert!(columns.iter().all(|column| column.len() == width));
+    assert!(C == 0 || len.is_multiple_of(width.max(1)), "whole rows");
+    let width = width.max(1);
+    let task = width * (TASK / width).max(1);
+
     let arch = Arch::new();
-    let mut output = vec![0.0; lhs.len()];
-    output
-        .par_chunks_mut(CHUNK)
-        .zip(lhs.par_chunks(CHUNK).zip(rhs.par_chunks(CHUNK)))
-        .for_each(|(output, (lhs, rhs))| {
-            arch.dispatch(Map {
+    let mut output = Vec::with_capacity(len);
+    output.spare_capacity_mut()[..len]
+        .par_chunks_mut(task)
+        .enumerate()
+        .for_each(|(index, output)| {
+            let start = index * task;
+            arch.dispatch(Rows {
+                inputs: inputs.map(|input| &input[start..start + output.len()]),
                 output,
-                lhs,
-                rhs,
-                f,
-            })
+                columns,
+                width,
+                look: &look,
+                f: &f,
+            });
         });
+    // SAFETY: the tasks are all chunks of the `len` numbers, and each wrote every number of its chunk.
+    unsafe { output.set_len(len) };
     output
 }
 
-/// A chunk of [`map`].
-struct Map<'a, F> {
-    output: &'a mut [f32],
-    lhs: &'a [f32],
-    rhs: &'a [f32],
-    f: F,
+/// A task of [`map_rows`].
+struct Rows<'a, const N: usize, const C: usize, K, F> {
+    inputs: [&'a [f32]; N],
+    output: &'a mut [MaybeUninit<f32>],
+    columns: [&'a [f32]; C],
+    width: usize,
+    look: &'a K,
+    f: &'a F,
 }
 
-impl<F: Fn(f32, f32) -> f32> WithSimd for Map<'_, F> {
+impl<const N: usize, const C: usize, L, K, F> WithSimd for Rows<'_, N, C, K, F>
+where
+    K: Fn([&[f32]; N], [&[f32]; C]) -> L,
+    F: Fn(&L, [f32; N], [f32; C]) -> f32,
+{
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        for ((output, &lhs), &rhs) in self.output.iter_mut().zip(self.lhs).zip(self.rhs) {
-            *output = (self.f)(lhs, rhs);
+        for (row, output) in self.output.chunks_mut(self.width).enumerate() {
+            let start = row * self.width;
+            let inputs = self.inputs.map(|input| &input[start..][..output.len()]);
+            let columns = self.columns.map(|column| &column[..output.len()]);
+            let found = (self.look)(inputs, columns);
+            for (place, output) in output.iter_mut().enumerate() {
+                let numbers = inputs.map(|input| input[place]);
+                output.write((self.f)(
+                    &found,
+                    numbers,
+                    columns.map(|column| column[place]),
+                ));
+            }
         }
     }
+}
+
+/// Sums `f` of the numbers at each place of a row, in lanes of a fixed number, and then the lanes.
+#[inline(always)]
+pub(super) fn sum<const N: usize>(rows: [&[f32]; N], f: impl Fn([f32; N]) -> f32) -> f32 {
+    const LANES: usize = 32;
+    let len = rows[0].len();
+    let whole = len - len % LANES;
+    let mut lanes = [0.0; LANES];
+    for start in (0..whole).step_by(LANES) {
+        let rows = rows.map(|row| &row[start..][..LANES]);
+        for (lane, sum) in lanes.iter_mut().enumerate() {
+            *sum += f(rows.map(|row| row[lane]));
+        }
+    }
+    let rest = (whole..len).map(|place| f(rows.map(|row| row[place])));
+    lanes.into_iter().chain(rest).sum()
 }
 
 /// The distribution function of the standard normal distribution.

@@ -1,6 +1,7 @@
 //! Matrices inside of tensors, and their products.
 
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use burn::backend::TensorMetadata;
@@ -105,11 +106,11 @@ impl<'a> MatrixMut<'a> {
 
     /// The `[tokens, head_size]` matrices of every batch and head, of a `[batch, tokens, heads, head_size]` tensor.
     pub(super) fn heads(
-        values: &'a mut [f32],
+        values: &'a mut [MaybeUninit<f32>],
         [batch, tokens, heads, head_size]: [usize; 4],
     ) -> Vec<Self> {
         assert_eq!(values.len(), batch * heads * tokens * head_size);
-        let start = values.as_mut_ptr();
+        let start = values.as_mut_ptr().cast::<f32>();
         (0..batch * heads)
             .map(|index| {
                 let token = index / heads * tokens;
@@ -140,12 +141,8 @@ impl<'a> MatrixMut<'a> {
         self.product(lhs, rhs, false);
     }
 
-    /// Adds `lhs·rhs`.
-    pub(super) fn add(&mut self, lhs: Matrix<'_>, rhs: Matrix<'_>) {
-        self.product(lhs, rhs, true);
-    }
-
-    fn product(&mut self, lhs: Matrix<'_>, rhs: Matrix<'_>, adds: bool) {
+    /// Becomes `lhs·rhs`, or that is added. What is added to has been written before.
+    pub(super) fn product(&mut self, lhs: Matrix<'_>, rhs: Matrix<'_>, adds: bool) {
         let ([m, n], k) = (self.shape, lhs.columns());
         assert_eq!(
             [lhs.shape, rhs.shape],

@@ -1,12 +1,14 @@
 //! The cases: which model, which input, which methods.
 
+use burn::nn::{self, conv::Conv2d};
 use burn::tensor::Device;
+use burn_boft::{BoftConv2d, BoftLinear};
 use clap::ValueEnum;
 use dinov2::device::Precision;
-use dinov2::model::Dinov2Model;
+use dinov2::model::{Dinov2Config, Dinov2Model};
 use dinov2::precision::cast_all;
 
-use crate::method::{Method, Step};
+use crate::method::{Layers, Method, Step};
 use crate::network::{self, Convolutions, Network, Projection, Recurrent};
 
 /// A model and an input.
@@ -63,7 +65,7 @@ impl Case {
         match self {
             Self::Decode => Method::Plain,
             Self::ServeLinear | Self::ServeDinov2S => Method::Merged,
-            _ => Method::Frozen,
+            _ => Method::Frozen(Layers::Own),
         }
     }
 
@@ -79,35 +81,35 @@ impl Case {
     pub fn load(self, device: &Device, precision: Precision) -> Loaded {
         let device = device.clone().autodiff();
         let to = (precision, &device);
-        let projection = |tokens| {
-            let model = Projection::new(WIDTH, &device);
-            Loaded::new(model, [1, 1, tokens, WIDTH], to)
+        let dinov2 = |config: Dinov2Config, shape| {
+            let own = Dinov2Model::<BoftLinear>::new(&config, &device);
+            let burn = Dinov2Model::<nn::Linear>::new(&config, &device);
+            Loaded::new(own, burn, shape, to)
+        };
+        let projection = |requests, tokens| {
+            let own = Projection::<BoftLinear>::new(WIDTH, &device);
+            let burn = Projection::<nn::Linear>::new(WIDTH, &device);
+            Loaded::new(own, burn, [requests, 1, tokens, WIDTH], to)
         };
         let recurrent = |once| {
             let model = Recurrent::new(256, once, &device);
-            Loaded::new(model, [1, 16, 64, 256], to)
+            Loaded::new(model.clone(), model, [1, 16, 64, 256], to)
         };
         match self {
-            Self::Dinov2S => {
-                let model: Dinov2Model = network::dinov2_s(&device);
-                Loaded::new(model, [4, 3, 224, 224], to)
-            }
-            Self::Dinov2LBlock => {
-                Loaded::new(network::dinov2_l_block(&device), [8, 3, 224, 224], to)
-            }
-            Self::LlmLinear512 => projection(512),
-            Self::LlmLinear8192 => projection(8192),
-            Self::Decode => projection(1),
+            Self::Dinov2S => dinov2(network::dinov2_s(), [4, 3, 224, 224]),
+            Self::Dinov2LBlock => dinov2(network::dinov2_l_block(), [8, 3, 224, 224]),
+            Self::LlmLinear512 => projection(1, 512),
+            Self::LlmLinear8192 => projection(1, 8192),
+            Self::Decode => projection(1, 1),
             Self::Lstm => recurrent(false),
             Self::LstmRotateOnce => recurrent(true),
-            Self::ServeLinear => {
-                Loaded::new(Projection::new(WIDTH, &device), [REQUESTS, 1, 1, WIDTH], to)
+            Self::ServeLinear => projection(REQUESTS, 1),
+            Self::ServeDinov2S => dinov2(network::dinov2_s(), [REQUESTS, 3, 56, 56]),
+            Self::Conv => {
+                let own = Convolutions::<BoftConv2d>::new(&device);
+                let burn = Convolutions::<Conv2d>::new(&device);
+                Loaded::new(own, burn, [4, 64, 56, 56], to)
             }
-            Self::ServeDinov2S => {
-                let model: Dinov2Model = network::dinov2_s(&device);
-                Loaded::new(model, [REQUESTS, 3, 56, 56], to)
-            }
-            Self::Conv => Loaded::new(Convolutions::new(&device), [4, 64, 56, 56], to),
         }
     }
 }
@@ -118,20 +120,26 @@ const REQUESTS: usize = 64;
 /// The width of a projection.
 const WIDTH: usize = 4096;
 
-/// A model and its input in memory; the steps made of it share its weights.
+/// A model, of either kind of layers, and its input in memory; the steps made of it share its weights.
 pub struct Loaded(Box<dyn Fn(Method) -> Result<Step, String>>);
 
 impl Loaded {
-    fn new<N: Network + 'static>(
-        model: N,
+    fn new<Own: Network + 'static, Burn: Network + 'static>(
+        own: Own,
+        burn: Burn,
         shape: [usize; 4],
         (precision, device): (Precision, &Device),
     ) -> Self {
         let input = network::input(shape, device).cast(precision.dtype());
-        let (model, device) = (network::initialized(model), device.clone());
-        let model = cast_all(model, precision);
+        let own = cast_all(network::initialized(own), precision);
+        let burn = cast_all(network::initialized(burn), precision);
+        let device = device.clone();
         Self(Box::new(move |method| {
-            method.step(model.clone(), input.clone(), &device)
+            let input = input.clone();
+            match method.layers() {
+                Layers::Own => method.step(own.clone(), input, &device),
+                Layers::Burn => method.step(burn.clone(), input, &device),
+            }
         }))
     }
 

@@ -2,18 +2,13 @@
 
 use std::fmt::{self, Display, Formatter};
 
-use burn::module::{
-    Lora, Module, ModuleVisitor, Param, ParamGroup, QLora, Quantizer, Reparameterization,
-    Reparameterizer,
-};
-use burn::nn;
+use burn::module::{Lora, Module, ModuleVisitor, Param, ParamGroup, QLora, Quantizer};
 use burn::optim::{AdamWConfig, GradientsParams};
 use burn::tensor::quantization::{Calibration, QuantValue};
 use burn::tensor::{Device, Tensor};
 use burn_boft::ops::Blocks;
 use burn_boft::{
-    Adapter, AdapterBank, AdapterConfig, BoftAdapter, BoftConfig, Cayley, Init, OftConfig, inject,
-    merge,
+    Adapter, AdapterBank, AdapterConfig, BoftConfig, Cayley, Init, OftConfig, inject, merge,
 };
 
 use crate::network::Network;
@@ -22,13 +17,13 @@ use crate::network::Network;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
     /// No adapter: only the forward pass and the gradient of the input. No training step can cost less.
-    Frozen,
+    Frozen(Layers),
     /// BOFT with blocks of `b` and `m` factors.
-    Boft { b: usize, m: usize, layer: Layer },
+    Boft { b: usize, m: usize, layers: Layers },
     /// OFT with blocks of 32.
     Oft(Cayley),
     /// Burn's own LoRA of rank 8.
-    Lora,
+    Lora(Layers),
     /// [`Frozen`](Self::Frozen) with the weights of the targets in eight bits, a scale each.
     FrozenQuantized,
     /// BOFT with blocks of 4 and 2 factors on weights in eight bits.
@@ -50,15 +45,13 @@ pub enum Method {
     Cayley,
 }
 
-/// What the layers of a model are.
+/// Whose layers a model is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Layer {
-    /// `BoftLinear` or `BoftConv2d`.
+pub enum Layers {
+    /// `BoftLinear` and `BoftConv2d`.
     Own,
-    /// Burn's `nn::Linear`, which can only ask for the rotated weight.
-    Linear,
-    /// Burn's `nn::Conv2d`, likewise.
-    Conv2d,
+    /// `nn::Linear` and `nn::Conv2d`, which can only ask for the rotated weight.
+    Burn,
 }
 
 const RANK: usize = 8;
@@ -66,29 +59,30 @@ const RANK: usize = 8;
 const NEUMANN: Cayley = Cayley::Neumann { terms: 5 };
 
 impl Method {
-    /// The methods of a case with a backward pass. Burn's LoRA, quantized weights and the `nn::Linear` rows need linear layers.
+    /// The methods of a case with a backward pass. Burn's LoRA and quantized weights need linear layers.
     pub fn training(linear: bool) -> Vec<Self> {
-        let boft = |m, b, layer| Self::Boft { b, m, layer };
+        use Layers::{Burn, Own};
+        let boft = |m, b, layers| Self::Boft { b, m, layers };
         let mut methods = vec![
-            Self::Frozen,
-            boft(1, 4, Layer::Own),
-            boft(2, 4, Layer::Own),
-            boft(4, 4, Layer::Own),
-            boft(2, 8, Layer::Own),
+            Self::Frozen(Own),
+            Self::Frozen(Burn),
+            boft(1, 4, Own),
+            boft(2, 4, Own),
+            boft(4, 4, Own),
+            boft(2, 8, Own),
+            boft(1, 4, Burn),
+            boft(2, 4, Burn),
+            boft(4, 4, Burn),
+            boft(2, 8, Burn),
         ];
         if linear {
             methods.extend([
-                boft(1, 4, Layer::Linear),
-                boft(2, 4, Layer::Linear),
-                boft(4, 4, Layer::Linear),
-                boft(2, 8, Layer::Linear),
-                Self::Lora,
+                Self::Lora(Own),
+                Self::Lora(Burn),
                 Self::FrozenQuantized,
                 Self::BoftQuantized,
                 Self::LoraQuantized,
             ]);
-        } else {
-            methods.push(boft(2, 4, Layer::Conv2d));
         }
         methods.extend([
             Self::Oft(Cayley::Exact),
@@ -113,6 +107,14 @@ impl Method {
             .into_iter()
             .chain(banks)
             .collect()
+    }
+
+    /// Whose layers the method runs on.
+    pub fn layers(self) -> Layers {
+        match self {
+            Self::Frozen(layers) | Self::Lora(layers) | Self::Boft { layers, .. } => layers,
+            _ => Layers::Own,
+        }
     }
 
     fn config(self, targets: &[&str]) -> AdapterConfig {
@@ -149,23 +151,13 @@ impl Method {
         let adapted =
             |model| inject(model, self.config(N::TARGETS)).map_err(|error| error.to_string());
         let model = match self {
-            Self::Frozen => model.no_grad(),
+            Self::Frozen(_) => model.no_grad(),
             Self::Full => model.unfreeze(),
             Self::Plain | Self::Bank(_) => model.valid(),
-            Self::Boft {
-                layer: Layer::Linear | Layer::Conv2d,
-                ..
-            } => {
-                let config = self.config(N::TARGETS);
-                model.apply_reparameterization(OnWeights {
-                    config,
-                    targets: N::TARGETS,
-                })
-            }
             Self::Boft { .. } | Self::Oft(_) | Self::Cayley => adapted(model)?,
             Self::Attached => adapted(model)?.valid(),
             Self::Merged => merge(adapted(model)?.valid()).map_err(|error| error.to_string())?,
-            Self::Lora => model.apply_lora(lora::<N>()),
+            Self::Lora(_) => model.apply_lora(lora::<N>()),
             Self::FrozenQuantized => model
                 .no_grad()
                 .quantize_weights_group(&mut quantizer(device), weights::<N>()),
@@ -221,7 +213,7 @@ impl Method {
                     device.sync().expect("the device finishes its work");
                 })
             }
-            Self::Frozen | Self::FrozenQuantized => Box::new(move || {
+            Self::Frozen(_) | Self::FrozenQuantized => Box::new(move || {
                 std::hint::black_box(loss(&model, &input, true).backward());
                 device.sync().expect("the device finishes its work");
             }),
@@ -327,98 +319,14 @@ fn skews<N: Module>(model: &N) -> Vec<(Tensor<3>, usize)> {
     collect.skews
 }
 
-/// Adapters under another name, so that a layer of our own treats its weight as Burn's layer does.
-struct OnWeights {
-    config: AdapterConfig,
-    targets: &'static [&'static str],
-}
-
-#[derive(Module, Debug)]
-struct OnWeight {
-    adapter: BoftAdapter,
-}
-
-#[derive(Module, Debug)]
-enum Holder {
-    Linear(nn::Linear),
-    Conv2d(nn::conv::Conv2d),
-}
-
-impl Holder {
-    /// A layer of Burn's with a weight of this shape.
-    fn new<const D: usize>(weight: Tensor<D>) -> Option<Self> {
-        let device = weight.device();
-        match *weight.dims().as_slice() {
-            [d_input, d_output] => {
-                let layer = nn::LinearConfig::new(d_input, d_output).init(&device);
-                Some(Self::Linear(layer))
-            }
-            [channels_out, channels_in, height, width] => {
-                let layer =
-                    nn::conv::Conv2dConfig::new([channels_in, channels_out], [height, width]);
-                Some(Self::Conv2d(layer.init(&device)))
-            }
-            _ => None,
-        }
-    }
-
-    fn adapter(&self) -> Option<&BoftAdapter> {
-        match self {
-            Self::Linear(layer) => layer.weight.reparameterization(),
-            Self::Conv2d(layer) => layer.weight.reparameterization(),
-        }
-    }
-}
-
-impl Reparameterization for OnWeight {
-    const NAME: &'static str = "on_weight";
-
-    fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
-        self.adapter.apply(base)
-    }
-}
-
-impl Reparameterizer for OnWeights {
-    type Reparam = OnWeight;
-
-    fn reparameterize<const D: usize>(
-        &mut self,
-        path: &str,
-        param: Param<Tensor<D>>,
-    ) -> (Param<Tensor<D>>, Option<OnWeight>) {
-        let param = param.set_require_grad(false);
-        let layer = path.strip_suffix(".weight").unwrap_or_default();
-        let is_target = self.targets.iter().any(|target| layer.ends_with(target));
-        let holder = is_target.then(|| Holder::new(param.val())).flatten();
-        let Some(holder) = holder else {
-            return (param, None);
-        };
-        let holder = match self.config.clone() {
-            AdapterConfig::Boft(config) => inject(holder, config.with_target_modules(".*")),
-            AdapterConfig::Oft(config) => inject(holder, config.with_target_modules(".*")),
-            _ => unreachable!("there are two methods"),
-        };
-        let holder = holder.expect("the sizes fit, as they did on the layers of our own");
-        let adapter = holder.adapter().cloned();
-        (param, adapter.map(|adapter| OnWeight { adapter }))
-    }
-}
-
 impl Display for Method {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Boft { b, m, layer } => {
-                write!(f, "boft-m{m}-b{b}")?;
-                match layer {
-                    Layer::Own => Ok(()),
-                    Layer::Linear => f.write_str("-on-linear"),
-                    Layer::Conv2d => f.write_str("-on-conv2d"),
-                }
-            }
-            Self::Frozen => f.write_str("frozen"),
+            Self::Frozen(_) => f.write_str("frozen"),
+            Self::Boft { b, m, .. } => write!(f, "boft-m{m}-b{b}"),
             Self::Oft(Cayley::Exact) => f.write_str("oft-b32"),
             Self::Oft(_) => f.write_str("oft-b32-neumann"),
-            Self::Lora => f.write_str("lora-r8"),
+            Self::Lora(_) => f.write_str("lora-r8"),
             Self::FrozenQuantized => f.write_str("frozen-q8"),
             Self::BoftQuantized => f.write_str("qboft-m2-b4"),
             Self::LoraQuantized => f.write_str("qlora-r8"),
@@ -428,6 +336,10 @@ impl Display for Method {
             Self::Attached => f.write_str("boft-m2-b4"),
             Self::Bank(adapters) => write!(f, "bank-{adapters}"),
             Self::Cayley => f.write_str("cayley-m2-b4"),
+        }?;
+        match self.layers() {
+            Layers::Own => Ok(()),
+            Layers::Burn => f.write_str("-on-burn"),
         }
     }
 }

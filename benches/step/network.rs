@@ -1,12 +1,13 @@
 //! What a step computes: the models of the cases, and their inputs.
 
-use burn::module::{Module, ModuleVisitor, Param};
-use burn::nn::{Lstm, LstmConfig, PaddingConfig2d};
+use burn::module::{Module, ModuleDisplay, ModuleVisitor, Param};
+use burn::nn::conv::{Conv2d, Conv2dConfig};
+use burn::nn::{LinearConfig, Lstm, LstmConfig, PaddingConfig2d};
 use burn::tensor::activation::relu;
 use burn::tensor::{Device, Distribution, Tensor};
-use burn_boft::{BoftConv2d, BoftConv2dConfig, BoftLinear, BoftLinearConfig, rotate_once};
+use burn_boft::{BoftConv2d, rotate_once};
 use dinov2::method::PROJECTIONS;
-use dinov2::model::{Dinov2Config, Dinov2Model};
+use dinov2::model::{Dinov2Config, Dinov2Model, LinearLayer};
 
 /// A model under test.
 pub trait Network: Module {
@@ -18,33 +19,31 @@ pub trait Network: Module {
     fn forward(&self, input: Tensor<4>, tracked: bool) -> Tensor<4>;
 }
 
-impl Network for Dinov2Model {
+impl<L: LinearLayer> Network for Dinov2Model<L> {
     const TARGETS: &'static [&'static str] = &PROJECTIONS;
 
     fn forward(&self, pixels: Tensor<4>, tracked: bool) -> Tensor<4> {
         let tokens = track(self.embeddings.forward(pixels, None), tracked);
-        self.layernorm
-            .forward(self.encoder.forward(tokens))
-            .unsqueeze()
+        self.normalized(self.encoder.forward(tokens)).unsqueeze()
     }
 }
 
 /// One projection without a bias, as in language models.
 #[derive(Module, Debug)]
-pub struct Projection {
-    projection: BoftLinear,
+pub struct Projection<L: LinearLayer> {
+    projection: L,
 }
 
-impl Projection {
+impl<L: LinearLayer> Projection<L> {
     pub fn new(width: usize, device: &Device) -> Self {
-        let projection = BoftLinearConfig::new(width, width).with_bias(false);
+        let projection = LinearConfig::new(width, width).with_bias(false);
         Self {
-            projection: projection.init(device),
+            projection: projection.init(device).into(),
         }
     }
 }
 
-impl Network for Projection {
+impl<L: LinearLayer> Network for Projection<L> {
     const TARGETS: &'static [&'static str] = &["projection"];
 
     fn forward(&self, tokens: Tensor<4>, tracked: bool) -> Tensor<4> {
@@ -52,19 +51,37 @@ impl Network for Projection {
     }
 }
 
-/// Four 3×3 convolutions of a ResNet, each followed by ReLU: 64→64, 64→128 with stride 2, 128→128 twice.
-#[derive(Module, Debug)]
-pub struct Convolutions {
-    conv: Vec<BoftConv2d>,
+/// A convolution with the parameters of [`Conv2d`].
+pub trait Convolution: Module + ModuleDisplay + From<Conv2d> {
+    fn forward(&self, images: Tensor<4>) -> Tensor<4>;
 }
 
-impl Convolutions {
+impl Convolution for BoftConv2d {
+    fn forward(&self, images: Tensor<4>) -> Tensor<4> {
+        self.forward(images)
+    }
+}
+
+impl Convolution for Conv2d {
+    fn forward(&self, images: Tensor<4>) -> Tensor<4> {
+        self.forward(images)
+    }
+}
+
+/// Four 3×3 convolutions of a ResNet, each followed by ReLU: 64→64, 64→128 with stride 2, 128→128 twice.
+#[derive(Module, Debug)]
+pub struct Convolutions<L: Convolution> {
+    conv: Vec<L>,
+}
+
+impl<L: Convolution> Convolutions<L> {
     pub fn new(device: &Device) -> Self {
-        let conv = |[channels_in, channels_out]: [usize; 2], stride: usize| {
-            BoftConv2dConfig::new([channels_in, channels_out], [3, 3])
+        let conv = |channels: [usize; 2], stride: usize| {
+            Conv2dConfig::new(channels, [3, 3])
                 .with_stride([stride; 2])
                 .with_padding(PaddingConfig2d::Explicit(1, 1, 1, 1))
                 .init(device)
+                .into()
         };
         Self {
             conv: vec![
@@ -77,7 +94,7 @@ impl Convolutions {
     }
 }
 
-impl Network for Convolutions {
+impl<L: Convolution> Network for Convolutions<L> {
     const TARGETS: &'static [&'static str] = &["conv.0", "conv.1", "conv.2", "conv.3"];
 
     fn forward(&self, images: Tensor<4>, tracked: bool) -> Tensor<4> {
@@ -124,17 +141,13 @@ fn track<const D: usize>(tensor: Tensor<D>, tracked: bool) -> Tensor<D> {
 }
 
 /// Two layers of the width of DINOv2-L.
-pub fn dinov2_l_block(device: &Device) -> Dinov2Model {
-    Dinov2Config::new(1024, 16, 2)
-        .with_image_size(224)
-        .init_backbone(device)
+pub fn dinov2_l_block() -> Dinov2Config {
+    Dinov2Config::new(1024, 16, 2).with_image_size(224)
 }
 
 /// DINOv2-S for images of 224².
-pub fn dinov2_s(device: &Device) -> Dinov2Model {
-    Dinov2Config::small()
-        .with_image_size(224)
-        .init_backbone(device)
+pub fn dinov2_s() -> Dinov2Config {
+    Dinov2Config::small().with_image_size(224)
 }
 
 /// The model after its random weights are drawn, so that its clones share them.

@@ -478,6 +478,38 @@ fn long_case() -> Case {
     }
 }
 
+/// Layers so large that several threads compute a product, where the rotated weight is made panel by panel. Spans that do not divide
+/// a panel, sums in several parts, and threads that share the rows of a panel.
+#[test]
+fn weights_that_are_rotated_on_their_way_into_a_product_equal_the_oracle() {
+    let case = |[d, b, m]: [usize; 3], d_output, tokens, strided| Case {
+        sizes: Sizes { d, b, m },
+        d_output,
+        tokens,
+        strided,
+        seed: 13,
+    };
+    let cases = [
+        case([240, 4, 2], 300, 133, false),
+        case([252, 6, 2], 130, 700, true),
+        case([192, 32, 1], 61, 700, false),
+        case([640, 4, 5], 90, 133, true),
+        case([147, 7, 1], 163, 700, false),
+        case([1068, 6, 2], 70, 129, false),
+    ];
+    for (case, threads) in cases.iter().flat_map(|case| [1, 2, 9].map(|n| (case, n))) {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        let ways = [Way::Linear(Route::Weight)];
+        for dtype in [DType::F32, DType::F64] {
+            let compare = || compare(case, &ways, dtype, &("flex", Device::flex()));
+            let outcome = pool.as_ref().unwrap().install(compare);
+            if let Err(error) = outcome {
+                panic!("{case:?} on {threads} threads: {error}");
+            }
+        }
+    }
+}
+
 #[test]
 fn flex_gives_the_same_bits_twice() {
     let device = Device::flex().autodiff();

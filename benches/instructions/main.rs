@@ -8,10 +8,11 @@ use std::env;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_boft::ops::{Blocks, Direction, Route, Side};
 
-/// Inputs and outputs of the layer, and its tokens. The outputs and the tokens do not fill whole vectors.
+/// Inputs and outputs of the layer, and its tokens. The outputs and the tokens do not fill whole vectors. A product is just large
+/// enough for several threads.
 const D_INPUT: usize = 192;
 const D_OUTPUT: usize = 260;
-const TOKENS: usize = 133;
+const TOKENS: usize = 149;
 /// The channels of small operations. Threads that wake and sleep take a thousand instructions or two, now more, now less, and that
 /// has to be little beside what is counted.
 const MANY: usize = 32 * D_INPUT;

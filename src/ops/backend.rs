@@ -253,6 +253,26 @@ pub trait BoftBackend: Backend {
         Self::boft_product(input, weight, bias)
     }
 
+    /// The gradient of the input of [`boft_linear`](Self::boft_linear), `dx = dy·(R·W·diag(s))ᵀ`.
+    ///
+    /// # Shapes
+    ///
+    /// - gradient: `[tokens, o]`
+    /// - weight: `[d, o]`
+    /// - scale: `[o]`
+    /// - result: `[tokens, d]`
+    #[fusion(default)]
+    fn boft_linear_input_gradient(
+        gradient: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        blocks: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let weight = Self::boft_weight(weight, blocks, scale, Side::Left);
+        let transposed = Self::float_swap_dims(weight, 0, 1);
+        Self::boft_product(gradient, transposed, OptionalTensor::Absent)
+    }
+
     /// Multiplies a matrix by blocks that need not be orthogonal, as [`boft_butterfly`](Self::boft_butterfly) does by those of
     /// a rotation. There is one factor, `m = 1`.
     ///

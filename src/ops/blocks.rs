@@ -355,9 +355,9 @@ impl Blocks {
     ///
     /// # Memory
     ///
-    /// For its backward pass the weight route keeps the input, the output where a scale is trained, and the
-    /// rotated weight where that is no larger than the two, `d·o ≤ T·(d + o)` for `T` rows of input; a larger one
-    /// is computed again. A frozen weight gets no gradient, so none of its shape is formed.
+    /// For its backward pass the weight route keeps the input, and the output where a scale is trained. The weight is rotated
+    /// again there. On the CPU a rotated weight is made piece by piece on its way into a product and is never in memory as a
+    /// whole, unless a thread has too few rows for that. A frozen weight gets no gradient, so none of its shape is formed.
     ///
     /// # Panics
     ///

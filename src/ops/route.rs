@@ -85,10 +85,10 @@ pub fn route(tokens: usize, [d_input, d_output]: [usize; 2], pass: Pass, base: B
     }
 }
 
-/// Whether the weight route keeps `R·W·diag(s)` for the backward pass, or computes it again there.
+/// Whether a convolution keeps its rotated weight for the backward pass, or computes it again there.
 ///
 /// What a layer keeps for its adapter is this weight and, for the gradient of a trained scale, its output. Together they are to be no
-/// larger than the layer's input and output, `d·o (+ T·o) ≤ T·(d + o)`, so that the memory kept grows with the tokens, as it does
+/// larger than the layer's input and output, whose tokens are pixels, `d·o (+ T·o) ≤ T·(d + o)`, so that the memory kept grows with the tokens, as it does
 /// anyway, and not with the model.
 pub(super) fn keeps_weight(
     tokens: usize,

@@ -6,12 +6,11 @@ use burn::backend::autodiff::{
     grads::Gradients,
     ops::{Backward, NodeGuard, Ops, OpsKind},
 };
-use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
+use burn::backend::{Backend, tensor::FloatTensor};
 
 use super::gradients::{ChannelState, Outputs, nodes, weight_gradient};
-use crate::ops::backend::{BoftBackend, OptionalTensor};
+use crate::ops::backend::BoftBackend;
 use crate::ops::butterfly::Side;
-use crate::ops::route::keeps_weight;
 
 /// [`BoftBackend::boft_linear`] in the graph. Its parents are the input, the weight, the blocks, the scale and, if
 /// there is one, the bias.
@@ -26,16 +25,13 @@ use crate::ops::route::keeps_weight;
 #[derive(Debug)]
 pub(super) struct Linear;
 
-/// What the backward pass reads, which is at most the layer's own operands, its output and one matrix of the weight's
-/// shape.
+/// What the backward pass reads: the layer's own operands, and its output.
 #[derive(Clone, Debug)]
 pub(super) struct LinearState<B: Backend> {
     /// The node of `x`, for `G` and for the gradient of a trained base.
     input: NodeId,
-    /// The base, of which the rotated weight is made again where it was not kept.
+    /// The base, which is rotated again.
     weight: FloatTensor<B>,
-    /// `R·W·diag(s)`, where it is kept: with the output, up to the size of the layer's input and output together.
-    effective: Option<FloatTensor<B>>,
     blocks: FloatTensor<B>,
     channels: ChannelState<B>,
 }
@@ -66,12 +62,11 @@ pub(super) fn rotated_linear<B: BoftBackend, C: CheckpointStrategy, const N: usi
     let keeps_output = scale.is_tracked();
     let (weight, blocks) = (weight.into_primitive(), blocks.into_primitive());
     let scale = scale.into_primitive();
-    let effective = B::boft_weight(weight.clone(), blocks.clone(), scale.clone(), Side::Left);
-    let [rows, _] = input.primitive().shape().dims();
-    let keeps_effective = keeps_weight(rows, weight.shape().dims(), keeps_output);
-    let output = B::boft_product(
+    let output = B::boft_linear(
         input.primitive().clone(),
-        effective.clone(),
+        weight.clone(),
+        blocks.clone(),
+        scale.clone(),
         bias.clone().into(),
     );
     match Linear.prepare::<C>(nodes).compute_bound().stateful() {
@@ -79,7 +74,6 @@ pub(super) fn rotated_linear<B: BoftBackend, C: CheckpointStrategy, const N: usi
             let state = LinearState {
                 input: prep.checkpoint(&input),
                 weight,
-                effective: keeps_effective.then_some(effective),
                 blocks,
                 channels: ChannelState {
                     scale,
@@ -136,19 +130,12 @@ impl<B: BoftBackend, const N: usize> Backward<B, N> for Linear {
 impl<B: BoftBackend> LinearState<B> {
     /// `dx = dy·(R·W·diag(s))ᵀ`.
     ///
-    /// It takes the rotated weight out of the state, so that its memory is free as soon as the product is done, or
-    /// rotates the base once more where none was kept.
-    ///
     /// # Shapes
     ///
     /// - gradient: `[tokens, o]`
     /// - result: `[tokens, d]`
     fn input_gradient(&mut self, gradient: FloatTensor<B>) -> FloatTensor<B> {
-        let effective = self.effective.take().unwrap_or_else(|| {
-            let (blocks, scale) = (self.blocks.clone(), self.channels.scale.clone());
-            B::boft_weight(self.weight.clone(), blocks, scale, Side::Left)
-        });
-        let effective = B::float_swap_dims(effective, 0, 1);
-        B::boft_product(gradient, effective, OptionalTensor::Absent)
+        let (blocks, scale) = (self.blocks.clone(), self.channels.scale.clone());
+        B::boft_linear_input_gradient(gradient, self.weight.clone(), blocks, scale)
     }
 }

@@ -12,9 +12,9 @@
 //! | [`Product`](product::Product) | its input for a trained weight, its weight for a tracked input | |
 //! | [`PackedProduct`] | the packed weight | the floats of every quantized weight at once |
 //! | [`Scaled`](scaled::Scaled) | its output, for a trained scale | the output before it was scaled |
-//! | [`Linear`](linear::Linear) | its input, base, blocks, scale and bias; the output for a trained scale; the rotated weight if small | a gradient of the shape of the weight |
+//! | [`Linear`](linear::Linear) | its input, base, blocks, scale and bias; the output for a trained scale | a gradient of the shape of the weight, and the rotated weight |
 //! | [`BlockDiagonalLinear`](block_diagonal::BlockDiagonalLinear) | its input, base and blocks | a gradient of the shape of the weight |
-//! | [`Conv2d`](conv::Conv2d) | the same as `Linear` | a gradient of the shape of the weight, where there is a kernel |
+//! | [`Conv2d`](conv::Conv2d) | the same as `Linear`; the rotated weight if small | a gradient of the shape of the weight, where there is a kernel |
 //!
 //! Tensors are shared, so what is kept costs memory only if nobody else keeps it: an output is usually the input that
 //! the next operation keeps, and base and scale live in the model. All operations are *compute bound* in Burn's

@@ -149,6 +149,7 @@ pub(super) fn rotate<T: Stored>(
                     let task = Task {
                         output,
                         matrix,
+                        stride: columns,
                         rotation,
                         s,
                         columns,
@@ -164,6 +165,7 @@ pub(super) fn rotate<T: Stored>(
                 let task = Task {
                     output,
                     matrix,
+                    stride: columns,
                     rotation,
                     s,
                     columns,
@@ -194,11 +196,22 @@ pub(super) fn rotate<T: Stored>(
 ///
 /// It spares the pass over memory that would fill the vector with zeros first.
 pub(super) fn written<T>(len: usize, write: impl FnOnce(&mut [MaybeUninit<T>])) -> Vec<T> {
-    let mut values = Vec::with_capacity(len);
+    let mut values = Vec::new();
+    overwrite(&mut values, len, write);
+    values
+}
+
+/// [`written`] in the memory of a vector whose numbers nobody needs any more.
+pub(super) fn overwrite<T>(
+    values: &mut Vec<T>,
+    len: usize,
+    write: impl FnOnce(&mut [MaybeUninit<T>]),
+) {
+    values.clear();
+    values.reserve(len);
     write(&mut values.spare_capacity_mut()[..len]);
     // SAFETY: every caller writes every number, after it has checked that its operands have the sizes for that.
     unsafe { values.set_len(len) };
-    values
 }
 
 /// A precision that a matrix may have where it is rotated.
@@ -224,6 +237,8 @@ impl<E: Real> Stored for E {
 pub(super) struct Task<'a, T: Stored> {
     pub(super) output: &'a mut [MaybeUninit<T>],
     pub(super) matrix: &'a [T],
+    /// From one row of the matrix to the next: on the left there may be more columns than are rotated.
+    pub(super) stride: usize,
     pub(super) rotation: &'a [T::Real],
     pub(super) s: usize,
     pub(super) columns: usize,
@@ -279,7 +294,7 @@ impl<E: Real> Task<'_, E> {
                 let mut sum = E::default();
                 for inner in 0..s {
                     let factor = self.rotation[row * s + inner];
-                    sum = factor.mul_add(self.matrix[inner * columns + column], sum);
+                    sum = factor.mul_add(self.matrix[inner * self.stride + column], sum);
                 }
                 self.output[row * columns + column].write(match self.scale {
                     Some(scale) => sum * scale[column],
@@ -303,7 +318,7 @@ impl<E: Real> Task<'_, E> {
             *factors = &self.rotation[(first + index) * s..][..s];
         }
         for inner in 0..s {
-            let numbers = registers::<E, S, _>(&self.matrix[inner * self.columns + start..]);
+            let numbers = registers::<E, S, _>(&self.matrix[inner * self.stride + start..]);
             tile.add(factors.map(|factors| factors[inner]), numbers);
         }
         if let Some(scale) = self.scale {

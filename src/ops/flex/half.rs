@@ -97,10 +97,11 @@ fn in_pieces<H: Half, S: Simd>(simd: S, task: Task<'_, H>) {
             Side::Left => (task.rotation, task.scale.map(|scale| &scale[start..])),
             Side::Right => (&task.rotation[start * s..][..columns * s], task.scale),
         };
-        let (matrix, output) = piece.widen(task.matrix, task.columns, start, columns);
+        let (matrix, output) = piece.widen(task.matrix, task.stride, start, columns);
         Task {
             output,
             matrix,
+            stride: columns,
             rotation,
             s,
             columns,

@@ -9,9 +9,10 @@
 //! | `boft_channel_sums` | two operands of one precision | operands of two precisions |
 //! | `boft_product` | any strides, two operands of one precision | operands of two precisions |
 //! | `boft_scale_requests` | every layer | |
+//! | `boft_linear`, `boft_linear_input_gradient` | products for several threads, operands of one precision, spans of up to 64 numbers | all others, by `boft_weight` and `boft_product` |
 //!
 //! `boft_butterfly` and `boft_weight` read bf16 and f16 as they are stored, where the blocks are in f32. All other operands of
-//! the second and third row are cast before a kernel reads them. In the last four rows, operands in half precision take the
+//! the second and third row are cast before a kernel reads them. In the last five rows, operands in half precision take the
 //! portable version, too.
 //!
 //! # Vector instructions
@@ -33,12 +34,16 @@ mod cayley;
 mod conv;
 mod gram;
 mod half;
+mod matrix;
+mod panels;
 mod product;
 mod real;
 mod requests;
 mod span;
 mod sums;
 mod tile;
+
+use std::borrow::Cow;
 
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::backend::{Flex, TensorMetadata, tensor::FloatTensor};
@@ -48,7 +53,8 @@ use bytemuck::Pod;
 use pulp::Arch;
 
 use butterfly::Stored;
-use real::in_precision;
+use panels::Rotated;
+use real::{Real, in_precision};
 use span::Sizes;
 
 use super::backend::{BoftBackend, OptionalTensor, Tensors};
@@ -99,7 +105,7 @@ impl Contiguous {
 
 /// Whether the kernels serve this precision on this processor.
 ///
-/// On a processor without a fused multiply-add each [`Real::mul_add`](real::Real::mul_add) would be a call of a library
+/// On a processor without a fused multiply-add each [`Real::mul_add`] would be a call of a library
 /// function, and the portable versions are faster.
 fn has_kernel(tensor: &FlexTensor) -> bool {
     matches!(tensor.dtype(), DType::F32 | DType::F64) && !matches!(Arch::new(), Arch::Scalar)
@@ -235,6 +241,58 @@ impl BoftBackend for Flex {
         })
     }
 
+    fn boft_linear(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        blocks: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
+        bias: OptionalTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let bias = bias.into_option();
+        let dtype = input.dtype();
+        let shape = [input.shape().dims::<2>()[0], weight.shape().dims::<2>()[1]];
+        let output = RotatedWeight::new(dtype, &weight, &blocks, &scale).and_then(|rotated| {
+            let bias = bias
+                .clone()
+                .map(|bias| Contiguous::new(cast::<Self>(bias, dtype)));
+            in_precision!(dtype, E => {
+                let rotation = rotated.rotation::<E>();
+                let bias = bias.as_ref().map(Contiguous::values);
+                let output = product::rotated_product(&input, rotated.operand(&rotation), bias);
+                output.map(|output| tensor(output, shape))
+            })
+        });
+        output.unwrap_or_else(|| {
+            let weight = Self::boft_weight(weight, blocks, scale, Side::Left);
+            Self::boft_product(input, weight, bias.into())
+        })
+    }
+
+    fn boft_linear_input_gradient(
+        gradient: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        blocks: FloatTensor<Self>,
+        scale: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let dtype = gradient.dtype();
+        let shape = [
+            gradient.shape().dims::<2>()[0],
+            weight.shape().dims::<2>()[0],
+        ];
+        let output = RotatedWeight::new(dtype, &weight, &blocks, &scale).and_then(|rotated| {
+            in_precision!(dtype, E => {
+                let rotation = rotated.rotation::<E>();
+                let weight = rotated.operand(&rotation);
+                let output = product::rotated_transposed_product(&gradient, weight);
+                output.map(|output| tensor(output, shape))
+            })
+        });
+        output.unwrap_or_else(|| {
+            let weight = Self::boft_weight(weight, blocks, scale, Side::Left);
+            Self::boft_product(gradient, weight.transpose(0, 1), OptionalTensor::Absent)
+        })
+    }
+
     fn boft_conv2d_backward(
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,
@@ -315,6 +373,51 @@ impl BoftBackend for Flex {
             let (scales, biases) = ((&scales[..], &scaled[..]), (&biases[..], &biased[..]));
             tensor(requests::scale(output.values(), scales, biases, shape), shape)
         })
+    }
+}
+
+/// What makes panels of a rotated weight.
+struct RotatedWeight {
+    weight: Contiguous,
+    blocks: Contiguous,
+    sizes: Sizes,
+    scale: Contiguous,
+}
+
+impl RotatedWeight {
+    /// None if the kernels do not serve such operands, which have to be of one precision.
+    fn new(
+        dtype: DType,
+        weight: &FlexTensor,
+        blocks: &FlexTensor,
+        scale: &FlexTensor,
+    ) -> Option<Self> {
+        let sizes = spans_of(blocks)?;
+        if weight.dtype() != dtype || blocks.dtype() != dtype {
+            return None;
+        }
+        let scale = cast::<Flex>(scale.clone(), dtype);
+        Some(Self {
+            weight: Contiguous::new(weight.clone()),
+            blocks: Contiguous::new(blocks.clone()),
+            sizes,
+            scale: Contiguous::new(portable_linear::away_from_zero::<Flex>(scale)),
+        })
+    }
+
+    /// The rotation of every span.
+    fn rotation<E: Real>(&self) -> Cow<'_, [E]> {
+        let direction = Side::Left.weight_direction();
+        butterfly::compose(self.blocks.values(), self.sizes, direction)
+    }
+
+    fn operand<'a, E: Real>(&'a self, rotation: &'a [E]) -> Rotated<'a, E> {
+        Rotated {
+            weight: self.weight.values(),
+            rotation,
+            span: self.sizes.span,
+            scale: self.scale.values(),
+        }
     }
 }
 

@@ -56,6 +56,7 @@ pub(super) fn rotate<E: Real>(
         let task = Task {
             output,
             matrix,
+            stride: columns,
             rotation: rotations[choice],
             s,
             columns,

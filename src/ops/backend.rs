@@ -233,6 +233,18 @@ pub trait BoftBackend: Backend {
         linear::channel_sums::<Self>(gradient, output, channels)
     }
 
+    /// The same rotation as the other operations take it with the least work: with its factors multiplied out, where a kernel
+    /// would do that each time.
+    ///
+    /// # Shapes
+    ///
+    /// - blocks: `[m, n, b, b]`
+    /// - result: the blocks as they are, or `[1, d/s, s, s]` with a block for each span of `s` channels
+    #[fusion(default)]
+    fn boft_composed(blocks: FloatTensor<Self>) -> FloatTensor<Self> {
+        blocks
+    }
+
     /// Multiplies rows by a rotated and scaled weight and adds a bias, `x·(R·W·diag(s)) + bias`.
     ///
     /// # Shapes

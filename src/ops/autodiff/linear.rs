@@ -33,6 +33,8 @@ pub(super) struct LinearState<B: Backend> {
     /// The base, which is rotated again.
     weight: FloatTensor<B>,
     blocks: FloatTensor<B>,
+    /// The blocks as products take them.
+    composed: FloatTensor<B>,
     channels: ChannelState<B>,
 }
 
@@ -62,10 +64,11 @@ pub(super) fn rotated_linear<B: BoftBackend, C: CheckpointStrategy, const N: usi
     let keeps_output = scale.is_tracked();
     let (weight, blocks) = (weight.into_primitive(), blocks.into_primitive());
     let scale = scale.into_primitive();
+    let composed = B::boft_composed(blocks.clone());
     let output = B::boft_linear(
         input.primitive().clone(),
         weight.clone(),
-        blocks.clone(),
+        composed.clone(),
         scale.clone(),
         bias.clone().into(),
     );
@@ -75,6 +78,7 @@ pub(super) fn rotated_linear<B: BoftBackend, C: CheckpointStrategy, const N: usi
                 input: prep.checkpoint(&input),
                 weight,
                 blocks,
+                composed,
                 channels: ChannelState {
                     scale,
                     bias,
@@ -134,8 +138,8 @@ impl<B: BoftBackend> LinearState<B> {
     ///
     /// - gradient: `[tokens, o]`
     /// - result: `[tokens, d]`
-    fn input_gradient(&mut self, gradient: FloatTensor<B>) -> FloatTensor<B> {
-        let (blocks, scale) = (self.blocks.clone(), self.channels.scale.clone());
+    fn input_gradient(&self, gradient: FloatTensor<B>) -> FloatTensor<B> {
+        let (blocks, scale) = (self.composed.clone(), self.channels.scale.clone());
         B::boft_linear_input_gradient(gradient, self.weight.clone(), blocks, scale)
     }
 }

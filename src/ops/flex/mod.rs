@@ -241,6 +241,18 @@ impl BoftBackend for Flex {
         })
     }
 
+    fn boft_composed(blocks: FloatTensor<Self>) -> FloatTensor<Self> {
+        let Some(sizes) = spans_of(&blocks).filter(|sizes| sizes.m > 1) else {
+            return blocks;
+        };
+        let shape = [1, sizes.count(), sizes.span, sizes.span];
+        let blocks = Contiguous::new(blocks);
+        in_precision!(blocks.0.dtype(), E => {
+            let spans = butterfly::compose::<E>(blocks.values(), sizes, Direction::Forward);
+            tensor(spans.into_owned(), shape)
+        })
+    }
+
     fn boft_linear(
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,

@@ -42,10 +42,7 @@ const FILLED_ROWS: usize = 64;
 /// - If the inner lengths differ, or the bias does not have a number for every output.
 pub(super) fn product<E: Real>(lhs: &FlexTensor, rhs: &FlexTensor, bias: Option<&[E]>) -> Vec<E> {
     let ([m, k], [inner, n]) = (lhs.shape().dims::<2>(), rhs.shape().dims::<2>());
-    assert_eq!(
-        k, inner,
-        "a [{m}, {k}] and a [{inner}, {n}] tensor have no product"
-    );
+    assert_fit([m, k], [inner, n]);
     let (lhs, rhs) = (Matrix::<E>::new(lhs), Matrix::<E>::new(rhs));
     let (sizes, adds) = ([m, k, n], bias.is_some());
     // SAFETY: `Matrix` has checked that the operands are inside their storage.
@@ -80,13 +77,16 @@ pub(super) fn product<E: Real>(lhs: &FlexTensor, rhs: &FlexTensor, bias: Option<
 /// # Numerics
 ///
 /// As [`product`] with the rotated weight.
+///
+/// # Panics
+///
+/// - If the shapes do not fit.
 pub(super) fn rotated_product<E: Real>(
     lhs: &FlexTensor,
     weight: Rotated<'_, E>,
     bias: Option<&[E]>,
 ) -> Option<Vec<E>> {
-    let [_, outputs] = weight.shape();
-    on_the_way(lhs, &weight, weight.span, outputs, bias)
+    on_the_way(lhs, &weight, weight.shape(), weight.span, bias)
 }
 
 /// `lhs·(R·W·diag(s))ᵀ`, as [`rotated_product`].
@@ -100,18 +100,20 @@ pub(super) fn rotated_transposed_product<E: Real>(
     lhs: &FlexTensor,
     weight: Rotated<'_, E>,
 ) -> Option<Vec<E>> {
-    let [inputs, _] = weight.shape();
-    on_the_way(lhs, &RotatedTransposed(weight), weight.span, inputs, None)
+    let [d, o] = weight.shape();
+    on_the_way(lhs, &RotatedTransposed(weight), [o, d], weight.span, None)
 }
 
+/// `lhs·rhs + bias`, with a `[k, n]` matrix that is made on the way, for `span` multiplications each number.
 fn on_the_way<E: Real>(
     lhs: &FlexTensor,
     rhs: &impl Panels<E>,
+    [inner, n]: [usize; 2],
     span: usize,
-    n: usize,
     bias: Option<&[E]>,
 ) -> Option<Vec<E>> {
     let [m, k] = lhs.shape().dims::<2>();
+    assert_fit([m, k], [inner, n]);
     let (sizes, adds) = ([m, k, n], bias.is_some());
     if !is_shared(sizes) || !Cut::new(sizes, rhs.grain()).pays_for(span) {
         return None;
@@ -120,6 +122,13 @@ fn on_the_way<E: Real>(
     // SAFETY: `Matrix` has checked that the operand is inside its storage.
     let multiply = |output| unsafe { by_panels(output, &lhs, rhs, sizes, adds) };
     Some(multiplied([m, n], bias, multiply))
+}
+
+fn assert_fit([m, k]: [usize; 2], [inner, n]: [usize; 2]) {
+    assert_eq!(
+        k, inner,
+        "a [{m}, {k}] and a [{inner}, {n}] tensor have no product"
+    );
 }
 
 /// Whether a product is large enough for several threads.

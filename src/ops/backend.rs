@@ -484,3 +484,14 @@ pub(super) fn is_listed(device: &DispatchDevice) -> bool {
         _ => false,
     }
 }
+
+/// Whether products on this device have a kernel of this crate; the others are Burn's.
+pub(super) fn multiplies(device: &DispatchDevice) -> bool {
+    match device {
+        #[cfg(feature = "flex")]
+        DispatchDevice::Flex(_) => true,
+        DispatchDevice::Autodiff(inner) => multiplies(inner),
+        #[allow(unreachable_patterns)] // Which devices exist depends on the whole build's features.
+        _ => false,
+    }
+}

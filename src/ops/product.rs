@@ -1,9 +1,9 @@
 //! `x·W + bias` with a weight that is not rotated.
 
-use burn::backend::{Dispatch, DispatchDevice};
+use burn::backend::Dispatch;
 use burn::tensor::Tensor;
 
-use super::backend::{BoftBackend, is_listed};
+use super::backend::{BoftBackend, is_listed, multiplies};
 use super::precision::{is_quantized, reshaped};
 
 /// `x·W + bias` with a weight that is not rotated, and may be quantized.
@@ -29,7 +29,7 @@ pub(crate) fn product<const D: usize>(
 ) -> Tensor<D> {
     let device = input.device();
     let is_packed = is_quantized(weight.dtype());
-    if !is_listed(device.as_dispatch()) || !is_packed && !is_cpu(device.as_dispatch()) {
+    if !is_listed(device.as_dispatch()) || !is_packed && !multiplies(device.as_dispatch()) {
         return burn::tensor::module::linear(input, weight, bias);
     }
     let [d, d_output] = weight.dims();
@@ -49,16 +49,6 @@ pub(crate) fn product<const D: usize>(
         }
     };
     reshaped(output, shape)
-}
-
-fn is_cpu(device: &DispatchDevice) -> bool {
-    match device {
-        #[cfg(feature = "flex")]
-        DispatchDevice::Flex(_) => true,
-        DispatchDevice::Autodiff(inner) => is_cpu(inner),
-        #[allow(unreachable_patterns)] // Which devices exist depends on the whole build's features.
-        _ => false,
-    }
 }
 
 /// Adds a bias of `[o]` to each row of a `[rows, o]` tensor.

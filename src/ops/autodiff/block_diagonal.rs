@@ -17,11 +17,9 @@ use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
 use burn::tensor::DType;
 
 use super::butterfly::products_of_blocks;
-use super::gradients::nodes;
-use crate::ops::backend::{BoftBackend, OptionalTensor};
+use super::gradients::{bias_gradient, input_gradient, nodes};
+use crate::ops::backend::BoftBackend;
 use crate::ops::butterfly::{Direction, Side};
-use crate::ops::linear::{Channels, channel_sum};
-use crate::ops::precision::cast;
 
 /// [`BoftBackend::boft_block_diagonal_linear`] in the graph. Its parents are the input, the weight, the blocks and, if there is
 /// one, the bias.
@@ -101,20 +99,12 @@ impl<B: BoftBackend, const N: usize> Backward<B, N> for BlockDiagonalLinear {
             bias,
         } = ops.state;
         let gradient = gradients.consume::<B>(&ops.node);
-        if let Some(node) = bias_node {
-            let sum = channel_sum::<B>(gradient.clone(), Channels::Columns);
-            let dtype = bias.unwrap_or(sum.dtype());
-            gradients.register::<B>(node, cast::<B>(sum, dtype));
-        }
+        bias_gradient::<B>(&gradient, bias_node, bias, gradients);
         let input: Option<FloatTensor<B>> = (blocks_node.is_some() || weight_node.is_some())
             .then(|| checkpointer.retrieve_node_output(input));
         if input_node.is_some() || blocks_node.is_some() {
             // The gradient of x·R.
-            let product = B::boft_product(
-                gradient.clone(),
-                B::float_swap_dims(weight, 0, 1),
-                OptionalTensor::Absent,
-            );
+            let product = input_gradient::<B>(gradient.clone(), weight);
             if let (Some(node), Some(input)) = (blocks_node, input.clone()) {
                 let gradient =
                     products_of_blocks::<B>(input, product.clone(), &blocks, Side::Right);

@@ -2,8 +2,9 @@
 
 use burn::backend::autodiff::{NodeId, grads::Gradients};
 use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
+use burn::tensor::DType;
 
-use crate::ops::backend::BoftBackend;
+use crate::ops::backend::{BoftBackend, OptionalTensor};
 use crate::ops::butterfly::Side;
 use crate::ops::linear::{Channels, along, away_from_zero, channel_sum};
 use crate::ops::precision::{cast, reshape};
@@ -109,6 +110,39 @@ impl<B: BoftBackend> ChannelState<B> {
             }
         }
     }
+}
+
+/// Registers the gradient of a bias that no scale multiplies, `Σ dy`, in the precision of the bias.
+///
+/// # Shapes
+///
+/// - gradient: that of the output, `[tokens, o]`
+pub(super) fn bias_gradient<B: Backend>(
+    gradient: &FloatTensor<B>,
+    bias: Option<NodeId>,
+    dtype: Option<DType>,
+    gradients: &mut Gradients,
+) {
+    if let Some(node) = bias {
+        let sum = channel_sum::<B>(gradient.clone(), Channels::Columns);
+        let dtype = dtype.unwrap_or(sum.dtype());
+        gradients.register::<B>(node, cast::<B>(sum, dtype));
+    }
+}
+
+/// The gradient of the input of a product with a weight, `dx = dy·Wᵀ`.
+///
+/// # Shapes
+///
+/// - gradient: `[tokens, o]`
+/// - weight: `[d, o]`
+/// - result: `[tokens, d]`
+pub(super) fn input_gradient<B: BoftBackend>(
+    gradient: FloatTensor<B>,
+    weight: FloatTensor<B>,
+) -> FloatTensor<B> {
+    let transposed = B::float_swap_dims(weight, 0, 1);
+    B::boft_product(gradient, transposed, OptionalTensor::Absent)
 }
 
 /// The gradient of the scale, `Σ gradient ⊙ (output − bias) / s`, from the sums per channel.

@@ -9,10 +9,8 @@ use burn::backend::autodiff::{
 use burn::backend::{TensorMetadata, tensor::FloatTensor};
 use burn::tensor::DType;
 
-use super::gradients::nodes;
+use super::gradients::{bias_gradient, input_gradient, nodes};
 use crate::ops::backend::{BoftBackend, OptionalTensor};
-use crate::ops::linear::{Channels, channel_sum};
-use crate::ops::precision::cast;
 
 /// [`BoftBackend::boft_product`] in the graph. Its parents are the input, the weight and, if there is one, the bias.
 ///
@@ -78,23 +76,15 @@ impl<B: BoftBackend, const N: usize> Backward<B, N> for Product {
             bias,
         } = ops.state;
         let gradient = gradients.consume::<B>(&ops.node);
-        if let Some(node) = bias_node {
-            let sum = channel_sum::<B>(gradient.clone(), Channels::Columns);
-            let dtype = bias.unwrap_or(sum.dtype());
-            gradients.register::<B>(node, cast::<B>(sum, dtype));
-        }
-        let mut transposed = |operand: NodeId| {
-            let operand: FloatTensor<B> = checkpointer.retrieve_node_output(operand);
-            B::float_swap_dims(operand, 0, 1)
-        };
-        let none = OptionalTensor::Absent;
+        bias_gradient::<B>(&gradient, bias_node, bias, gradients);
         if let (Some(node), Some(input)) = (weight_node, input) {
-            let product = B::boft_product(transposed(input), gradient.clone(), none.clone());
+            let input = B::float_swap_dims(checkpointer.retrieve_node_output(input), 0, 1);
+            let product = B::boft_product(input, gradient.clone(), OptionalTensor::Absent);
             gradients.register::<B>(node, product);
         }
         if let (Some(node), Some(weight)) = (input_node, weight) {
-            let product = B::boft_product(gradient, transposed(weight), none);
-            gradients.register::<B>(node, product);
+            let weight = checkpointer.retrieve_node_output(weight);
+            gradients.register::<B>(node, input_gradient::<B>(gradient, weight));
         }
     }
 }

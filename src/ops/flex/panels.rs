@@ -113,16 +113,9 @@ pub(super) unsafe fn by_panels<E: Real>(
 
 /// A matrix whose columns lie in one piece each, such as the transpose of a weight.
 pub(super) struct Transposed<'a, E> {
-    /// The columns.
-    pub(super) rows: Rows<'a, E>,
-}
-
-/// Rows of numbers.
-#[derive(Clone, Copy)]
-pub(super) struct Rows<'a, E> {
-    /// From the first number of the first row to the last of the last.
+    /// From the first number of the first column to the last of the last.
     pub(super) numbers: &'a [E],
-    /// From one row to the next.
+    /// From one column to the next.
     pub(super) stride: usize,
 }
 
@@ -132,8 +125,8 @@ impl<E: Real> Panels<E> for Transposed<'_, E> {
     }
 
     fn make(&self, [row, column]: [usize; 2], shape: [usize; 2], [panel, _]: &mut [Vec<E>; 2]) {
-        let Rows { numbers, stride } = self.rows;
-        transpose(&numbers[column * stride + row..], stride, shape, panel);
+        let numbers = &self.numbers[column * self.stride + row..];
+        transpose(numbers, self.stride, shape, panel);
     }
 }
 

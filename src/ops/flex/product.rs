@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use super::butterfly::written;
 use super::matrix::{Matrix, Place, call_gemm};
-use super::panels::{Cut, Panels, Rotated, RotatedTransposed, Rows, Transposed, by_panels};
+use super::panels::{Cut, Panels, Rotated, RotatedTransposed, Transposed, by_panels};
 use super::real::Real;
 
 /// A product of at least this many multiplications is shared among threads. Burn's own products change over at the
@@ -49,11 +49,11 @@ pub(super) fn product<E: Real>(lhs: &FlexTensor, rhs: &FlexTensor, bias: Option<
     let multiply = |output| unsafe {
         match is_shared(sizes) {
             true if rhs.has_whole_columns() => {
-                let rows = Rows {
+                let transposed = Transposed {
                     numbers: rhs.columns(k, n),
                     stride: rhs.column_stride as usize,
                 };
-                by_panels(output, &lhs, &Transposed { rows }, sizes, adds);
+                by_panels(output, &lhs, &transposed, sizes, adds);
             }
             true => call_gemm(output, &lhs, &rhs, sizes, adds, Parallelism::Rayon(0)),
             false => call_gemm(output, &lhs, &rhs, sizes, adds, Parallelism::None),

@@ -478,10 +478,10 @@ fn long_case() -> Case {
     }
 }
 
-/// Layers so large that several threads compute a product, where the rotated weight is made panel by panel. Spans that do not divide
-/// a panel, sums in several parts, and threads that share the rows of a panel.
+/// Layers so large that several threads compute a product, which then rotates the weight panel by panel. Among them are spans that
+/// do not divide a panel, sums in several parts, and more threads than panels.
 #[test]
-fn weights_that_are_rotated_on_their_way_into_a_product_equal_the_oracle() {
+fn weights_rotated_inside_a_product_equal_the_oracle() {
     let case = |[d, b, m]: [usize; 3], d_output, tokens, strided| Case {
         sizes: Sizes { d, b, m },
         d_output,

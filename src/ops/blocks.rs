@@ -356,8 +356,8 @@ impl Blocks {
     /// # Memory
     ///
     /// For its backward pass the weight route keeps the input, and the output where a scale is trained. The weight is rotated
-    /// again there. On the CPU a rotated weight is made piece by piece on its way into a product and is never in memory as a
-    /// whole, unless a thread has too few rows for that. A frozen weight gets no gradient, so none of its shape is formed.
+    /// again there. On the CPU the product rotates the weight piece by piece and never writes all of it to memory, except
+    /// where each thread would have too few rows for that. A frozen weight gets no gradient, so none of its shape is formed.
     ///
     /// # Panics
     ///

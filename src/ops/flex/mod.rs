@@ -388,7 +388,7 @@ impl BoftBackend for Flex {
     }
 }
 
-/// What makes panels of a rotated weight.
+/// The operands of a rotated weight that a product computes panel by panel.
 struct RotatedWeight {
     weight: Contiguous,
     blocks: Contiguous,

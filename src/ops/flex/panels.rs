@@ -1,8 +1,8 @@
-//! Products with a matrix that is made panel by panel on its way into them.
+//! Products whose second operand is computed panel by panel: transposed weights and rotated weights.
 //!
-//! Every task makes one panel after the other in a small cache and multiplies by it, so that the matrix itself is never in
-//! memory. `gemm` would gather a transposed matrix number by number, and a small one on a single thread. A rotated weight
-//! would have to be written to memory first and read again.
+//! A panel is a few columns of the operand. Each task computes a panel in a small cache and multiplies by it, so that the
+//! operand is never written to memory as a whole. `gemm` alone would copy a transposed operand one number at a time, and a
+//! small one on a single thread.
 
 use std::mem::MaybeUninit;
 
@@ -16,34 +16,37 @@ use super::real::Real;
 use super::tile::{dispatch, line};
 use crate::ops::butterfly::Side;
 
-/// Columns that `gemm` computes at a time on processors with AVX-512. A panel has about so many, or twice as many.
+/// About how many columns a panel has, or half of it: the columns that `gemm` computes at a time on processors with
+/// AVX-512.
 const WIDTH: usize = 64;
 
-/// Rows of a panel that are made at a time, about: such a panel stays in a second-level cache.
+/// About how many rows of a panel are computed at a time, so that they stay in a second-level cache.
 const DEPTH: usize = 512;
 
-/// A matrix of which panels can be made.
+/// A matrix that is computed panel by panel.
 pub(super) trait Panels<E: Real>: Sync {
-    /// The rows and columns that come together only. A panel has multiples of them.
+    /// The smallest number of rows and of columns that can be computed by themselves. A panel has multiples of both.
     fn grain(&self) -> [usize; 2];
 
-    /// Makes the part of the matrix from a row and a column on, `[rows, columns]` numbers row by row, in the first of the vectors.
-    fn make(&self, start: [usize; 2], shape: [usize; 2], memory: &mut [Vec<E>; 2]);
+    /// Computes a `[rows, columns]` part of the matrix, which starts at a row and a column, and stores it row by row in the first
+    /// vector. The second vector is scratch memory.
+    fn compute(&self, start: [usize; 2], shape: [usize; 2], memory: &mut [Vec<E>; 2]);
 }
 
-/// How a product is cut into tasks and parts of sums.
-pub(super) struct Cut {
+/// How a product is divided into tasks, and its sums into parts.
+pub(super) struct Tiling {
     /// Columns of a panel.
     width: usize,
-    /// Rows of a panel that are made at a time.
+    /// Rows of a panel that are computed at a time.
     depth: usize,
     /// Rows of the result in a task.
     height: usize,
+    /// Tasks down the rows and along the columns of the result.
     tasks: [usize; 2],
 }
 
-impl Cut {
-    /// A cut of `[m, k]·[k, n]` for all threads of the pool.
+impl Tiling {
+    /// Divides `[m, k]·[k, n]` among all threads of the pool.
     pub(super) fn new([m, k, n]: [usize; 3], [rows, columns]: [usize; 2]) -> Self {
         let threads = rayon::current_num_threads();
         let wide = match n >= 4 * threads * WIDTH {
@@ -52,7 +55,7 @@ impl Cut {
         };
         let width = (wide / columns).max(1) * columns;
         let panels = n.div_ceil(width);
-        // A few panels are too little for many threads, which then share the rows of the result as well.
+        // With too few panels for all threads, the rows of the result are divided as well.
         let height = m.div_ceil((2 * threads).div_ceil(panels)).max(WIDTH);
         let depth = k.div_ceil(k.div_ceil(DEPTH)).next_multiple_of(rows);
         Self {
@@ -63,15 +66,15 @@ impl Cut {
         }
     }
 
-    /// Whether making numbers of a panel, with so many multiplications each, takes little beside multiplying by the panel. Every
-    /// block of rows makes all panels anew.
-    pub(super) fn pays_for(&self, multiplications: usize) -> bool {
+    /// Whether computing the panels costs little compared with the product, if each number of a panel takes this many
+    /// multiplications. Where the rows of the result are divided, each of their tasks computes the panel again.
+    pub(super) fn is_worthwhile(&self, multiplications: usize) -> bool {
         let [blocks, _] = self.tasks;
         blocks == 1 || self.height >= 16 * multiplications
     }
 }
 
-/// The product with a matrix that is made on the way.
+/// The product with a matrix that is computed panel by panel.
 ///
 /// # Numerics
 ///
@@ -87,19 +90,23 @@ pub(super) unsafe fn by_panels<E: Real>(
     [m, k, n]: [usize; 3],
     adds: bool,
 ) {
-    let cut = Cut::new([m, k, n], rhs.grain());
-    let [blocks, panels] = cut.tasks;
+    let tiling = Tiling::new([m, k, n], rhs.grain());
+    let [blocks, panels] = tiling.tasks;
     let tasks = (0..blocks * panels).into_par_iter();
     tasks.for_each_init(Default::default, |memory, task| {
-        let (row, column) = (task / panels * cut.height, task % panels * cut.width);
-        let (rows, columns) = (cut.height.min(m - row), cut.width.min(n - column));
-        for first in (0..k).step_by(cut.depth) {
-            let len = cut.depth.min(k - first);
-            rhs.make([first, column], [len, columns], memory);
-            let made = &memory[0];
-            assert_eq!(made.len(), len * columns, "a panel of [{len}, {columns}]");
+        let (row, column) = (task / panels * tiling.height, task % panels * tiling.width);
+        let (rows, columns) = (tiling.height.min(m - row), tiling.width.min(n - column));
+        for first in (0..k).step_by(tiling.depth) {
+            let len = tiling.depth.min(k - first);
+            rhs.compute([first, column], [len, columns], memory);
+            let computed = &memory[0];
+            assert_eq!(
+                computed.len(),
+                len * columns,
+                "a panel of [{len}, {columns}]"
+            );
             let panel = Matrix {
-                start: made.as_ptr(),
+                start: computed.as_ptr(),
                 row_stride: columns as isize,
                 column_stride: 1,
             };
@@ -124,7 +131,7 @@ impl<E: Real> Panels<E> for Transposed<'_, E> {
         [1, 1]
     }
 
-    fn make(&self, [row, column]: [usize; 2], shape: [usize; 2], [panel, _]: &mut [Vec<E>; 2]) {
+    fn compute(&self, [row, column]: [usize; 2], shape: [usize; 2], [panel, _]: &mut [Vec<E>; 2]) {
         let numbers = &self.numbers[column * self.stride + row..];
         transpose(numbers, self.stride, shape, panel);
     }
@@ -188,7 +195,7 @@ impl<E: Real> Panels<E> for Rotated<'_, E> {
         [self.span, 1]
     }
 
-    fn make(&self, start: [usize; 2], shape: [usize; 2], [panel, _]: &mut [Vec<E>; 2]) {
+    fn compute(&self, start: [usize; 2], shape: [usize; 2], [panel, _]: &mut [Vec<E>; 2]) {
         self.rotate(start, shape, panel);
     }
 }
@@ -201,7 +208,7 @@ impl<E: Real> Panels<E> for RotatedTransposed<'_, E> {
         [1, self.0.span]
     }
 
-    fn make(
+    fn compute(
         &self,
         [row, column]: [usize; 2],
         [rows, columns]: [usize; 2],

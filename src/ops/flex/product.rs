@@ -2,7 +2,7 @@
 //!
 //! It calls the same `gemm` as Burn does, but lets it start from the bias and write to memory that nobody cleared or
 //! copied before. A separate addition would read and write the whole output once more. Transposed and rotated weights are
-//! made panel by panel on the way.
+//! computed panel by panel inside the product.
 
 use burn::backend::TensorMetadata;
 use burn::backend::flex::FlexTensor;
@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use super::butterfly::written;
 use super::matrix::{Matrix, Place, call_gemm};
-use super::panels::{Cut, Panels, Rotated, RotatedTransposed, Transposed, by_panels};
+use super::panels::{Panels, Rotated, RotatedTransposed, Tiling, Transposed, by_panels};
 use super::real::Real;
 
 /// A product of at least this many multiplications is shared among threads. Burn's own products change over at the
@@ -62,10 +62,10 @@ pub(super) fn product<E: Real>(lhs: &FlexTensor, rhs: &FlexTensor, bias: Option<
     multiplied([m, n], bias, multiply)
 }
 
-/// `lhs·(R·W·diag(s)) + bias`, where the rotated weight is made on the way and never in memory.
+/// `lhs·(R·W·diag(s)) + bias`, without writing the rotated weight to memory.
 ///
-/// None where that does not pay: where one thread computes the product, and where many threads would make the same panels for
-/// few rows each.
+/// None where writing it is cheaper: where one thread computes the product, and where many threads would compute the same
+/// panels for a few rows each.
 ///
 /// # Shapes
 ///
@@ -86,7 +86,7 @@ pub(super) fn rotated_product<E: Real>(
     weight: Rotated<'_, E>,
     bias: Option<&[E]>,
 ) -> Option<Vec<E>> {
-    on_the_way(lhs, &weight, weight.shape(), weight.span, bias)
+    product_by_panels(lhs, &weight, weight.shape(), weight.span, bias)
 }
 
 /// `lhs·(R·W·diag(s))ᵀ`, as [`rotated_product`].
@@ -101,11 +101,11 @@ pub(super) fn rotated_transposed_product<E: Real>(
     weight: Rotated<'_, E>,
 ) -> Option<Vec<E>> {
     let [d, o] = weight.shape();
-    on_the_way(lhs, &RotatedTransposed(weight), [o, d], weight.span, None)
+    product_by_panels(lhs, &RotatedTransposed(weight), [o, d], weight.span, None)
 }
 
-/// `lhs·rhs + bias`, with a `[k, n]` matrix that is made on the way, for `span` multiplications each number.
-fn on_the_way<E: Real>(
+/// `lhs·rhs + bias`, where each number of the `[k, n]` matrix takes `span` multiplications to compute.
+fn product_by_panels<E: Real>(
     lhs: &FlexTensor,
     rhs: &impl Panels<E>,
     [inner, n]: [usize; 2],
@@ -115,7 +115,7 @@ fn on_the_way<E: Real>(
     let [m, k] = lhs.shape().dims::<2>();
     assert_fit([m, k], [inner, n]);
     let (sizes, adds) = ([m, k, n], bias.is_some());
-    if !is_shared(sizes) || !Cut::new(sizes, rhs.grain()).pays_for(span) {
+    if !is_shared(sizes) || !Tiling::new(sizes, rhs.grain()).is_worthwhile(span) {
         return None;
     }
     let lhs = Matrix::<E>::new(lhs);

@@ -334,7 +334,7 @@ impl<E: Real> Task<'_, E> {
     #[inline(always)]
     fn rotate_spans<S: Simd, const PART: usize>(self, simd: S, s: usize) {
         with_registers!(
-            s, lanes::<E, S>(), LINES, WIDTH => self.rotate_columns::<S, LINES, WIDTH, PART>(simd, s),
+            s, E, S, LINES, WIDTH => self.rotate_columns::<S, LINES, WIDTH, PART>(simd, s),
             else with_tile!(s, LINES, LINE => rotate_span_columns::<E, LINES, LINE>(self))
         )
     }

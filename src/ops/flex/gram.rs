@@ -11,8 +11,8 @@ use super::real::{Real, lanes};
 use super::span::{Scratch, Sizes, multiply_by_stage, transpose};
 use super::sums::{across, dot, total};
 use super::tile::{
-    LANES, PASSING_ROWS, ROWS, Tile, add_scaled, dispatch, line, multiply, places, registers,
-    with_registers, with_tile,
+    LANES, PASSING_ROWS, ROWS, Tile, add_scaled, dispatch, line, multiply, places, prefetch,
+    registers, with_registers, with_tile,
 };
 use crate::ops::butterfly::{Direction, Side};
 
@@ -169,29 +169,42 @@ impl<E: Real> WithSimd for GramOfColumns<'_, E> {
     fn with_simd<S: Simd>(self, simd: S) {
         let s = self.s;
         with_registers!(
-            s, lanes::<E, S>(), LINES, WIDTH => self.add::<S, LINES, WIDTH>(simd),
+            s, E, S, LINES, WIDTH => self.add::<S, LINES, WIDTH>(simd),
             else with_tile!(s, LINES, LINE => gram_of_columns::<E, LINES, LINE>(self))
         );
     }
 }
 
-impl<E: Real> GramOfColumns<'_, E> {
+impl<'a, E: Real> GramOfColumns<'a, E> {
+    /// The rows after the first group, of which each tile of this many sums asks for its share.
+    #[inline(always)]
+    fn ahead(&self, tile: usize) -> Ahead<'a, E> {
+        Ahead {
+            operands: [self.lhs, self.rhs],
+            start: PASSING_ROWS * self.columns,
+            share: PASSING_ROWS * tile / self.s,
+        }
+    }
+
     /// Adds the products of all rows to every span's sums, `LINES` rows of `WIDTH` registers at a time.
     ///
     /// From the outside in, the loops run over groups of [`PASSING_ROWS`] rows, over spans, over tiles of the span's `G`,
     /// and over the rows of the group. A tile's sums are loaded into registers, meet all rows of the group and are stored
     /// again, so that they are loaded and stored once for 16 products. The operands come from memory once: the rows of a
-    /// group stay in a cache while their spans take turns.
+    /// group stay in a cache while their spans take turns. Meanwhile they ask for the next group, [`Ahead`].
     #[inline(always)]
     fn add<S: Simd, const LINES: usize, const WIDTH: usize>(self, simd: S) {
         let (s, columns) = (self.s, self.columns);
+        let width = Tile::<E, S, LINES, WIDTH>::LINE;
+        let mut ahead = self.ahead(LINES * width);
         let passing = self
             .lhs
             .chunks(PASSING_ROWS * columns)
             .zip(self.rhs.chunks(PASSING_ROWS * columns));
         for (lhs, rhs) in passing {
             for (span, gram) in self.gram.chunks_exact_mut(s * s).enumerate() {
-                for (row, column) in places(s, LINES, Tile::<E, S, LINES, WIDTH>::LINE) {
+                for (row, column) in places(s, LINES, width) {
+                    ahead.advance();
                     let mut tile = Tile::<E, S, LINES, WIDTH>::zero(simd);
                     for index in 0..LINES {
                         tile.load(index, &gram[(row + index) * s + column..]);
@@ -209,23 +222,48 @@ impl<E: Real> GramOfColumns<'_, E> {
     }
 }
 
+/// The rows that come after the ones that are multiplied.
+///
+/// A processor that sees small pieces of 32 rows being read does not guess which pieces will be read next. So each tile
+/// asks for its share of the next [`PASSING_ROWS`] rows, which come from memory while it is computed.
+struct Ahead<'a, E> {
+    operands: [&'a [E]; 2],
+    /// The numbers that have been asked for already.
+    start: usize,
+    /// The numbers that a tile asks for.
+    share: usize,
+}
+
+impl<E> Ahead<'_, E> {
+    /// Asks for the next share of both operands.
+    #[inline(always)]
+    fn advance(&mut self) {
+        let end = self.start + self.share;
+        for operand in self.operands {
+            prefetch(operand.get(self.start..end).unwrap_or_default());
+        }
+        self.start = end;
+    }
+}
+
 /// [`GramOfColumns::add`] for spans that are not whole registers, `LINES` rows of `LINE` sums at a time.
 #[inline(always)]
-fn gram_of_columns<E: Real, const LINES: usize, const LINE: usize>(
-    GramOfColumns {
+fn gram_of_columns<E: Real, const LINES: usize, const LINE: usize>(kernel: GramOfColumns<'_, E>) {
+    let mut ahead = kernel.ahead(LINES * LINE);
+    let GramOfColumns {
         gram,
         lhs,
         rhs,
         s,
         columns,
-    }: GramOfColumns<'_, E>,
-) {
+    } = kernel;
     let passing = lhs
         .chunks(PASSING_ROWS * columns)
         .zip(rhs.chunks(PASSING_ROWS * columns));
     for (lhs, rhs) in passing {
         for (span, gram) in gram.chunks_exact_mut(s * s).enumerate() {
             for (row, column) in places(s, LINES, LINE) {
+                ahead.advance();
                 let mut sums = [[E::default(); LINE]; LINES];
                 for (index, sums) in sums.iter_mut().enumerate() {
                     *sums = *line(gram, (row + index) * s + column);

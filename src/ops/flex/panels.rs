@@ -259,8 +259,8 @@ impl<E: Real> WithSimd for Transpose<'_, E> {
         } = self;
         let rows = panel.len() / columns;
         let [whole_rows, whole_columns] = [rows, columns].map(|len| len - len % SQUARE);
-        for row in (0..whole_rows).step_by(SQUARE) {
-            for column in (0..whole_columns).step_by(SQUARE) {
+        for column in (0..whole_columns).step_by(SQUARE) {
+            for row in (0..whole_rows).step_by(SQUARE) {
                 let square: [[E; SQUARE]; SQUARE] = std::array::from_fn(|index| {
                     let start = (column + index) * stride + row;
                     *line(numbers, start)

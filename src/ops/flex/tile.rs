@@ -1,7 +1,8 @@
 //! Tiles of matrices that stay in registers, and the number of rows that a task takes.
 //!
-//! The kernels keep eight registers of sums where the span allows it. That many independent sums hide the latency of a fused
-//! multiply-add, and leave registers for the operands.
+//! The kernels keep eight registers of sums where the span allows it, or sixteen where a processor has 32 registers. Eight
+//! independent sums hide the latency of a fused multiply-add, and leave registers for the operands. With sixteen, each
+//! number that is loaded meets more of them.
 
 use std::mem::MaybeUninit;
 
@@ -30,6 +31,23 @@ pub(super) const ROWS: usize = 128;
 /// each span's matrix is read once for 16 rows instead of once for each tile. In f32, 16 rows of 1024 numbers are 64
 /// KiB.
 pub(super) const PASSING_ROWS: usize = 16;
+
+/// Bytes that come from memory at a time.
+#[cfg(target_arch = "x86_64")]
+const CACHE_LINE: usize = 64;
+
+/// Asks for numbers that will be read soon, so that they are in a cache by then.
+#[inline(always)]
+pub(super) fn prefetch<E>(numbers: &[E]) {
+    #[cfg(target_arch = "x86_64")]
+    for number in numbers.iter().step_by(CACHE_LINE / size_of::<E>()) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: every processor of this architecture has the instruction, and it changes no numbers.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(number).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = numbers;
+}
 
 /// Runs a kernel with the widest registers that pieces of this many neighbours fill.
 ///
@@ -133,17 +151,21 @@ pub(super) fn registers<E: Real, S: Simd, const WIDTH: usize>(
 /// Runs a kernel with the sides of a [`Tile`] for spans of this length as constants, `$lines` by `$width`, or another one
 /// for spans that are not whole registers.
 ///
-/// | span | `$lines` | `$width` |
-/// |---|---|---|
-/// | two registers, or a multiple | 4 | 2 |
-/// | one register, or a multiple | 8 | 1 |
+/// | span | processor | `$lines` | `$width` |
+/// |---|---|---|---|
+/// | two registers, or a multiple | 32 registers | 8 | 2 |
+/// | two registers, or a multiple | 16 registers | 4 | 2 |
+/// | one register, or a multiple | any | 8 | 1 |
 ///
-/// Either is also a multiple of eight numbers, since eight lines, or parts of eight numbers, have to divide the span.
+/// The span is also a multiple of eight numbers, since eight lines, or parts of eight numbers, have to divide it.
 macro_rules! with_registers {
-    ($span:expr, $lanes:expr, $lines:ident, $width:ident => $run:expr, else $other:expr) => {
-        match ($span, $lanes) {
+    ($span:expr, $real:ty, $simd:ident, $lines:ident, $width:ident => $run:expr, else $other:expr) => {
+        match ($span, lanes::<$real, $simd>()) {
             (span, lanes) if span % (2 * lanes) == 0 && span % 8 == 0 => {
-                with_registers!(4, 2, $lines, $width => $run)
+                match $simd::REGISTER_COUNT >= 32 {
+                    true => with_registers!(8, 2, $lines, $width => $run),
+                    false => with_registers!(4, 2, $lines, $width => $run),
+                }
             }
             (span, lanes) if span % lanes == 0 && span % 8 == 0 => {
                 with_registers!(8, 1, $lines, $width => $run)

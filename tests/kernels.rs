@@ -4,9 +4,10 @@
 
 mod common;
 
+use burn::backend::Dispatch;
 use burn::tensor::{DType, Device, FloatDType, Tensor};
 use burn_boft::ops::{
-    Blocks, Direction, PerRequest, Route, Side, linear_requests, rotate_requests,
+    Blocks, BoftBackend, Direction, PerRequest, Route, Side, linear_requests, rotate_requests,
 };
 use common::{
     Matrix, Sizes, assert_close, drift, few_sizes, host, kernel_devices, noise, rotation, tensor,
@@ -408,6 +409,32 @@ fn every_request_is_rotated_by_its_own_rotation() {
                 assert_close(&what, &host(actual), &output, tolerances(dtype)[0]);
             }
         }
+    }
+}
+
+/// The kernel of the CPU writes over the rows, unless another tensor has them, too.
+#[test]
+fn scaling_rows_does_not_change_a_tensor_that_shares_them() {
+    for (name, device) in kernel_devices() {
+        let numbers: Vec<f64> = (0..24).map(f64::from).collect();
+        let whole = tensor(&numbers, [6, 4], DType::F32, &device);
+        let part = whole.clone().slice([2..6]);
+        let scale = tensor(&[2.0, 3.0, 5.0, 7.0], [4], DType::F32, &device);
+        let bias = tensor(&[0.5, 0.25, -1.0, 4.0], [4], DType::F32, &device);
+        let scaled = <Dispatch as BoftBackend>::boft_scale_requests(
+            part.into_dispatch(),
+            vec![scale.into_dispatch()].into(),
+            vec![Some(0), None],
+            vec![bias.into_dispatch()].into(),
+            vec![None, Some(0)],
+        );
+        let expected = [
+            16.0, 27.0, 50.0, 77.0, 24.0, 39.0, 70.0, 105.0, //
+            16.5, 17.25, 17.0, 23.0, 20.5, 21.25, 21.0, 27.0,
+        ];
+        let scaled = Tensor::<2>::from_dispatch(scaled);
+        assert_close(name, &host(scaled), &expected, 1e-6);
+        assert_close(name, &host(whole), &numbers, 0.0);
     }
 }
 

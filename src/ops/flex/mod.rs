@@ -101,6 +101,13 @@ impl Contiguous {
             .as_slice()
             .expect("the tensor is contiguous and of the precision matched on")
     }
+
+    /// The numbers, which are copied first if another tensor shares them.
+    fn values_mut<E: Element + Pod>(&mut self) -> &mut [E] {
+        let layout = self.0.layout();
+        let (start, len) = (layout.start_offset(), layout.num_elements());
+        &mut self.0.storage_mut()[start..start + len]
+    }
 }
 
 /// Whether the kernels serve this precision on this processor.
@@ -378,13 +385,14 @@ impl BoftBackend for Flex {
             vectors.collect::<Vec<_>>()
         };
         let (scales, biases) = (contiguous(scales), contiguous(biases));
-        let output = Contiguous::new(output);
+        let mut output = Contiguous::new(output);
         in_precision!(dtype, E => {
             let [scales, biases] = [&scales, &biases]
                 .map(|vectors| vectors.iter().map(Contiguous::values).collect::<Vec<&[E]>>());
             let (scales, biases) = ((&scales[..], &scaled[..]), (&biases[..], &biased[..]));
-            tensor(requests::scale(output.values(), scales, biases, shape), shape)
-        })
+            requests::scale(output.values_mut(), scales, biases, shape);
+        });
+        output.0
     }
 }
 

@@ -87,11 +87,11 @@ pub(super) fn rotate<E: Real>(
     })
 }
 
-/// `z ⊙ s + bias` with the scale and the bias that the request of each row takes, in one pass over the output.
+/// `z ⊙ s + bias` with the scale and the bias that the request of each row takes, in place.
 ///
 /// # Shapes
 ///
-/// - output: `[rows, columns]`, contiguous, equally many rows for each request; so is the result
+/// - output: `[rows, columns]`, contiguous, equally many rows for each request
 /// - scales, biases: `[columns]` each, and for each request the index of the one that it takes
 ///
 /// # Numerics
@@ -102,11 +102,11 @@ pub(super) fn rotate<E: Real>(
 ///
 /// - If the output has another shape, or a scale or bias another length.
 pub(super) fn scale<E: Real>(
-    output: &[E],
+    output: &mut [E],
     (scales, scaled): (&[&[E]], &[Option<usize>]),
     (biases, biased): (&[&[E]], &[Option<usize>]),
     [rows, columns]: [usize; 2],
-) -> Vec<E> {
+) {
     assert_eq!(output.len(), rows * columns, "a [{rows}, {columns}] output");
     let vectors = scales.iter().chain(biases);
     assert!(
@@ -115,19 +115,15 @@ pub(super) fn scale<E: Real>(
     );
     let each = (rows / scaled.len()).max(1);
     let (ones, zeros) = (vec![E::rounded(1.0); columns], vec![E::default(); columns]);
-    written(rows * columns, |result| {
-        result
-            .par_chunks_mut(columns)
-            .zip(output.par_chunks(columns))
-            .enumerate()
-            .with_min_len(PASSING_ROWS)
-            .for_each(|(row, (result, output))| {
-                let scale = scaled[row / each].map_or(&ones[..], |index| scales[index]);
-                let bias = biased[row / each].map_or(&zeros[..], |index| biases[index]);
-                let numbers = output.iter().zip(scale).zip(bias);
-                for (result, ((&value, &scale), &bias)) in result.iter_mut().zip(numbers) {
-                    result.write(value * scale + bias);
-                }
-            });
-    })
+    output
+        .par_chunks_mut(columns)
+        .enumerate()
+        .with_min_len(PASSING_ROWS)
+        .for_each(|(row, output)| {
+            let scale = scaled[row / each].map_or(&ones[..], |index| scales[index]);
+            let bias = biased[row / each].map_or(&zeros[..], |index| biases[index]);
+            for (value, (&scale, &bias)) in output.iter_mut().zip(scale.iter().zip(bias)) {
+                *value = *value * scale + bias;
+            }
+        });
 }

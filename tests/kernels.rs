@@ -418,7 +418,7 @@ fn scaling_rows_does_not_change_a_tensor_that_shares_them() {
     for (name, device) in kernel_devices() {
         let numbers: Vec<f64> = (0..24).map(f64::from).collect();
         let whole = tensor(&numbers, [6, 4], DType::F32, &device);
-        let part = whole.clone().slice([2..6]);
+        let part = whole.clone().slice([2..6, 0..4]);
         let scale = tensor(&[2.0, 3.0, 5.0, 7.0], [4], DType::F32, &device);
         let bias = tensor(&[0.5, 0.25, -1.0, 4.0], [4], DType::F32, &device);
         let scaled = <Dispatch as BoftBackend>::boft_scale_requests(

@@ -1,10 +1,13 @@
 //! Alternates the steps of this crate with the same steps of PEFT or LyCORIS, in one run.
 
-use std::io::{BufRead, BufReader, Write};
+#[path = "../server.rs"]
+mod server;
+
 use std::path::PathBuf;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Command, ExitCode};
 
 use clap::Parser;
+use server::Server;
 
 /// Alternates steps of the step benchmark with steps of PEFT or LyCORIS and prints the ratios.
 #[derive(Parser)]
@@ -48,9 +51,19 @@ fn pair(text: &str) -> Result<(String, String), String> {
     Ok((ours.to_string(), theirs.to_string()))
 }
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let cli = Cli::parse();
-    let step = std::env::current_exe()?.with_file_name("step");
+fn main() -> ExitCode {
+    match run(&Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<(), String> {
+    let program = std::env::current_exe().map_err(|error| error.to_string())?;
+    let step = program.with_file_name("step");
     let mut here = Server::start(Command::new(step).args(["--serve", "--device", &cli.device]))?;
     let peer_device = match cli.device.as_str() {
         "cpu" => "cpu",
@@ -88,49 +101,4 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
     }
     Ok(())
-}
-
-/// A program that runs one step for each line it reads.
-struct Server {
-    child: Child,
-    requests: Option<ChildStdin>,
-    answers: BufReader<ChildStdout>,
-}
-
-impl Server {
-    fn start(command: &mut Command) -> Result<Self, Box<dyn std::error::Error>> {
-        let name = command.get_program().to_string_lossy().into_owned();
-        let mut child = command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .map_err(|error| format!("{name} does not start: {error}"))?;
-        let requests = child.stdin.take();
-        let answers = BufReader::new(child.stdout.take().ok_or("no output")?);
-        Ok(Self {
-            child,
-            requests,
-            answers,
-        })
-    }
-
-    /// Milliseconds of one step.
-    fn step(&mut self, case: &str, method: &str) -> Result<f64, Box<dyn std::error::Error>> {
-        let requests = self.requests.as_mut().ok_or("no input")?;
-        writeln!(requests, "{case} {method}")?;
-        requests.flush()?;
-        let mut line = String::new();
-        if self.answers.read_line(&mut line)? == 0 {
-            return Err(format!("no answer to `{case} {method}`").into());
-        }
-        Ok(line.trim().parse()?)
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // The program ends when its input ends.
-        self.requests = None;
-        let _ = self.child.wait();
-    }
 }

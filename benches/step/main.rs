@@ -6,10 +6,12 @@ mod case;
 mod measure;
 mod method;
 mod network;
+#[path = "../server.rs"]
+mod server;
 
 use std::collections::HashMap;
 use std::io::{self, BufRead, Write};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
@@ -18,6 +20,7 @@ use dinov2::device::{DeviceName, Precision};
 use case::{Case, Loaded};
 use measure::{Row, Times, time};
 use method::{Method, Step};
+use server::Server;
 
 /// Measures training steps with each adapter, compared with a frozen model.
 #[derive(Parser)]
@@ -40,8 +43,12 @@ struct Cli {
     /// Print one JSON object per line instead of a table.
     #[arg(long)]
     json: bool,
+    /// Give every method a process of its own, as an application is. In one process, a method finds the memory that others have
+    /// left to the allocator. Only warm steps are measured then.
+    #[arg(long)]
+    apart: bool,
     /// Run one step for every line `<case> <method>` of standard input and print its milliseconds.
-    #[arg(long, conflicts_with_all = ["cases", "methods", "json"])]
+    #[arg(long, conflicts_with_all = ["cases", "methods", "json", "apart"])]
     serve: bool,
 }
 
@@ -89,29 +96,48 @@ fn run(cli: &Cli) -> Result<(), String> {
     Ok(())
 }
 
+/// Where the steps of a method run.
+enum Place {
+    Here(Step),
+    Apart(Server),
+}
+
 /// Lets every method of a case take its turn, round after round.
 fn measure(case: Case, cli: &Cli, device: &Device) -> Result<Vec<Row>, String> {
-    let loaded = case.load(device, cli.dtype);
-    let mut steps = Vec::new();
+    let loaded = (!cli.apart).then(|| case.load(device, cli.dtype));
+    let mut turns = Vec::new();
     for method in case.methods() {
         let name = method.to_string();
         if method == case.floor() || cli.methods.is_empty() || cli.methods.contains(&name) {
-            let mut step = loaded.step(method)?;
-            let times = Times::start(&mut step);
-            steps.push((method, step, times));
+            let (place, times) = match &loaded {
+                Some(loaded) => {
+                    let mut step = loaded.step(method)?;
+                    let times = Times::start(&mut step);
+                    (Place::Here(step), times)
+                }
+                None => {
+                    let mut server = serve_apart(cli)?;
+                    server.step(&case.name(), &name)?;
+                    (Place::Apart(server), Times::default())
+                }
+            };
+            turns.push((method, place, times));
         }
     }
     for _ in 0..cli.rounds {
-        for (_, step, times) in &mut steps {
-            times.warm.push(time(step));
+        for (method, place, times) in &mut turns {
+            times.warm.push(match place {
+                Place::Here(step) => time(step),
+                Place::Apart(server) => server.step(&case.name(), &method.to_string())?,
+            });
         }
     }
-    let floor = steps.iter().find(|(method, ..)| *method == case.floor());
+    let floor = turns.iter().find(|(method, ..)| *method == case.floor());
     let floor = floor.map(|(.., times)| times.median());
     let on_host = cli.device == DeviceName::Cpu;
-    Ok(steps
+    Ok(turns
         .iter()
-        .map(|(method, step, times)| Row {
+        .map(|(method, place, times)| Row {
             case: case.name(),
             backend: "burn",
             device: name(&cli.device),
@@ -122,13 +148,25 @@ fn measure(case: Case, cli: &Cli, device: &Device) -> Result<Vec<Row>, String> {
             max_ms: times.max(),
             cold_ms: times.cold,
             ratio_to_frozen: floor.map(|floor| times.median() / floor),
-            peak_mib: on_host.then_some(times.peak_mib),
-            trainable: step.trainable,
+            peak_mib: times.peak_mib.filter(|_| on_host),
+            trainable: match place {
+                Place::Here(step) => Some(step.trainable),
+                Place::Apart(_) => None,
+            },
             requests_per_s: case
                 .requests()
                 .map(|requests| requests as f64 / times.median() * 1e3),
         })
         .collect())
+}
+
+/// Another process of this program, with the same device and precision.
+fn serve_apart(cli: &Cli) -> Result<Server, String> {
+    let program = std::env::current_exe().map_err(|error| error.to_string())?;
+    let device = name(&cli.device);
+    let precision = name(&cli.dtype);
+    let mut command = Command::new(program);
+    Server::start(command.args(["--serve", "--device", &device, "--dtype", &precision]))
 }
 
 /// What a value is called on the command line.
@@ -155,16 +193,18 @@ fn print_table(case: Case, rows: &[Row]) {
             value.map_or_else(|| "-".into(), |value| format!("{value:.digits$}"))
         };
         println!(
-            "{:<24} {:>9.2} {:>9.2} {:>9.2} {:>9.2} {:>7} {:>9} {:>10}",
+            "{:<24} {:>9.2} {:>9.2} {:>9.2} {:>9} {:>7} {:>9} {:>10}",
             row.method,
             row.median_ms,
             row.min_ms,
             row.max_ms,
-            row.cold_ms,
+            optional(row.cold_ms, 2),
             optional(row.ratio_to_frozen, 3),
             optional(row.peak_mib, 0),
-            row.requests_per_s
-                .map_or_else(|| row.trainable.to_string(), |rate| format!("{rate:.0}"))
+            match row.requests_per_s {
+                Some(rate) => optional(Some(rate), 0),
+                None => optional(row.trainable.map(|count| count as f64), 0),
+            }
         );
     }
 }

@@ -21,21 +21,24 @@ pub struct Row {
     pub median_ms: f64,
     pub min_ms: f64,
     pub max_ms: f64,
-    /// The time of the first call, which allocates memory, and tunes kernels on a GPU.
-    pub cold_ms: f64,
+    /// The time of the first call, which allocates memory, and tunes kernels on a GPU; none if another process made it.
+    pub cold_ms: Option<f64>,
     pub ratio_to_frozen: Option<f64>,
-    /// The most memory that a step adds to what the models hold; none if this process cannot count it, as on a GPU.
+    /// The most memory that a step adds to what the models hold; none if this process cannot count it, as on
+    /// a GPU or in another process.
     pub peak_mib: Option<f64>,
-    pub trainable: usize,
+    /// Numbers that are trained; none if the model is in another process.
+    pub trainable: Option<usize>,
     /// Requests that are served in a second; none if the case is not about serving.
     pub requests_per_s: Option<f64>,
 }
 
-/// The times of one method, in milliseconds.
+/// The times of one method, in milliseconds, and its memory.
+#[derive(Default)]
 pub struct Times {
-    pub cold: f64,
+    pub cold: Option<f64>,
     pub warm: Vec<f64>,
-    pub peak_mib: f64,
+    pub peak_mib: Option<f64>,
 }
 
 impl Times {
@@ -47,9 +50,9 @@ impl Times {
         (step.run)();
         let peak = MEMORY.peak_usage().saturating_sub(before);
         Self {
-            cold,
+            cold: Some(cold),
             warm: Vec::new(),
-            peak_mib: peak as f64 / f64::from(1 << 20),
+            peak_mib: Some(peak as f64 / f64::from(1 << 20)),
         }
     }
 

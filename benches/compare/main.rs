@@ -1,13 +1,10 @@
 //! Alternates the steps of this crate with the same steps of PEFT or LyCORIS, in one run.
 
-#[path = "../server.rs"]
-mod server;
-
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
+use burn_boft_benches::{Server, exit_code};
 use clap::Parser;
-use server::Server;
 
 /// Alternates steps of the step benchmark with steps of PEFT or LyCORIS and prints the ratios.
 #[derive(Parser)]
@@ -52,13 +49,7 @@ fn pair(text: &str) -> Result<(String, String), String> {
 }
 
 fn main() -> ExitCode {
-    match run(&Cli::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::from(2)
-        }
-    }
+    exit_code(run(&Cli::parse()))
 }
 
 fn run(cli: &Cli) -> Result<(), String> {

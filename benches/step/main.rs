@@ -6,21 +6,19 @@ mod case;
 mod measure;
 mod method;
 mod network;
-#[path = "../server.rs"]
-mod server;
 
 use std::collections::HashMap;
 use std::io::{self, BufRead, Write};
 use std::process::{Command, ExitCode};
 
 use burn::tensor::Device;
+use burn_boft_benches::{Server, exit_code};
 use clap::{Parser, ValueEnum};
 use dinov2::device::{DeviceName, Precision};
 
 use case::{Case, Loaded};
 use measure::{Row, Times, time};
 use method::{Method, Step};
-use server::Server;
 
 /// Measures training steps with each adapter, compared with a frozen model.
 #[derive(Parser)]
@@ -53,13 +51,7 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    match run(&Cli::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::from(2)
-        }
-    }
+    exit_code(run(&Cli::parse()))
 }
 
 fn run(cli: &Cli) -> Result<(), String> {

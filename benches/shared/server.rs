@@ -11,6 +11,11 @@ pub struct Server {
 }
 
 impl Server {
+    /// Starts a program.
+    ///
+    /// # Errors
+    ///
+    /// - If the program is not there, or may not be run.
     pub fn start(command: &mut Command) -> Result<Self, String> {
         let name = command.get_program().to_string_lossy().into_owned();
         let mut child = command
@@ -28,6 +33,10 @@ impl Server {
     }
 
     /// Milliseconds of one step.
+    ///
+    /// # Errors
+    ///
+    /// - If the program has ended, or answers with something else than a number.
     pub fn step(&mut self, case: &str, method: &str) -> Result<f64, String> {
         let question = format!("{case} {method}");
         let answer = self

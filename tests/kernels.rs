@@ -685,11 +685,15 @@ fn a_polynomial_is_multiplied_as_it_is_and_not_as_if_it_were_orthogonal() {
 }
 
 /// Blocks of a polynomial have a backward pass that does not take them for orthogonal. The gradients are those that Burn finds
-/// for products with the whole matrix.
+/// for products with the whole matrix. The second layer is so large that its weight is multiplied by the blocks inside a product.
 #[test]
 fn gradients_through_a_polynomial_are_those_of_products_with_its_matrix() {
-    let sizes = Sizes { d: 24, b: 8, m: 1 };
-    let (tokens, outputs) = (13, 10);
+    for (d, outputs, tokens) in [(24, 10, 13), (240, 300, 133)] {
+        compare_gradients_through_a_polynomial(Sizes { d, b: 8, m: 1 }, outputs, tokens);
+    }
+}
+
+fn compare_gradients_through_a_polynomial(sizes: Sizes, outputs: usize, tokens: usize) {
     let numbers = |count, seed| noise(count, seed, 1.0);
     let run = |device: &Device, dtype: DType, way: Product| -> Vec<Vec<f64>> {
         let leaf = |values: &[f64], shape| tensor::<2>(values, shape, dtype, device).require_grad();
@@ -738,7 +742,7 @@ fn gradients_through_a_polynomial_are_those_of_products_with_its_matrix() {
             for (index, (found, expected)) in
                 run(&device, dtype, ours).iter().zip(&expected).enumerate()
             {
-                let what = format!("{name}, quantity {index}, on {backend}");
+                let what = format!("{name}, quantity {index}, on {backend}, {tokens} tokens");
                 assert_eq!(found.len(), expected.len(), "{what}");
                 if !expected.is_empty() {
                     assert_close(&what, found, expected, tolerance);

@@ -9,7 +9,7 @@
 //! | `boft_channel_sums` | two operands of one precision | operands of two precisions |
 //! | `boft_product` | any strides, two operands of one precision | operands of two precisions |
 //! | `boft_scale_requests` | every layer | |
-//! | `boft_linear`, `boft_linear_input_gradient` | products for several threads, operands of one precision, spans of up to 64 numbers | all others, by `boft_weight` and `boft_product` |
+//! | `boft_linear`, `boft_linear_input_gradient`, `boft_block_diagonal_linear` | products for several threads, operands of one precision, spans of up to 64 numbers | all others, by a rotated weight and `boft_product` |
 //!
 //! `boft_butterfly` and `boft_weight` read bf16 and f16 as they are stored, where the blocks are in f32. All other operands of
 //! the second and third row are cast before a kernel reads them. In the last five rows, operands in half precision take the
@@ -267,20 +267,9 @@ impl BoftBackend for Flex {
         scale: FloatTensor<Self>,
         bias: OptionalTensor<Self>,
     ) -> FloatTensor<Self> {
-        let bias = bias.into_option();
-        let dtype = input.dtype();
-        let shape = [input.shape().dims::<2>()[0], weight.shape().dims::<2>()[1]];
-        let output = RotatedWeight::new(dtype, &weight, &blocks, &scale).and_then(|rotated| {
-            let bias = bias
-                .clone()
-                .map(|bias| Contiguous::new(cast::<Self>(bias, dtype)));
-            in_precision!(dtype, E => {
-                let rotation = rotated.rotation::<E>();
-                let bias = bias.as_ref().map(Contiguous::values);
-                let output = product::rotated_product(&input, rotated.operand(&rotation), bias);
-                output.map(|output| tensor(output, shape))
-            })
-        });
+        let (dtype, bias) = (input.dtype(), bias.into_option());
+        let rotated = RotatedWeight::new(dtype, &weight, &blocks, Some(&scale));
+        let output = rotated.and_then(|rotated| rotated.product(&input, bias.as_ref()));
         output.unwrap_or_else(|| {
             let weight = Self::boft_weight(weight, blocks, scale, Side::Left);
             Self::boft_product(input, weight, bias.into())
@@ -294,21 +283,27 @@ impl BoftBackend for Flex {
         scale: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
         let dtype = gradient.dtype();
-        let shape = [
-            gradient.shape().dims::<2>()[0],
-            weight.shape().dims::<2>()[0],
-        ];
-        let output = RotatedWeight::new(dtype, &weight, &blocks, &scale).and_then(|rotated| {
-            in_precision!(dtype, E => {
-                let rotation = rotated.rotation::<E>();
-                let weight = rotated.operand(&rotation);
-                let output = product::rotated_transposed_product(&gradient, weight);
-                output.map(|output| tensor(output, shape))
-            })
-        });
+        let rotated = RotatedWeight::new(dtype, &weight, &blocks, Some(&scale));
+        let output = rotated.and_then(|rotated| rotated.transposed_product(&gradient));
         output.unwrap_or_else(|| {
             let weight = Self::boft_weight(weight, blocks, scale, Side::Left);
             Self::boft_product(gradient, weight.transpose(0, 1), OptionalTensor::Absent)
+        })
+    }
+
+    fn boft_block_diagonal_linear(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        blocks: FloatTensor<Self>,
+        bias: OptionalTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let (dtype, bias) = (input.dtype(), bias.into_option());
+        let changed = RotatedWeight::new(dtype, &weight, &blocks, None);
+        let output = changed.and_then(|changed| changed.product(&input, bias.as_ref()));
+        output.unwrap_or_else(|| {
+            let (side, direction) = (Side::Left, Direction::Forward);
+            let weight = Self::boft_block_diagonal(weight, blocks, side, direction);
+            Self::boft_product(input, weight, bias.into())
         })
     }
 
@@ -396,12 +391,12 @@ impl BoftBackend for Flex {
     }
 }
 
-/// The operands of a rotated weight that a product computes panel by panel.
+/// The operands of a weight that blocks rotate, which products with it compute panel by panel.
 struct RotatedWeight {
     weight: Contiguous,
     blocks: Contiguous,
     sizes: Sizes,
-    scale: Contiguous,
+    scale: Option<Contiguous>,
 }
 
 impl RotatedWeight {
@@ -410,18 +405,42 @@ impl RotatedWeight {
         dtype: DType,
         weight: &FlexTensor,
         blocks: &FlexTensor,
-        scale: &FlexTensor,
+        scale: Option<&FlexTensor>,
     ) -> Option<Self> {
         let sizes = spans_of(blocks)?;
         if weight.dtype() != dtype || blocks.dtype() != dtype {
             return None;
         }
-        let scale = cast::<Flex>(scale.clone(), dtype);
+        let scale = scale.map(|scale| cast::<Flex>(scale.clone(), dtype));
         Some(Self {
             weight: Contiguous::new(weight.clone()),
             blocks: Contiguous::new(blocks.clone()),
             sizes,
-            scale: Contiguous::new(portable_linear::away_from_zero::<Flex>(scale)),
+            scale: scale
+                .map(|scale| Contiguous::new(portable_linear::away_from_zero::<Flex>(scale))),
+        })
+    }
+
+    /// `x·(R·W·diag(s)) + bias`, unless [`rotated_product`](product::rotated_product) has none.
+    fn product(&self, input: &FlexTensor, bias: Option<&FlexTensor>) -> Option<FlexTensor> {
+        let dtype = self.weight.0.dtype();
+        let bias = bias.map(|bias| Contiguous::new(cast::<Flex>(bias.clone(), dtype)));
+        let shape = [input.shape()[0], self.weight.0.shape()[1]];
+        in_precision!(dtype, E => {
+            let bias = bias.as_ref().map(Contiguous::values);
+            let rotation = self.rotation::<E>();
+            let output = product::rotated_product(input, self.operand(&rotation), bias);
+            output.map(|output| tensor(output, shape))
+        })
+    }
+
+    /// `dy·(R·W·diag(s))ᵀ`, likewise.
+    fn transposed_product(&self, gradient: &FlexTensor) -> Option<FlexTensor> {
+        let shape = [gradient.shape()[0], self.weight.0.shape()[0]];
+        in_precision!(self.weight.0.dtype(), E => {
+            let rotation = self.rotation::<E>();
+            let output = product::rotated_transposed_product(gradient, self.operand(&rotation));
+            output.map(|output| tensor(output, shape))
         })
     }
 
@@ -434,9 +453,10 @@ impl RotatedWeight {
     fn operand<'a, E: Real>(&'a self, rotation: &'a [E]) -> Rotated<'a, E> {
         Rotated {
             weight: self.weight.values(),
+            outputs: self.weight.0.shape()[1],
             rotation,
             span: self.sizes.span,
-            scale: self.scale.values(),
+            scale: self.scale.as_ref().map(Contiguous::values),
         }
     }
 }

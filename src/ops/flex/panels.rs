@@ -137,17 +137,19 @@ impl<E: Real> Panels<E> for Transposed<'_, E> {
     }
 }
 
-/// A rotated and scaled weight, `R·W·diag(s)`.
+/// A rotated weight, `R·W·diag(s)`, or `R·W` without a scale.
 #[derive(Clone, Copy)]
 pub(super) struct Rotated<'a, E> {
     /// `W`, a `[d, o]` matrix.
     pub(super) weight: &'a [E],
+    /// `o`.
+    pub(super) outputs: usize,
     /// `R`, a `[d/s, s, s]` tensor.
     pub(super) rotation: &'a [E],
     /// The length of a span.
     pub(super) span: usize,
     /// A number for each of the `o` outputs.
-    pub(super) scale: &'a [E],
+    pub(super) scale: Option<&'a [E]>,
 }
 
 impl<E: Real> Rotated<'_, E> {
@@ -157,15 +159,18 @@ impl<E: Real> Rotated<'_, E> {
     ///
     /// - If the rotation or the scale is for another weight.
     pub(super) fn shape(&self) -> [usize; 2] {
-        let (d, o) = (self.rotation.len() / self.span, self.scale.len());
+        let (d, o) = (self.rotation.len() / self.span, self.outputs);
         assert_eq!(self.rotation.len(), d * self.span, "whole spans");
         assert_eq!(self.weight.len(), d * o, "the weight is [{d}, {o}]");
+        if let Some(scale) = self.scale {
+            assert_eq!(scale.len(), o, "the scale of {o} outputs");
+        }
         [d, o]
     }
 
     /// Rotates whole spans of rows, in some columns.
     fn rotate(&self, [row, column]: [usize; 2], [rows, columns]: [usize; 2], panel: &mut Vec<E>) {
-        let (s, stride) = (self.span, self.scale.len());
+        let (s, stride) = (self.span, self.outputs);
         overwrite(panel, rows * columns, |panel| {
             let spans = row / s..(row + rows) / s;
             assert_eq!(
@@ -181,7 +186,7 @@ impl<E: Real> Rotated<'_, E> {
                     rotation: &self.rotation[span * s * s..][..s * s],
                     s,
                     columns,
-                    scale: Some(&self.scale[column..][..columns]),
+                    scale: self.scale.map(|scale| &scale[column..][..columns]),
                     side: Side::Left,
                 };
                 dispatch::<E, _>(columns, task);

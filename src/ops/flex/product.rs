@@ -62,7 +62,7 @@ pub(super) fn product<E: Real>(lhs: &FlexTensor, rhs: &FlexTensor, bias: Option<
     multiplied([m, n], bias, multiply)
 }
 
-/// `lhs·(R·W·diag(s)) + bias`, without writing the rotated weight to memory.
+/// `lhs·(R·W·diag(s)) + bias`, with or without the scale, and without writing the rotated weight to memory.
 ///
 /// None where writing it is cheaper: where one thread computes the product, and where many threads would compute the same
 /// panels for a few rows each.

@@ -12,14 +12,16 @@ use gemm::{Parallelism, gemm};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::gram::GramOfRows;
 use super::real::Real;
-use super::sums::dot;
+use super::tile::LANES;
 
-/// Numbers of a patch that a task works on: as many as make the product worth its packing.
+/// The most numbers of a patch that a task works on, if these are whole channels and whole spans: as many as make the product
+/// worth its packing.
 const PATCH_ROWS: usize = 256;
 
-/// Numbers of patches that a task holds at a time. In f32 they and their gradients are 384 KiB.
-const HELD: usize = 48 << 10;
+/// Numbers of patches that a task holds at a time. In f32 they and their gradients are 512 KiB.
+const HELD: usize = 64 << 10;
 
 /// The sizes of a convolution.
 #[derive(Clone, Debug)]
@@ -68,14 +70,26 @@ impl Convolution {
         self.channels * self.kernel[0] * self.kernel[1]
     }
 
-    /// Channels that a task works on: the fewest whose numbers in a patch are whole spans, as many times as fit into
-    /// [`PATCH_ROWS`]. A patch is made of whole channels and of whole spans, so its last task has whole spans, too.
+    /// Channels that a task works on: a multiple of the fewest whose numbers in a patch are whole spans, so that tasks have
+    /// [`PATCH_ROWS`] or less, and all of them about as many. A patch is made of whole channels and of whole spans, so its last
+    /// task has whole spans, too.
     fn channels_per_task(&self, span: usize) -> usize {
         let taps = self.kernel[0] * self.kernel[1];
         let fewest = (1..=self.channels)
             .find(|channels| (channels * taps).is_multiple_of(span))
             .unwrap_or(self.channels);
-        fewest * (PATCH_ROWS / (fewest * taps)).max(1)
+        let most = (PATCH_ROWS / (fewest * taps)).max(1);
+        let units = self.channels.div_ceil(fewest);
+        fewest * units.div_ceil(units.div_ceil(most))
+    }
+
+    /// Rows of the output that a task works on at a time, for this many numbers of a patch: as many as [`HELD`] allows, and
+    /// if possible as many as make whole [`LANES`] of the Gram sums.
+    fn lines_at_a_time(&self, rows: usize) -> usize {
+        let [height, width] = self.output;
+        let most = (HELD / (rows * width)).clamp(1, height);
+        let whole = |lines: &usize| (lines * width).is_multiple_of(LANES);
+        (1..=most).rev().find(whole).unwrap_or(most)
     }
 
     /// The channel and the place in the kernel of a number of a patch.
@@ -127,7 +141,7 @@ impl Convolution {
 /// # Numerics
 ///
 /// Gradients of patches are summed by `gemm`, and those of the input from them, in the operands' precision. `G` is
-/// summed by [`dot`] over a few rows at a time, and these sums are added in f64.
+/// summed over a few rows at a time, as the Gram backward of a weight sums it, and these sums are added in f64.
 pub(super) fn backward<E: Real>(
     [input, weight, gradient]: [&[E]; 3],
     convolution: &Convolution,
@@ -145,27 +159,29 @@ pub(super) fn backward<E: Real>(
     let rows_per_task = per_task * convolution.kernel.iter().product::<usize>();
     let arch = Arch::new();
     let mut input_gradient = vec![E::default(); input.len()];
-    let grams: Vec<Vec<f64>> = input_gradient
-        .par_chunks_mut(channels * plane)
-        .zip(input.par_chunks(channels * plane))
-        .zip(gradient.par_chunks(outputs * pixels))
+    let tasks: Vec<_> = input_gradient
+        .chunks_mut(channels * plane)
+        .zip(input.chunks(channels * plane))
+        .zip(gradient.chunks(outputs * pixels))
         .enumerate()
         .flat_map(|(index, ((input_gradient, input), gradient))| {
             let weight = &weight[index % groups * outputs * patch..][..outputs * patch];
-            input_gradient
-                .par_chunks_mut(per_task * plane)
-                .zip(input.par_chunks(per_task * plane))
-                .enumerate()
-                .map(move |(task, (input_gradient, input))| {
-                    arch.dispatch(Backward {
-                        input_gradient,
-                        input,
-                        weight: &weight[task * rows_per_task..],
-                        gradient,
-                        convolution,
-                        span,
-                    })
-                })
+            let parts = input_gradient.chunks_mut(per_task * plane);
+            let parts = parts.zip(input.chunks(per_task * plane)).enumerate();
+            parts.map(move |(task, (input_gradient, input))| Task {
+                input_gradient,
+                input,
+                weight: &weight[task * rows_per_task..],
+                gradient,
+                convolution,
+                span,
+            })
+        })
+        .collect();
+    let grams: Vec<Vec<f64>> = tasks
+        .into_par_iter()
+        .map_init(Default::default, |memory, task| {
+            arch.dispatch(Backward { task, memory })
         })
         .collect();
     let mut gram = vec![0.0; patch * span];
@@ -179,8 +195,8 @@ pub(super) fn backward<E: Real>(
     (input_gradient, gram)
 }
 
-/// Some channels of one group of one image in [`backward`]. Its output is their part of `G`.
-struct Backward<'a, E> {
+/// Some channels of one group of one image in [`backward`].
+struct Task<'a, E> {
     /// `[channels, h, w]`, zeros.
     input_gradient: &'a mut [E],
     /// `[channels, h, w]`.
@@ -193,26 +209,35 @@ struct Backward<'a, E> {
     span: usize,
 }
 
+/// A task, whose output is its part of `G`.
+struct Backward<'a, E> {
+    task: Task<'a, E>,
+    /// What a task before has left, to be written over.
+    memory: &'a mut [Vec<E>; 2],
+}
+
 impl<E: Real> WithSimd for Backward<'_, E> {
     type Output = Vec<f64>;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) -> Vec<f64> {
-        let Self {
+    fn with_simd<S: Simd>(self, simd: S) -> Vec<f64> {
+        let Task {
             input_gradient,
             input,
             weight,
             gradient,
             convolution,
             span,
-        } = self;
+        } = self.task;
         let [kernel_height, kernel_width] = convolution.kernel;
         let [height, width] = convolution.output;
         let plane: usize = convolution.input.iter().product();
         let rows = input.len() / plane * kernel_height * kernel_width;
-        let held = (HELD / (rows * width)).clamp(1, height);
-        let mut patches = vec![E::default(); rows * held * width];
-        let mut patch_gradients = patches.clone();
+        let held = convolution.lines_at_a_time(rows);
+        let [patches, patch_gradients] = self.memory;
+        for memory in [&mut *patches, &mut *patch_gradients] {
+            memory.resize(rows * held * width, E::default());
+        }
         let mut gram = vec![0.0; rows * span];
         for first in (0..height).step_by(held) {
             let lines = first..height.min(first + held);
@@ -227,7 +252,7 @@ impl<E: Real> WithSimd for Backward<'_, E> {
                 convolution,
                 columns,
             );
-            add_gram(&mut gram, patches, patch_gradients, columns, span);
+            add_gram(simd, &mut gram, patches, patch_gradients, columns, span);
             fold(input_gradient, patch_gradients, convolution, lines);
         }
         gram
@@ -366,7 +391,8 @@ fn multiply<E: Real>(
 /// - gram: `[rows/s, s, s]`
 /// - patches, patch_gradients: `[rows, columns]`
 #[inline(always)]
-fn add_gram<E: Real>(
+fn add_gram<E: Real, S: Simd>(
+    simd: S,
     gram: &mut [f64],
     patches: &[E],
     patch_gradients: &[E],
@@ -375,14 +401,13 @@ fn add_gram<E: Real>(
 ) {
     let spans = patches.chunks_exact(span * columns);
     let spans = spans.zip(patch_gradients.chunks_exact(span * columns));
-    for (gram, (patches, gradients)) in gram.chunks_exact_mut(span * span).zip(spans) {
-        for (gram, patch) in gram
-            .chunks_exact_mut(span)
-            .zip(patches.chunks_exact(columns))
-        {
-            for (sum, gradient) in gram.iter_mut().zip(gradients.chunks_exact(columns)) {
-                *sum += dot(patch, gradient);
-            }
-        }
+    for (gram, (lhs, rhs)) in gram.chunks_exact_mut(span * span).zip(spans) {
+        let products = GramOfRows {
+            gram,
+            lhs,
+            rhs,
+            columns,
+        };
+        products.with_simd(simd);
     }
 }

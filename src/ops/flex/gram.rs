@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::real::{Real, lanes};
 use super::span::{Scratch, Sizes, multiply_by_stage, transpose};
-use super::sums::{across, dot, total};
+use super::sums::{dot, total};
 use super::tile::{
     LANES, PASSING_ROWS, ROWS, Tile, add_scaled, dispatch, line, multiply, places, prefetch,
     registers, with_registers, with_tile,
@@ -78,12 +78,12 @@ pub(super) fn gram<E: Real>(
     }
 }
 
-/// One span of [`gram`] on the left: `s` rows of each operand, and the `[s, s]` matrix of their dot products.
-struct GramOfRows<'a, E> {
-    gram: &'a mut [f64],
-    lhs: &'a [E],
-    rhs: &'a [E],
-    columns: usize,
+/// One span of [`gram`] on the left: `s` rows of each operand, and the `[s, s]` matrix that their dot products are added to.
+pub(super) struct GramOfRows<'a, E> {
+    pub(super) gram: &'a mut [f64],
+    pub(super) lhs: &'a [E],
+    pub(super) rhs: &'a [E],
+    pub(super) columns: usize,
 }
 
 impl<E: Real> WithSimd for GramOfRows<'_, E> {
@@ -131,11 +131,10 @@ impl<E: Real> GramOfRows<'_, E> {
             }
             for (line, sums) in sums.iter().enumerate() {
                 for (index, sums) in sums.iter().enumerate() {
-                    let mut lanes = [E::default(); LANES];
-                    E::registers_mut::<S>(&mut lanes).copy_from_slice(sums);
+                    let sum: f64 = E::sum_registers(simd, *sums).into();
                     let rest = lhs[line][whole..].iter().zip(&rhs[index][whole..]);
                     let rest: f64 = rest.map(|(&lhs, &rhs)| (lhs * rhs).into()).sum();
-                    self.gram[(row + line) * s + other + index] = across(lanes) + rest;
+                    self.gram[(row + line) * s + other + index] += sum + rest;
                 }
             }
         }
@@ -147,7 +146,7 @@ impl<E: Real> GramOfRows<'_, E> {
         let s = self.lhs.len() / self.columns;
         for (row, lhs) in self.lhs.chunks_exact(self.columns).enumerate() {
             for (column, rhs) in self.rhs.chunks_exact(self.columns).enumerate() {
-                self.gram[row * s + column] = dot(lhs, rhs);
+                self.gram[row * s + column] += dot(lhs, rhs);
             }
         }
     }

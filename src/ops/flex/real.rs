@@ -55,6 +55,12 @@ pub(super) trait Real:
         b: Self::Register<S>,
     ) -> Self::Register<S>;
 
+    /// The sum of all numbers of some registers: of the registers, then of the halves of one, down to a single number.
+    fn sum_registers<S: Simd, const WIDTH: usize>(
+        simd: S,
+        registers: [Self::Register<S>; WIDTH],
+    ) -> Self;
+
     /// As many registers as the numbers fill, from the first on.
     fn registers<S: Simd>(numbers: &[Self]) -> &[Self::Register<S>];
 
@@ -74,7 +80,7 @@ pub(super) const fn lanes<E: Real, S: Simd>() -> usize {
 
 /// What registers do with numbers of a precision.
 macro_rules! registers {
-    ($register:ident, $splat:ident, $mul_add:ident, $mul:ident, $as_registers:ident, $as_registers_mut:ident, $as_places:ident) => {
+    ($register:ident, $splat:ident, $mul_add:ident, $mul:ident, $add:ident, $sum:ident, $as_registers:ident, $as_registers_mut:ident, $as_places:ident) => {
         type Register<S: Simd> = S::$register;
 
         #[inline(always)]
@@ -102,6 +108,15 @@ macro_rules! registers {
         }
 
         #[inline(always)]
+        fn sum_registers<S: Simd, const WIDTH: usize>(
+            simd: S,
+            registers: [Self::Register<S>; WIDTH],
+        ) -> Self {
+            let others = registers[1..].iter();
+            simd.$sum(others.fold(registers[0], |sum, &register| simd.$add(sum, register)))
+        }
+
+        #[inline(always)]
         fn registers<S: Simd>(numbers: &[Self]) -> &[Self::Register<S>] {
             S::$as_registers(numbers).0
         }
@@ -126,6 +141,8 @@ impl Real for f32 {
         splat_f32s,
         mul_add_f32s,
         mul_f32s,
+        add_f32s,
+        reduce_sum_f32s,
         as_simd_f32s,
         as_mut_simd_f32s,
         as_uninit_mut_simd_f32s
@@ -147,6 +164,8 @@ impl Real for f64 {
         splat_f64s,
         mul_add_f64s,
         mul_f64s,
+        add_f64s,
+        reduce_sum_f64s,
         as_simd_f64s,
         as_mut_simd_f64s,
         as_uninit_mut_simd_f64s

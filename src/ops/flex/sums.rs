@@ -21,13 +21,13 @@ impl<E: Real> WithSimd for Dot<'_, E> {
     }
 }
 
-/// `Σ lhs ⊙ rhs`, in lanes and then in f64.
+/// `Σ lhs ⊙ rhs`, in lanes.
 ///
 /// # Numerics
 ///
 /// Lane `k` adds the products `k`, `k + 16`, `k + 32`, … by fused multiply-adds in the operands' precision. The 16
-/// lanes and the products left over are added in f64. A lane of a row of 4096 numbers has 256 terms, so an
-/// f32 sum loses far less than it would in one chain.
+/// lanes are added to one another in the same precision, half of them to the other half each time, and the products left over
+/// in f64. A lane of a row of 4096 numbers has 256 terms, so an f32 sum loses far less than it would in one chain.
 #[inline(always)]
 pub(super) fn dot<E: Real>(lhs: &[E], rhs: &[E]) -> f64 {
     let mut sum = [E::default(); LANES];
@@ -39,13 +39,13 @@ pub(super) fn dot<E: Real>(lhs: &[E], rhs: &[E]) -> f64 {
             sum[lane] = lhs[lane].mul_add(rhs[lane], sum[lane]);
         }
     }
-    across(sum) + rest
+    let sum: f64 = across(sum).into();
+    sum + rest
 }
 
-/// The sum of the lanes in f64: of the two halves, then of the halves of these, so that few additions wait for another one.
+/// The sum of the lanes: of the two halves, then of the halves of these, so that few additions wait for another one.
 #[inline(always)]
-pub(super) fn across<E: Real>(lanes: [E; LANES]) -> f64 {
-    let mut lanes: [f64; LANES] = lanes.map(Into::into);
+fn across<E: Real>(mut lanes: [E; LANES]) -> E {
     let mut half = LANES / 2;
     while half > 0 {
         for lane in 0..half {

@@ -183,9 +183,9 @@ impl BoftAdapter {
             LayerKind::Embedding => Direction::Back,
             LayerKind::Linear | LayerKind::Conv2d => Direction::Forward,
         };
-        let input = input.reshape([rows, d_input]);
+        let input = ops::reshaped(input, [rows, d_input]);
         let rotated = self.training_blocks().rotate(input, Side::Right, direction);
-        rotated.reshape(shape)
+        ops::reshaped(rotated, shape)
     }
 
     /// Applies the adapted linear layer, by the route that [`ops::route`] chooses for this number of tokens.
@@ -252,21 +252,22 @@ impl BoftAdapter {
             .equal(factors.max_dim(0).expand([m, 1]))
             .float();
         // The blocks with the smallest numbers are dropped. The rank of a block is how many have smaller numbers; computed
-        // by comparing all pairs, it needs no sort on the host, so nothing waits for the device.
+        // by comparing all pairs, some blocks at a time, it needs no sort on the host, so nothing waits for the device.
         let blocks = draw([1, n]);
-        let ranks = blocks
-            .clone()
-            .expand([n, n])
-            .lower(blocks.transpose().expand([n, n]))
-            .float();
-        let dropped = ranks
-            .sum_dim(1)
-            .lower_elem(count as f64)
-            .float()
-            .transpose();
+        let ranks = blocks.clone().transpose().split(RANKED_BLOCKS, 0);
+        let ranks = ranks.into_iter().map(|some| {
+            let pairs = [some.dims()[0], n];
+            let smaller = blocks.clone().expand(pairs).lower(some.expand(pairs));
+            smaller.int().sum_dim(1)
+        });
+        let dropped = Tensor::cat(ranks.collect(), 0).lower_elem(count as i64);
+        let dropped = dropped.float().transpose();
         Some((factor * dropped).cast(FloatDType::from(dtype)))
     }
 }
+
+/// The blocks whose ranks are computed at a time, from pairs with all blocks.
+const RANKED_BLOCKS: usize = 256;
 
 impl Reparameterization for BoftAdapter {
     const NAME: &'static str = "boft";

@@ -19,8 +19,15 @@ pub(crate) struct CachedBlocks(Arc<OnceLock<Blocks>>);
 
 impl CachedBlocks {
     /// The blocks, which `compute` computes if they are not there.
+    ///
+    /// Two threads that ask at the same time may both compute them. If one waited for the other, it could wait forever: kernels
+    /// share work among threads, and a thread that waits for its share may run another request of the same blocks meanwhile.
     pub(crate) fn get(&self, compute: impl FnOnce() -> Blocks) -> Blocks {
-        self.0.get_or_init(compute).clone()
+        if let Some(blocks) = self.0.get() {
+            return blocks.clone();
+        }
+        let blocks = compute();
+        self.0.get_or_init(|| blocks).clone()
     }
 }
 
@@ -63,3 +70,29 @@ impl ModuleDisplayDefault for CachedBlocks {
 }
 
 impl ModuleDisplay for CachedBlocks {}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{Device, Tensor};
+
+    use super::*;
+
+    #[test]
+    fn blocks_that_are_asked_for_while_they_are_computed_are_there_afterwards() {
+        let cached = CachedBlocks::default();
+        let compute = |number: f64| {
+            let skew = Tensor::full([1, 3, 1], number, &Device::default());
+            Blocks::cayley(skew, 2)
+        };
+        let mut inner = None;
+        let outer = cached.get(|| {
+            inner = Some(cached.get(|| compute(0.5)));
+            compute(0.25)
+        });
+        let found = [Some(outer), inner, Some(cached.get(|| compute(0.125)))];
+        let expected = compute(0.5).values().into_data();
+        for blocks in found {
+            assert_eq!(blocks.unwrap().values().into_data(), expected);
+        }
+    }
+}

@@ -947,7 +947,8 @@ fn mapped(data: &TensorData, change: impl Fn(f64) -> f64) -> TensorData {
 /// Scales blocks of packed numbers back to a norm of `radius / √n`, for `n` blocks.
 fn within(radius: f64, numbers: Tensor<3>) -> Tensor<3> {
     let [_, stored, _] = numbers.dims();
-    let radius = radius / (stored as f64).sqrt();
+    // The reciprocal of a number beyond these is infinite or zero in f32. No skew is anywhere near them.
+    let radius = (radius / (stored as f64).sqrt()).clamp(1e-37, 1e37);
     let norm = (numbers.clone().square().sum_dim(2) * 2.0).sqrt();
     numbers * (norm.clamp_min(radius).recip() * radius)
 }
@@ -982,6 +983,8 @@ fn random(seed: u64, path: &str, skew: usize, scale: usize) -> (Vec<f64>, Vec<f6
 
 #[cfg(test)]
 mod tests {
+    use burn::tensor::{Device, Tolerance};
+
     use super::*;
 
     fn sizes(config: impl Into<AdapterConfig>, d: usize) -> Result<ButterflyPlan, RotationError> {
@@ -1105,6 +1108,16 @@ mod tests {
             assert_ne!(wrong, json);
             let error = serde_json::from_str::<ButterflyPlan>(&wrong).unwrap_err();
             assert!(error.to_string().contains("do not rotate"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_radius_beyond_the_range_of_f32_gives_no_nan() {
+        let numbers = Tensor::<3>::from_data([[[0.0; 6], [0.5; 6]]], &Device::flex());
+        for (radius, expected) in [(1e-41, 0.0), (1e39, 0.5), (f64::MIN_POSITIVE, 0.0)] {
+            let found = within(radius, numbers.clone()).into_data();
+            let expected = TensorData::from([[[0.0; 6], [expected; 6]]]);
+            found.assert_approx_eq::<f32>(&expected, Tolerance::absolute(1e-30).set_relative(1e-6));
         }
     }
 

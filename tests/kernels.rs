@@ -5,6 +5,7 @@
 mod common;
 
 use burn::backend::Dispatch;
+use burn::tensor::ops::ConvOptions;
 use burn::tensor::{DType, Device, FloatDType, Tensor};
 use burn_boft::ops::{
     Blocks, BoftBackend, Direction, PerRequest, Route, Side, linear_requests, rotate_requests,
@@ -490,6 +491,140 @@ fn every_backend_keeps_tiny_scales_away_from_zero_by_the_same_rule() {
                     assert_close(&what, &[gradient[column]], &[sum], 1e-4);
                 }
             }
+        }
+    }
+}
+
+/// Beside a bias, rounding leaves nothing of an output whose scale is zero, so that no gradient can be found for the scale.
+#[test]
+fn a_scale_of_zero_beside_a_bias_has_no_gradient_and_other_scales_keep_theirs() {
+    let scale = [0.0, 1.5, 1e-32, 0.0, -0.75];
+    let bias = [0.3, -0.2, 0.7, 0.0, 0.0];
+    let is_lost = [true, false, true, false, false];
+    let case = Case {
+        sizes: Sizes { d: 16, b: 4, m: 2 },
+        d_output: scale.len(),
+        tokens: 7,
+        strided: false,
+        seed: 6,
+    };
+    let (d, o, tokens) = (case.sizes.d, scale.len(), case.tokens);
+    let [x, w, dy] = [(tokens, d, 0), (d, o, 1), (tokens, o, 2)].map(|(rows, columns, index)| {
+        Matrix::new(rows, columns, case.numbers(rows * columns, index))
+    });
+    let unscaled = x.matmul(&rotation(case.sizes, &case.skew())).matmul(&w);
+    let expected: Vec<f64> = (0..o)
+        .map(|column| {
+            let products = (0..tokens).map(|row| dy.get(row, column) * unscaled.get(row, column));
+            if is_lost[column] { 0.0 } else { products.sum() }
+        })
+        .collect();
+    for (name, device) in kernel_devices() {
+        for dtype in [DType::F32, DType::F64] {
+            if !device.supports_dtype(dtype) {
+                continue;
+            }
+            let to = (dtype, &device.clone().autodiff());
+            let skew = tensor(&case.skew(), case.sizes.skew_shape(), to.0, to.1);
+            let blocks = Blocks::cayley(skew, case.sizes.b);
+            for route in [Route::Weight, Route::Activation] {
+                let [x, w, dy] = [&x, &w, &dy].map(|matrix| matrix.to_tensor(to.0, to.1));
+                let scale = tensor(&scale, [o], to.0, to.1).require_grad();
+                let bias = tensor(&bias, [o], to.0, to.1);
+                let output = blocks.linear(x, w, Some(scale.clone()), Some(bias), route);
+                let gradient = host(scale.grad(&(output * dy).sum().backward()).unwrap());
+                let what = format!("{route:?}, {dtype:?} on {name}");
+                assert_close(&what, &gradient, &expected, 1e-4);
+                let lost = is_lost.iter().zip(&gradient).filter(|(lost, _)| **lost);
+                assert!(
+                    lost.into_iter().all(|(_, &gradient)| gradient == 0.0),
+                    "{what}"
+                );
+            }
+        }
+    }
+}
+
+/// In a layer of bf16 whose bias stays in f32, which an optimizer steps in its own precision.
+#[test]
+fn the_gradient_of_a_bias_has_the_precision_of_the_bias() {
+    let device = Device::flex().autodiff();
+    let skew = |d: usize| {
+        tensor(
+            &noise(d / 4 * 6, 1, 0.5),
+            [1, d / 4, 6],
+            DType::F32,
+            &device,
+        )
+    };
+    let bias = || tensor::<1>(&noise(10, 2, 1.0), [10], DType::F32, &device).require_grad();
+    let half = |seed, shape: [usize; 2]| {
+        tensor::<2>(
+            &noise(shape[0] * shape[1], seed, 1.0),
+            shape,
+            DType::BF16,
+            &device,
+        )
+    };
+    for scale in [None, Some(Tensor::ones([10], (&device, DType::F32)))] {
+        for route in [Route::Weight, Route::Activation] {
+            for blocks in [Blocks::cayley(skew(24), 4), Blocks::neumann(skew(24), 4, 5)] {
+                let (bias, (x, w)) = (bias(), (half(3, [7, 24]), half(4, [24, 10])));
+                let output = blocks.linear(x, w, scale.clone(), Some(bias.clone()), route);
+                let gradient = bias.grad(&output.sum().backward()).unwrap();
+                assert_eq!(gradient.dtype(), DType::F32, "{route:?}");
+                assert_close(&format!("{route:?}"), &host(gradient), &[7.0; 10], 1e-6);
+            }
+        }
+        let bias = bias();
+        let input = half(3, [48, 48]).reshape([4, 4, 12, 12]);
+        let weight = half(4, [10, 36]).reshape([10, 4, 3, 3]);
+        let options = ConvOptions::new([1, 1], [0, 0], [1, 1], 1);
+        let output = Blocks::cayley(skew(36), 4).conv2d(
+            input,
+            weight,
+            scale.clone(),
+            Some(bias.clone()),
+            options,
+        );
+        let gradient = bias.grad(&output.sum().backward()).unwrap();
+        assert_eq!(gradient.dtype(), DType::F32, "conv2d");
+        assert_close("conv2d", &host(gradient), &[400.0; 10], 1e-2);
+    }
+}
+
+#[test]
+#[should_panic = "linear_requests: rotations, scales and biases are for [4, 4, 8] requests"]
+fn lists_for_different_numbers_of_requests_are_refused() {
+    let device = Device::flex();
+    let skew = tensor(&noise(6, 1, 0.5), [1, 2, 3], DType::F32, &device);
+    let spans = Blocks::cayley(skew, 3).spans();
+    let vector = tensor::<1>(&noise(5, 2, 1.0), [5], DType::F32, &device);
+    let input = tensor::<2>(&noise(8 * 6, 3, 1.0), [8, 6], DType::F32, &device);
+    let weight = tensor::<2>(&noise(6 * 5, 4, 1.0), [6, 5], DType::F32, &device);
+    linear_requests(
+        input,
+        weight,
+        PerRequest::new(vec![spans], vec![Some(0); 4]),
+        PerRequest::new(vec![vector.clone()], vec![Some(0); 4]),
+        PerRequest::new(vec![vector], vec![None; 8]),
+    );
+}
+
+/// A layer that reads or writes nothing is a degenerate one, and no reason to panic.
+#[test]
+fn operands_without_numbers_have_results_without_numbers() {
+    // Burn's `ndarray` divides by the length of an axis.
+    let devices = kernel_devices().into_iter();
+    for (name, device) in devices.filter(|(name, _)| *name != "ndarray") {
+        let skew = tensor(&noise(12, 1, 0.5), [1, 2, 6], DType::F32, &device);
+        let blocks = Blocks::cayley(skew, 4);
+        for (side, shape) in [(Side::Left, [8, 0]), (Side::Right, [0, 8])] {
+            let empty = Tensor::<2>::zeros(shape, &device);
+            let rotated = blocks.rotate(empty.clone(), side, Direction::Forward);
+            assert_eq!(rotated.dims(), shape, "{name}");
+            let scaled = blocks.weight(empty, Some(Tensor::ones([0], &device)), side);
+            assert_eq!(scaled.dims(), shape, "{name}");
         }
     }
 }

@@ -84,14 +84,17 @@ pub(super) const SHIFT: f64 = 1e-20;
 ///
 /// In the scale's precision, f32 or f64.
 pub(super) fn away_from_zero<B: Backend>(scale: FloatTensor<B>) -> FloatTensor<B> {
-    let magnified = B::float_mul_scalar(B::float_abs(scale.clone()), MAGNIFICATION.into());
-    // 0 where the scale counts as zero, else 1: the floor has no gradient.
-    let is_other = B::float_floor(B::float_clamp_max(magnified, 1.0.into()));
-    let minus_one_if_zero = B::float_sub_scalar(is_other, 1.0.into());
+    let minus_one_if_zero = B::float_sub_scalar(one_unless_zero::<B>(scale.clone()), 1.0.into());
     B::float_add(
         scale,
         B::float_mul_scalar(minus_one_if_zero, (-SHIFT).into()),
     )
+}
+
+/// 0 where a number is below 1e-30 in magnitude, else 1. It has no gradient.
+pub(super) fn one_unless_zero<B: Backend>(numbers: FloatTensor<B>) -> FloatTensor<B> {
+    let magnified = B::float_mul_scalar(B::float_abs(numbers), MAGNIFICATION.into());
+    B::float_floor(B::float_clamp_max(magnified, 1.0.into()))
 }
 
 /// `x·W + bias`, with the backend's matrix product.

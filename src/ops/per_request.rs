@@ -132,7 +132,8 @@ pub fn rotate_requests(input: Tensor<2>, rotations: PerRequest<3>) -> Tensor<2> 
 ///
 /// # Panics
 ///
-/// - If a shape does not fit the weight, or the rows do not divide into requests.
+/// - If a shape does not fit the weight, the rows do not divide into requests, or rotations, scales and biases are for different
+///   numbers of requests.
 pub fn linear_requests(
     input: Tensor<2>,
     weight: Tensor<2>,
@@ -141,6 +142,15 @@ pub fn linear_requests(
     biases: PerRequest<1>,
 ) -> Tensor<2> {
     let [rows, d_output] = [input.dims()[0], weight.dims()[1]];
+    let requests = [
+        rotations.choices.len(),
+        scales.choices.len(),
+        biases.choices.len(),
+    ];
+    assert!(
+        requests.iter().all(|&count| count == requests[0]),
+        "linear_requests: rotations, scales and biases are for {requests:?} requests"
+    );
     for (name, vectors) in [("scale", &scales), ("bias", &biases)] {
         vectors.assert_divides("linear_requests", [rows, d_output]);
         for [count] in vectors.values.iter().map(Tensor::dims) {

@@ -1,7 +1,7 @@
 //! `x·W + bias` with a weight that is not rotated.
 
 use burn::backend::Dispatch;
-use burn::tensor::Tensor;
+use burn::tensor::{FloatDType, Tensor};
 
 use super::backend::{BoftBackend, is_listed, multiplies};
 use super::precision::{is_quantized, reshaped};
@@ -51,10 +51,13 @@ pub(crate) fn product<const D: usize>(
     reshaped(output, shape)
 }
 
-/// Adds a bias of `[o]` to each row of a `[rows, o]` tensor.
+/// Adds a bias of `[o]` to each row of a `[rows, o]` tensor, to whose precision it is cast.
 pub(super) fn with_bias(output: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
     match bias {
-        Some(bias) => output + bias.unsqueeze::<2>(),
+        Some(bias) => {
+            let dtype = FloatDType::from(output.dtype());
+            output + bias.cast(dtype).unsqueeze::<2>()
+        }
         None => output,
     }
 }

@@ -65,6 +65,11 @@ fn dropout_replaces_a_share_of_the_blocks_of_one_factor() {
             let again = self::draws(&model.valid().train(), 5);
             assert!(again.iter().all(|draw| draw.iter().sum::<usize>() == share));
         }
+        // More blocks than are ranked at a time, and a rank beyond those that bf16 counts to.
+        let wide = BoftLinear::from(linear([2400, 3], 3, DType::F32, &device));
+        let dropped = draws(&inject(wide, config(0.6)).unwrap(), 2);
+        let counts = dropped.iter().map(|draw| draw.iter().sum::<usize>());
+        assert!(counts.into_iter().all(|count| count == 360), "{backend}");
         let model = inject(base.clone(), config(1.0 / 12.5)).unwrap();
         let draws = draws(&model, 20);
         assert!(draws.iter().flatten().all(|&count| count == 0), "{backend}");

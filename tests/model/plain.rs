@@ -5,7 +5,7 @@ use burn::tensor::quantization::Calibration;
 use burn::tensor::{DType, Device, Tensor};
 use burn_boft::{AdapterConfig, BoftConfig, BoftLinear, Cayley, Init, OftConfig, inject};
 
-use crate::common::models::{distance, linear};
+use crate::common::models::{Layer, distance, linear};
 use crate::common::{Matrix, assert_close, devices, host, noise, tensor};
 
 /// Rows, inputs and outputs: tiny ones, and such that products are shared among threads, in which `dy·Wᵀ` has panels and
@@ -140,7 +140,10 @@ fn an_input_without_rows_has_an_output_without_rows() {
         let adapted = configs.map(|config| inject(layer.clone(), config).unwrap());
         for layer in [layer].into_iter().chain(adapted) {
             let input = Tensor::<3>::zeros([2, 0, 24], (&device, DType::F32));
-            assert_eq!(layer.forward(input).dims(), [2, 0, 10]);
+            assert_eq!(layer.forward(input.clone()).dims(), [2, 0, 10]);
+            if let Some(adapter) = layer.adapter() {
+                assert_eq!(adapter.rotate(input).dims(), [2, 0, 24]);
+            }
 
             let layer = layer.train();
             let tracked = device.clone().autodiff();

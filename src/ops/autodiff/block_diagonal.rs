@@ -17,7 +17,7 @@ use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
 use burn::tensor::DType;
 
 use super::butterfly::products_of_blocks;
-use super::gradients::{bias_gradient, input_gradient, nodes};
+use super::gradients::{Outputs, bias_gradient, input_gradient, nodes};
 use crate::ops::backend::BoftBackend;
 use crate::ops::butterfly::{Direction, Side};
 
@@ -99,7 +99,7 @@ impl<B: BoftBackend, const N: usize> Backward<B, N> for BlockDiagonalLinear {
             bias,
         } = ops.state;
         let gradient = gradients.consume::<B>(&ops.node);
-        bias_gradient::<B>(&gradient, bias_node, bias, gradients);
+        bias_gradient::<B>(&gradient, Outputs::Columns, bias_node, bias, gradients);
         let input: Option<FloatTensor<B>> = (blocks_node.is_some() || weight_node.is_some())
             .then(|| checkpointer.retrieve_node_output(input));
         if input_node.is_some() || blocks_node.is_some() {

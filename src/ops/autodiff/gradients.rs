@@ -6,7 +6,7 @@ use burn::tensor::DType;
 
 use crate::ops::backend::{BoftBackend, OptionalTensor};
 use crate::ops::butterfly::Side;
-use crate::ops::linear::{Channels, along, away_from_zero, channel_sum};
+use crate::ops::linear::{Channels, along, away_from_zero, channel_sum, one_unless_zero};
 use crate::ops::precision::{cast, reshape};
 
 /// The nodes of `N` parents as `M`, of which the last may be missing. A parent that is not tracked is none.
@@ -104,9 +104,8 @@ impl<B: BoftBackend> ChannelState<B> {
                 gradients.register::<B>(scale, gradient);
             }
             _ => {
-                if let Some(node) = bias {
-                    gradients.register::<B>(node, self.outputs.sum::<B>(gradient));
-                }
+                let dtype = self.bias.as_ref().map(TensorMetadata::dtype);
+                bias_gradient::<B>(&gradient, self.outputs, bias, dtype, gradients);
             }
         }
     }
@@ -116,15 +115,16 @@ impl<B: BoftBackend> ChannelState<B> {
 ///
 /// # Shapes
 ///
-/// - gradient: that of the output, `[tokens, o]`
+/// - gradient: that of the output, `[tokens, o]` or `[n, o, h, w]`
 pub(super) fn bias_gradient<B: Backend>(
     gradient: &FloatTensor<B>,
+    outputs: Outputs,
     bias: Option<NodeId>,
     dtype: Option<DType>,
     gradients: &mut Gradients,
 ) {
     if let Some(node) = bias {
-        let sum = channel_sum::<B>(gradient.clone(), Channels::Columns);
+        let sum = outputs.sum::<B>(gradient.clone());
         let dtype = dtype.unwrap_or(sum.dtype());
         gradients.register::<B>(node, cast::<B>(sum, dtype));
     }
@@ -148,7 +148,8 @@ pub(super) fn input_gradient<B: BoftBackend>(
 /// The gradient of the scale, `Σ gradient ⊙ (output − bias) / s`, from the sums per channel.
 ///
 /// The bias is constant along a channel, so `Σ dy ⊙ (y − bias) = Σ dy ⊙ y − bias · Σ dy`, and no matrix without bias
-/// has to be formed.
+/// has to be formed. Beside a bias, rounding leaves nothing of an output whose scale counts as zero: the gradient of such a
+/// scale is zero.
 ///
 /// # Shapes
 ///
@@ -157,22 +158,30 @@ pub(super) fn input_gradient<B: BoftBackend>(
 /// # Numerics
 ///
 /// In the precision of the sums, f32 or wider, then rounded to that of the scale. The division is by the scale that
-/// the forward pass used, moved [`away_from_zero`].
+/// the forward pass used, moved [`away_from_zero`]. The relative error is that of `y`, times `|bias| / |y − bias|` where the
+/// bias is larger.
 pub(super) fn scale_gradient<B: Backend>(
     (products, sums): (FloatTensor<B>, FloatTensor<B>),
     scale: FloatTensor<B>,
     bias: Option<FloatTensor<B>>,
 ) -> FloatTensor<B> {
     let dtype = scale.dtype();
+    let scale = cast::<B>(scale, products.dtype());
     let products = match bias {
         Some(bias) => {
             let bias = cast::<B>(bias, sums.dtype());
-            B::float_sub(products, B::float_mul(sums, bias))
+            let products = B::float_sub(products, B::float_mul(sums, bias.clone()));
+            // A scale that counts as zero beside a bias that does not.
+            let bias = one_unless_zero::<B>(bias);
+            let is_lost = B::float_sub(
+                bias.clone(),
+                B::float_mul(bias, one_unless_zero::<B>(scale.clone())),
+            );
+            B::float_sub(products.clone(), B::float_mul(products, is_lost))
         }
         None => products,
     };
-    let scale = away_from_zero::<B>(cast::<B>(scale, products.dtype()));
-    cast::<B>(B::float_div(products, scale), dtype)
+    cast::<B>(B::float_div(products, away_from_zero::<B>(scale)), dtype)
 }
 
 /// The gradient of a weight from that of `R·W·diag(s)`, `∂L/∂W = Rᵀ·(dW'·diag(s))`, and likewise from the right.

@@ -9,7 +9,7 @@ use burn::backend::autodiff::{
 use burn::backend::{TensorMetadata, tensor::FloatTensor};
 use burn::tensor::DType;
 
-use super::gradients::{bias_gradient, input_gradient, nodes};
+use super::gradients::{Outputs, bias_gradient, input_gradient, nodes};
 use crate::ops::backend::{BoftBackend, OptionalTensor};
 
 /// [`BoftBackend::boft_product`] in the graph. Its parents are the input, the weight and, if there is one, the bias.
@@ -76,7 +76,7 @@ impl<B: BoftBackend, const N: usize> Backward<B, N> for Product {
             bias,
         } = ops.state;
         let gradient = gradients.consume::<B>(&ops.node);
-        bias_gradient::<B>(&gradient, bias_node, bias, gradients);
+        bias_gradient::<B>(&gradient, Outputs::Columns, bias_node, bias, gradients);
         if let (Some(node), Some(input)) = (weight_node, input) {
             let input = B::float_swap_dims(checkpointer.retrieve_node_output(input), 0, 1);
             let product = B::boft_product(input, gradient.clone(), OptionalTensor::Absent);

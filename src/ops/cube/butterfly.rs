@@ -12,7 +12,7 @@ use burn_cubecl::cubecl::prelude::*;
 use burn_cubecl::kernel::{into_contiguous, untile};
 use burn_cubecl::tensor::CubeTensor;
 
-use super::launch::{Sizes, UNITS, cubes, empty, units};
+use super::launch::{CUBES, Sizes, UNITS, cubes, empty, units};
 use crate::ops::butterfly::{Direction, Side};
 use crate::ops::linear::{MAGNIFICATION, SHIFT};
 
@@ -20,7 +20,16 @@ use crate::ops::linear::{MAGNIFICATION, SHIFT};
 /// that every device has.
 const ROTATED_ROWS: usize = 32;
 
-/// `op(R)·t` or `t·op(R)`, times a scale per output channel of a weight.
+/// Whether a grid has enough cubes for a matrix of this shape.
+pub(super) fn is_covered([rows, columns]: [usize; 2], side: Side) -> bool {
+    match side {
+        Side::Left => columns.div_ceil(UNITS) <= CUBES,
+        Side::Right => rows.div_ceil(ROTATED_ROWS) <= CUBES,
+    }
+}
+
+/// `op(R)·t` or `t·op(R)`, times a scale per output channel of a weight. The caller has asked whether the matrix
+/// [`is_covered`].
 ///
 /// # Shapes
 ///
@@ -302,4 +311,17 @@ fn rotate_columns_kernel<F: Float>(
 fn away_from_zero(scale: f32) -> f32 {
     let is_zero = f32::abs(scale) * comptime!(MAGNIFICATION as f32) < 1.0f32;
     select(is_zero, scale + comptime!(SHIFT as f32), scale)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_grid_covers_two_million_rows_and_eight_million_columns() {
+        assert!(is_covered([2_097_120, 8], Side::Right));
+        assert!(!is_covered([2_097_121, 8], Side::Right));
+        assert!(is_covered([8, 8_388_480], Side::Left));
+        assert!(!is_covered([8, 8_388_481], Side::Left));
+    }
 }

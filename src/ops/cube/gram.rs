@@ -88,6 +88,7 @@ pub(super) fn block_gradient(partial: CubeTensor, blocks: CubeTensor, sizes: Siz
         sizes.b,
         sizes.m,
         per_cube,
+        sizes.line(),
     );
     gradient
 }
@@ -178,7 +179,7 @@ fn gram_kernel<F: Float>(
 /// the same column of `H`, so after a barrier each unit computes a column in place. The first factor, which comes
 /// last, needs no new `G`.
 ///
-/// Lines of `s + 1` numbers keep the units that walk along rows on different memory banks.
+/// Rows of the matrices in shared memory are `line` numbers apart.
 ///
 /// # Numerics
 ///
@@ -191,10 +192,10 @@ fn block_gradient_kernel(
     #[comptime] b: usize,
     #[comptime] m: usize,
     #[comptime] per_cube: usize,
+    #[comptime] line: usize,
 ) {
     let s = comptime!(b << (m - 1));
-    let line = comptime!(s + 1);
-    let mut gram = Shared::<[f32]>::new_slice(comptime!(per_cube * s * (s + 1)));
+    let mut gram = Shared::<[f32]>::new_slice(comptime!(per_cube * s * line));
     let row = UNIT_POS_X as usize % s;
     let place = UNIT_POS_X as usize / s;
     let span = CUBE_POS_X as usize * per_cube + place;

@@ -52,12 +52,20 @@ impl Sizes {
     /// The spans that one cube works on, and how many units they need: one unit for each number of a span.
     ///
     /// Small spans share a cube, so that its units are not idle, as long as their matrices fit into [`SHARED_MEMORY`]
-    /// with rows of `span + 1` numbers. A single span is worked on even if it takes more: at 64 numbers it takes
-    /// 16,640 bytes with such rows, 256 too many.
+    /// with rows of [`line`](Self::line) numbers.
     pub(super) fn per_cube(self) -> (usize, usize) {
-        let shared = SHARED_MEMORY / (4 * self.span * (self.span + 1));
-        let spans = (UNITS / self.span).min(shared).max(1);
+        let shared = SHARED_MEMORY / (4 * self.span * self.line());
+        let spans = (UNITS / self.span).min(shared);
         (spans, spans * self.span)
+    }
+
+    /// The numbers from one row of a span's matrix to the next in shared memory. One more than a row has keeps units that walk
+    /// along rows on different memory banks; a span of 64 would then take 16,640 bytes, 256 too many.
+    pub(super) fn line(self) -> usize {
+        match 4 * self.span * (self.span + 1) <= SHARED_MEMORY {
+            true => self.span + 1,
+            false => self.span,
+        }
     }
 }
 
@@ -71,10 +79,20 @@ pub(super) fn blocks_per_cube(skew: &CubeTensor, b: usize, count: usize) -> Opti
     served.then_some(per_cube)
 }
 
-/// The precision of an operand as the kernels name it, if they serve it. A kernel is compiled for each of the three.
+/// The precision of an operand as the kernels name it, if they serve the operand. A kernel is compiled for each of the three.
 pub(super) fn element(operand: &CubeTensor) -> Option<ElemType> {
-    matches!(operand.dtype, DType::F32 | DType::F16 | DType::BF16)
+    let served = matches!(operand.dtype, DType::F32 | DType::F16 | DType::BF16);
+    (served && is_indexed(&operand.shape(), operand.meta.strides()))
         .then(|| burn::backend::cubecl::dtype_to_storage_type(operand.dtype))
+}
+
+/// Whether the kernels, which count in 32 bits, reach every number of an operand and of a result of its shape.
+fn is_indexed(shape: &[usize], strides: &[usize]) -> bool {
+    let axes = shape.iter().zip(strides);
+    let reach: usize = axes
+        .map(|(&len, stride)| len.saturating_sub(1) * stride)
+        .sum();
+    reach.max(shape.iter().product()) <= u32::MAX as usize
 }
 
 /// A contiguous tensor whose numbers the kernel has yet to write, on the device of `like`.
@@ -91,4 +109,31 @@ pub(super) fn cubes(x: usize, y: usize) -> CubeCount {
 /// The units of a cube, in a line.
 pub(super) fn units(count: usize) -> CubeDim {
     CubeDim::new_1d(count as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_of_a_cube_fit_the_memory_that_every_device_has() {
+        for span in 1..=LARGEST_SPAN {
+            let (m, b, count) = (1, span, 1);
+            let sizes = Sizes { m, b, span, count };
+            let (spans, units) = sizes.per_cube();
+            assert!(spans > 0 && units <= UNITS, "{span}");
+            assert!(4 * spans * span * sizes.line() <= SHARED_MEMORY, "{span}");
+        }
+    }
+
+    #[test]
+    fn operands_beyond_32_bits_are_not_served() {
+        let most = u32::MAX as usize;
+        assert!(is_indexed(&[most, 1], &[1, 1]));
+        assert!(!is_indexed(&[most + 1, 1], &[1, 1]));
+        // A narrow part of a wide matrix, and a row that is repeated.
+        assert!(!is_indexed(&[1 << 20, 8], &[1 << 12, 1]));
+        assert!(!is_indexed(&[1 << 20, 1 << 12], &[0, 1]));
+        assert!(is_indexed(&[0, 8], &[8, 1]));
+    }
 }

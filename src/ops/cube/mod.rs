@@ -1,12 +1,12 @@
 //! GPU kernels: one CubeCL source for CUDA, ROCm, Metal, Vulkan and WebGPU.
 //!
-//! They serve operands of f32, f16 and bf16, spans of up to [`LARGEST_SPAN`](launch::LARGEST_SPAN) numbers, and
+//! They serve operands of f32, f16 and bf16 with up to 2³² numbers, spans of up to [`LARGEST_SPAN`](launch::LARGEST_SPAN) numbers, and
 //! blocks in f32. Everything else takes the portable versions:
 //!
 //! | operation | a kernel serves | the portable version takes |
 //! |---|---|---|
 //! | `boft_cayley` and its backward pass | blocks of up to 44×44 numbers in f32 | larger blocks, f64 |
-//! | `boft_butterfly`, `boft_weight` | spans of up to 64 numbers | longer spans, blocks or operands in f64 |
+//! | `boft_butterfly`, `boft_weight` | spans of up to 64 numbers, from the right up to 2 million rows | longer spans, blocks or operands in f64, more rows |
 //! | `boft_block_gradient` | the same, two operands of one precision | the same, and operands of two precisions |
 //! | `boft_channel_sums` | channels in columns, up to 33 million rows | channels in rows, operands of two precisions |
 //! | `boft_product` | nothing | everything, since Burn tunes matrix products for each device |
@@ -32,6 +32,7 @@ use burn::backend::ops::FloatTensorOps;
 use burn::backend::{TensorMetadata, tensor::FloatTensor};
 use burn::tensor::DType;
 use burn_cubecl::CubeBackend;
+use burn_cubecl::cubecl::ir::ElemType;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 
@@ -72,11 +73,9 @@ impl BoftBackend for CubeBackend {
         side: Side,
         direction: Direction,
     ) -> FloatTensor<Self> {
-        match (Sizes::of(&blocks), element(&matrix)) {
-            (Some(sizes), Some(element)) => {
-                butterfly::rotate(matrix, blocks, (sizes, element), None, side, direction)
-            }
-            _ => portable_butterfly::apply::<Self>(matrix, blocks, side, direction),
+        match served(&matrix, &blocks, side) {
+            Some(served) => butterfly::rotate(matrix, blocks, served, None, side, direction),
+            None => portable_butterfly::apply::<Self>(matrix, blocks, side, direction),
         }
     }
 
@@ -86,20 +85,13 @@ impl BoftBackend for CubeBackend {
         scale: FloatTensor<Self>,
         side: Side,
     ) -> FloatTensor<Self> {
-        match (Sizes::of(&blocks), element(&weight)) {
-            (Some(sizes), Some(element)) => {
+        match served(&weight, &blocks, side) {
+            Some(served) => {
                 let scale = into_contiguous(cast::<Self>(scale, DType::F32));
                 let direction = side.weight_direction();
-                butterfly::rotate(
-                    weight,
-                    blocks,
-                    (sizes, element),
-                    Some(scale),
-                    side,
-                    direction,
-                )
+                butterfly::rotate(weight, blocks, served, Some(scale), side, direction)
             }
-            _ => portable_linear::weight::<Self>(weight, blocks, scale, side),
+            None => portable_linear::weight::<Self>(weight, blocks, scale, side),
         }
     }
 
@@ -136,4 +128,11 @@ impl BoftBackend for CubeBackend {
         };
         (total(products), total(sums))
     }
+}
+
+/// The sizes of a rotation and the precision of the matrix that it rotates, if the kernels serve both.
+fn served(matrix: &CubeTensor, blocks: &CubeTensor, side: Side) -> Option<(Sizes, ElemType)> {
+    let is_covered = butterfly::is_covered(matrix.shape().dims::<2>(), side);
+    let (sizes, element) = Sizes::of(blocks).zip(element(matrix))?;
+    is_covered.then_some((sizes, element))
 }

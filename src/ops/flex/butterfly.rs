@@ -138,14 +138,16 @@ pub(super) fn rotate<T: Stored>(
         "a rotation of {channels} channels"
     );
     assert_eq!(matrix.len(), rows * columns, "a [{rows}, {columns}] matrix");
+    if matrix.is_empty() {
+        return Vec::new();
+    }
     match side {
         Side::Left => {
             let spans = matrix
                 .par_chunks(s * columns)
                 .zip(rotation.par_chunks(s * s));
-            written(rows * columns, |output| {
-                let spans = output.par_chunks_mut(s * columns).zip(spans);
-                spans.for_each(|(output, (matrix, rotation))| {
+            let rotate =
+                |(output, (matrix, rotation)): (&mut [MaybeUninit<T>], (&[T], &[T::Real]))| {
                     let task = Task {
                         output,
                         matrix,
@@ -157,8 +159,15 @@ pub(super) fn rotate<T: Stored>(
                         side,
                     };
                     dispatch::<T::Real, _>(columns, task);
-                });
-            })
+                };
+            let write = |output: &mut [MaybeUninit<T>]| {
+                output
+                    .par_chunks_mut(s * columns)
+                    .zip(spans)
+                    .for_each(rotate);
+            };
+            // SAFETY: the assertions say that there is a rotation and a part of the matrix for every span.
+            unsafe { written(rows * columns, write) }
         }
         Side::Right => {
             let rotate = |(index, (output, matrix)): (usize, (&mut [MaybeUninit<T>], &[T]))| {
@@ -174,7 +183,7 @@ pub(super) fn rotate<T: Stored>(
                 };
                 dispatch::<T::Real, _>(s, task);
             };
-            written(rows * columns, |output| {
+            let write = |output: &mut [MaybeUninit<T>]| {
                 // Rows for a single thread do not wait for another one to wake up.
                 if rows <= ROWS {
                     let outputs = output.chunks_mut(PASSING_ROWS * columns);
@@ -187,7 +196,9 @@ pub(super) fn rotate<T: Stored>(
                     .enumerate()
                     .with_min_len(ROWS / PASSING_ROWS)
                     .for_each(rotate);
-            })
+            };
+            // SAFETY: the assertions say that there is a row of the matrix for every row, and a rotation for every span of it.
+            unsafe { written(rows * columns, write) }
         }
     }
 }
@@ -195,14 +206,23 @@ pub(super) fn rotate<T: Stored>(
 /// A vector of `len` numbers, every one of which `write` writes.
 ///
 /// It spares the pass over memory that would fill the vector with zeros first.
-pub(super) fn written<T>(len: usize, write: impl FnOnce(&mut [MaybeUninit<T>])) -> Vec<T> {
+///
+/// # Safety
+///
+/// `write` writes every number, or panics.
+pub(super) unsafe fn written<T>(len: usize, write: impl FnOnce(&mut [MaybeUninit<T>])) -> Vec<T> {
     let mut values = Vec::new();
-    overwrite(&mut values, len, write);
+    // SAFETY: as the caller promises.
+    unsafe { overwrite(&mut values, len, write) };
     values
 }
 
 /// [`written`] in the memory of a vector whose numbers nobody needs any more.
-pub(super) fn overwrite<T>(
+///
+/// # Safety
+///
+/// `write` writes every number, or panics.
+pub(super) unsafe fn overwrite<T>(
     values: &mut Vec<T>,
     len: usize,
     write: impl FnOnce(&mut [MaybeUninit<T>]),
@@ -210,7 +230,7 @@ pub(super) fn overwrite<T>(
     values.clear();
     values.reserve(len);
     write(&mut values.spare_capacity_mut()[..len]);
-    // SAFETY: every caller writes every number, after it has checked that its operands have the sizes for that.
+    // SAFETY: there is memory for them, and the caller promises that they are written.
     unsafe { values.set_len(len) };
 }
 

@@ -40,6 +40,9 @@ pub(super) fn gram<E: Real>(
     side: Side,
 ) -> Vec<f64> {
     let s = sizes.span;
+    if lhs.is_empty() {
+        return vec![0.0; sizes.count() * s * s];
+    }
     let arch = Arch::new();
     match side {
         Side::Left => {

@@ -27,7 +27,8 @@
 //! # Threads
 //!
 //! Work is cut into tasks whose size depends on the shapes only, and partial sums are added up in a fixed order. A
-//! result therefore has the same bits on any number of threads.
+//! result therefore has the same bits on any number of threads. The exception are large products, which are divided among the
+//! threads that there are: their sums may be rounded otherwise on another number of threads.
 
 mod butterfly;
 mod cayley;

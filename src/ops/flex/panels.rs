@@ -171,13 +171,13 @@ impl<E: Real> Rotated<'_, E> {
     /// Rotates whole spans of rows, in some columns.
     fn rotate(&self, [row, column]: [usize; 2], [rows, columns]: [usize; 2], panel: &mut Vec<E>) {
         let (s, stride) = (self.span, self.outputs);
-        overwrite(panel, rows * columns, |panel| {
-            let spans = row / s..(row + rows) / s;
-            assert_eq!(
-                [spans.start * s, spans.len() * s],
-                [row, rows],
-                "whole spans"
-            );
+        let spans = row / s..(row + rows) / s;
+        assert_eq!(
+            [spans.start * s, spans.len() * s],
+            [row, rows],
+            "whole spans"
+        );
+        let write = |panel: &mut [MaybeUninit<E>]| {
             for (span, output) in spans.zip(panel.chunks_exact_mut(s * columns)) {
                 let task = Task {
                     output,
@@ -191,7 +191,9 @@ impl<E: Real> Rotated<'_, E> {
                 };
                 dispatch::<E, _>(columns, task);
             }
-        });
+        };
+        // SAFETY: the panel consists of these spans, and a task rotates every number of its own.
+        unsafe { overwrite(panel, rows * columns, write) };
     }
 }
 
@@ -232,14 +234,16 @@ fn transpose<E: Real>(
     panel: &mut Vec<E>,
 ) {
     assert!(numbers.len() >= (columns - 1) * stride + rows);
-    overwrite(panel, rows * columns, |panel| {
+    let write = |panel: &mut [MaybeUninit<E>]| {
         Arch::new().dispatch(Transpose {
             numbers,
             stride,
             panel,
             columns,
         });
-    });
+    };
+    // SAFETY: squares and what is left beside and below them cover the panel.
+    unsafe { overwrite(panel, rows * columns, write) };
 }
 
 struct Transpose<'a, E> {

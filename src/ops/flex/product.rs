@@ -4,6 +4,8 @@
 //! copied before. A separate addition would read and write the whole output once more. Transposed and rotated weights are
 //! computed panel by panel inside the product.
 
+use std::mem::MaybeUninit;
+
 use burn::backend::TensorMetadata;
 use burn::backend::flex::FlexTensor;
 use gemm::Parallelism;
@@ -59,7 +61,8 @@ pub(super) fn product<E: Real>(lhs: &FlexTensor, rhs: &FlexTensor, bias: Option<
             false => call_gemm(output, &lhs, &rhs, sizes, adds, Parallelism::None),
         }
     };
-    multiplied([m, n], bias, multiply)
+    // SAFETY: a product that does not add writes every number.
+    unsafe { multiplied([m, n], bias, multiply) }
 }
 
 /// `lhs·(R·W·diag(s)) + bias`, with or without the scale, and without writing the rotated weight to memory.
@@ -121,7 +124,8 @@ fn product_by_panels<E: Real>(
     let lhs = Matrix::<E>::new(lhs);
     // SAFETY: `Matrix` has checked that the operand is inside its storage.
     let multiply = |output| unsafe { by_panels(output, &lhs, rhs, sizes, adds) };
-    Some(multiplied([m, n], bias, multiply))
+    // SAFETY: the panels are all columns of the product, which is written where it does not add.
+    Some(unsafe { multiplied([m, n], bias, multiply) })
 }
 
 fn assert_fit([m, k]: [usize; 2], [inner, n]: [usize; 2]) {
@@ -137,12 +141,16 @@ fn is_shared([m, k, n]: [usize; 3]) -> bool {
 }
 
 /// The result of a product, `[m, n]`, which `multiply` writes, or adds to the bias.
-fn multiplied<E: Real>(
+///
+/// # Safety
+///
+/// Without a bias, `multiply` writes every number.
+unsafe fn multiplied<E: Real>(
     [m, n]: [usize; 2],
     bias: Option<&[E]>,
     multiply: impl FnOnce(Place<E>),
 ) -> Vec<E> {
-    written(m * n, |output| {
+    let write = |output: &mut [MaybeUninit<E>]| {
         if let Some(bias) = bias {
             assert_eq!(bias.len(), n, "the bias of {n} outputs");
             output
@@ -156,5 +164,7 @@ fn multiplied<E: Real>(
             start: output.as_mut_ptr().cast(),
             row_stride: n,
         });
-    })
+    };
+    // SAFETY: the bias fills every row, and without one `multiply` writes every number.
+    unsafe { written(m * n, write) }
 }

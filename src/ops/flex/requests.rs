@@ -67,7 +67,7 @@ pub(super) fn rotate<E: Real>(
     };
     let each = rows / choices.len();
     let (request, passing) = (each * columns, PASSING_ROWS * columns);
-    written(rows * columns, |output| {
+    let write = |output: &mut [MaybeUninit<E>]| {
         // A batch without rows has no chunks.
         let requests = output.chunks_mut(request.max(1));
         let requests = requests.zip(input.chunks(request.max(1))).zip(choices);
@@ -84,7 +84,9 @@ pub(super) fn rotate<E: Real>(
             .into_par_iter()
             .with_min_len(SINGLE_WORK / work)
             .for_each(rotate);
-    })
+    };
+    // SAFETY: the rows of all requests are all rows, and a task rotates every number of its own.
+    unsafe { written(rows * columns, write) }
 }
 
 /// `z ⊙ s + bias` with the scale and the bias that the request of each row takes, in place.

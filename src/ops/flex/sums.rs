@@ -71,6 +71,9 @@ fn across<E: Real>(mut lanes: [E; LANES]) -> E {
 /// Partial sums of [`ROWS`] rows run in the operands' precision, with one rounding for each product and its addition.
 /// Partial sums are added in f64 and rounded once.
 pub(super) fn column_sums<E: Real>(gradient: &[E], output: &[E], columns: usize) -> [Vec<E>; 2] {
+    if output.is_empty() {
+        return [(); 2].map(|()| vec![E::default(); columns]);
+    }
     let arch = Arch::new();
     let partial: Vec<Vec<E>> = gradient
         .par_chunks(ROWS * columns)

@@ -1,4 +1,4 @@
-"""Makes the seeds of the fuzz targets from the files that PEFT wrote. Needs nothing but Python 3.
+"""Makes the seeds of the fuzz targets from the files that PEFT and LyCORIS wrote. Needs nothing but Python 3.
 
     python3 fuzz/seeds.py
 """
@@ -43,6 +43,10 @@ ARGUMENTS = {
     "convert-sd-scripts": ["convert", "lyco.safetensors", "--to=sd-scripts", "--part", "lora_unet_",
                            "--output", "o.safetensors"],
     "formats": ["formats", "--json", "--clean"],
+    "merge-several": ["merge", "--base", "b", "--adapter", "a", "--adapter", "c", "--strength", "0.5", "--output", "o"],
+    "convert-boft": ["convert", "a", "--to=boft", "--factors", "3", "--output", "o"],
+    "diff": ["diff", "one", "other", "--json"],
+    "quantize-check": ["merge", "--base", "b", "--adapter", "a", "--quantize-check", "--output", "o"],
     "completions": ["completions", "zsh"],
     "manual": ["man", "merge"],
     "help": ["convert", "--help"],
@@ -75,6 +79,13 @@ def main() -> None:
         write("header", name, b"\0".join([header, numbers]))
         if name.startswith("boft"):
             write("tensors", name, tensors)
+    for path in sorted((FIXTURES / "lycoris").rglob("adapter.safetensors")):
+        if path.stat().st_size > LARGEST:
+            continue
+        tensors = path.read_bytes()
+        start = 8 + int.from_bytes(tensors[:8], "little")
+        name = "-".join(path.parent.relative_to(FIXTURES / "lycoris").parts)
+        write("dialect", name, b"\0".join([tensors[8:start].rstrip(), tensors[start:]]))
     for name, arguments in ARGUMENTS.items():
         write("arguments", name, "\n".join(arguments).encode())
 

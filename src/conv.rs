@@ -161,6 +161,30 @@ impl From<nn::conv::Conv2d> for Conv2d {
     }
 }
 
+/// Gives the parameters to a Burn layer, whose weight then carries the adapter that this one may have.
+impl From<Conv2d> for nn::conv::Conv2d {
+    fn from(conv: Conv2d) -> Self {
+        let Conv2d {
+            weight,
+            bias,
+            stride,
+            kernel_size,
+            dilation,
+            groups,
+            padding,
+        } = conv;
+        Self {
+            weight,
+            bias,
+            stride,
+            kernel_size,
+            dilation,
+            groups,
+            padding,
+        }
+    }
+}
+
 impl ModuleDisplay for Conv2d {
     fn custom_settings(&self) -> Option<DisplaySettings> {
         DisplaySettings::new()

@@ -104,6 +104,13 @@ impl From<nn::Linear> for Linear {
     }
 }
 
+/// Gives the parameters to a Burn layer, whose weight then carries the adapter that this one may have.
+impl From<Linear> for nn::Linear {
+    fn from(Linear { weight, bias }: Linear) -> Self {
+        Self { weight, bias }
+    }
+}
+
 impl ModuleDisplay for Linear {
     fn custom_settings(&self) -> Option<DisplaySettings> {
         DisplaySettings::new()

@@ -11,7 +11,7 @@ use burn_boft::{
     BoftAdapter, BoftConfig, BoftConv2d, BoftConv2dConfig, Cayley, Init, OftConfig, inject,
 };
 use common::models::distance;
-use common::{Matrix, Sizes, assert_close, devices, host, noise, rotation, tensor};
+use common::{Matrix, Sizes, assert_close, devices, drift, host, noise, rotation, tensor};
 
 /// A convolution, the image it gets, and the sizes of its rotation.
 #[derive(Clone, Debug)]
@@ -368,8 +368,20 @@ fn a_layer_of_burn_becomes_its_twin_with_all_its_settings() {
     let input = tensor(&input, [1, 4, 9, 7], DType::F32, &device);
     let expected = host(burn.forward(input.clone()));
     let twin = BoftConv2d::from(burn.clone());
-    assert_eq!(host(twin.forward(input)), expected);
+    assert_eq!(host(twin.forward(input.clone())), expected);
     assert_eq!(format!("{twin}"), format!("{burn}"));
+    // And back, with the adapter that it has got.
+    let config = BoftConfig::new()
+        .with_block_size(2)
+        .with_init(Init::Random { seed: 5 })
+        .with_target_modules(".*");
+    let adapted = inject(twin, config).unwrap();
+    let rotated = host(adapted.forward(input.clone()));
+    assert!(drift(&rotated, &expected) > 1e-2);
+    let shown = format!("{adapted}");
+    let back = Conv2d::from(adapted);
+    assert_eq!(format!("{back}"), shown);
+    assert_close("back", &host(back.forward(input)), &rotated, 1e-5);
 }
 
 #[test]

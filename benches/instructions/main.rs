@@ -5,8 +5,9 @@
 
 use std::env;
 
-use burn::tensor::{Device, Tensor, TensorData};
-use burn_boft::ops::{Blocks, Direction, Route, Side};
+use burn::tensor::ops::ConvOptions;
+use burn::tensor::{Device, FloatDType, Tensor, TensorData};
+use burn_boft::ops::{Blocks, Direction, PerRequest, Route, Side, linear_requests};
 
 /// Inputs and outputs of the layer, and its tokens. The outputs and the tokens do not fill whole vectors. A product is just large
 /// enough for several threads.
@@ -46,7 +47,17 @@ const OPERATIONS: &[Operation] = &[
     backward("step-4x4", (4, 4, D_INPUT), step),
     backward("step-32", (32, 1, D_INPUT), step),
     backward("step-scale-4x2", (4, 2, D_INPUT), step_with_scale),
+    backward("step-neumann-32", (32, 1, D_INPUT), step_of_a_polynomial),
+    backward("step-activation-4x2", (4, 2, D_INPUT), step_by_activations),
+    backward("step-conv-4x2", (4, 2, 9 * CHANNELS), step_of_a_convolution),
+    backward("step-conv-32", (32, 1, 9 * CHANNELS), step_of_a_convolution),
+    forward("weight-left-4x2-bf16", (4, 2, D_INPUT), weight_left_in_half),
+    forward("requests-4x2", (4, 2, D_INPUT), requests),
 ];
+
+/// Channels of a convolution with kernels of 3×3, and the side of its input.
+const CHANNELS: usize = 32;
+const SIDE: usize = 19;
 
 const fn forward(
     name: &'static str,
@@ -157,21 +168,74 @@ fn weight_right(inputs: &Inputs) -> f64 {
     )
 }
 
+fn weight_left_in_half(inputs: &Inputs) -> f64 {
+    let weight = inputs.weight.clone().cast(FloatDType::BF16);
+    let rotated = inputs.blocks().weight(weight, None, Side::Left);
+    number(rotated.cast(FloatDType::F32))
+}
+
+/// One request for each row, every third of which takes no rotation.
+fn requests(inputs: &Inputs) -> f64 {
+    let spans = inputs.blocks().spans();
+    let choices: Vec<_> = (0..TOKENS).map(|row| (row % 3 > 0).then_some(0)).collect();
+    let scales = PerRequest::new(vec![inputs.scale.clone()], choices.clone());
+    let none = PerRequest::new(Vec::new(), vec![None; TOKENS]);
+    let rotations = PerRequest::new(vec![spans], choices);
+    let (input, weight) = (inputs.input.clone(), inputs.weight.clone());
+    number(linear_requests(input, weight, rotations, scales, none))
+}
+
 fn step(inputs: &Inputs) -> f64 {
-    layer(inputs, None)
+    layer(inputs, Blocks::cayley, None, Route::Weight)
 }
 
 fn step_with_scale(inputs: &Inputs) -> f64 {
-    layer(inputs, Some(inputs.scale.clone().require_grad()))
+    let scale = inputs.scale.clone().require_grad();
+    layer(inputs, Blocks::cayley, Some(scale), Route::Weight)
+}
+
+fn step_of_a_polynomial(inputs: &Inputs) -> f64 {
+    let polynomial = |skew, block_size| Blocks::neumann(skew, block_size, 5);
+    layer(inputs, polynomial, None, Route::Weight)
+}
+
+fn step_by_activations(inputs: &Inputs) -> f64 {
+    layer(inputs, Blocks::cayley, None, Route::Activation)
 }
 
 /// Forward and backward pass of a layer in the middle of a model.
-fn layer(inputs: &Inputs, scale: Option<Tensor<1>>) -> f64 {
+fn layer(
+    inputs: &Inputs,
+    blocks: fn(Tensor<3>, usize) -> Blocks,
+    scale: Option<Tensor<1>>,
+    route: Route,
+) -> f64 {
+    differentiated(inputs, blocks, |blocks| {
+        let input = inputs.input.clone().require_grad();
+        let output = blocks.linear(input, inputs.weight.clone(), scale, None, route);
+        (output * inputs.gradient.clone()).sum()
+    })
+}
+
+fn step_of_a_convolution(inputs: &Inputs) -> f64 {
+    differentiated(inputs, Blocks::cayley, |blocks| {
+        let device = inputs.input.device();
+        let input = noise([1, CHANNELS, SIDE, SIDE], &device).require_grad();
+        let weight = noise([CHANNELS, CHANNELS, 3, 3], &device);
+        let options = ConvOptions::new([1, 1], [1, 1], [1, 1], 1);
+        let output = blocks.conv2d(input, weight, None, None, options);
+        output.clone().mul(noise(output.dims(), &device)).sum()
+    })
+}
+
+/// The last number of the gradient of the skew.
+fn differentiated(
+    inputs: &Inputs,
+    blocks: fn(Tensor<3>, usize) -> Blocks,
+    loss: impl FnOnce(Blocks) -> Tensor<1>,
+) -> f64 {
     let skew = inputs.skew.clone().require_grad();
-    let input = inputs.input.clone().require_grad();
-    let blocks = Blocks::cayley(skew.clone(), inputs.block_size);
-    let output = blocks.linear(input, inputs.weight.clone(), scale, None, Route::Weight);
-    let gradients = (output * inputs.gradient.clone()).sum().backward();
+    let gradients = loss(blocks(skew.clone(), inputs.block_size)).backward();
     skew.grad(&gradients).map_or(f64::NAN, number)
 }
 

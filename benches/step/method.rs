@@ -28,6 +28,8 @@ pub enum Method {
     FrozenQuantized,
     /// BOFT with blocks of 4 and 2 factors on weights in eight bits.
     BoftQuantized,
+    /// OFT with blocks of 32 on weights in eight bits.
+    OftQuantized,
     /// Burn's own QLoRA of rank 8 on weights in eight bits.
     LoraQuantized,
     /// Full fine-tuning: every number is trained.
@@ -81,6 +83,7 @@ impl Method {
                 Self::Lora(Burn),
                 Self::FrozenQuantized,
                 Self::BoftQuantized,
+                Self::OftQuantized,
                 Self::LoraQuantized,
             ]);
         }
@@ -125,12 +128,16 @@ impl Method {
     fn seeded(self, targets: &[&str], seed: u64) -> AdapterConfig {
         let init = Init::Random { seed };
         let targets: Vec<String> = targets.iter().map(|target| target.to_string()).collect();
-        match self {
-            Self::Oft(cayley) => OftConfig::new()
+        let oft = |cayley| -> AdapterConfig {
+            OftConfig::new()
                 .with_cayley(cayley)
                 .with_init(init)
-                .with_target_modules(targets)
-                .into(),
+                .with_target_modules(targets.clone())
+                .into()
+        };
+        match self {
+            Self::Oft(cayley) => oft(cayley),
+            Self::OftQuantized => oft(Cayley::Exact),
             _ => {
                 let (b, m) = match self {
                     Self::Boft { b, m, .. } => (b, m),
@@ -140,7 +147,7 @@ impl Method {
                     .with_block_size(b)
                     .with_n_butterfly_factor(m)
                     .with_init(init)
-                    .with_target_modules(targets)
+                    .with_target_modules(targets.clone())
                     .into()
             }
         }
@@ -161,7 +168,7 @@ impl Method {
             Self::FrozenQuantized => model
                 .no_grad()
                 .quantize_weights_group(&mut quantizer(device), weights::<N>()),
-            Self::BoftQuantized => {
+            Self::BoftQuantized | Self::OftQuantized => {
                 let packed = model.quantize_weights_group(&mut quantizer(device), weights::<N>());
                 adapted(packed)?
             }
@@ -329,6 +336,7 @@ impl Display for Method {
             Self::Lora(_) => f.write_str("lora-r8"),
             Self::FrozenQuantized => f.write_str("frozen-q8"),
             Self::BoftQuantized => f.write_str("qboft-m2-b4"),
+            Self::OftQuantized => f.write_str("qoft-b32"),
             Self::LoraQuantized => f.write_str("qlora-r8"),
             Self::Full => f.write_str("full"),
             Self::Plain => f.write_str("plain"),

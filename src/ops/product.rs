@@ -4,7 +4,7 @@ use burn::backend::Dispatch;
 use burn::tensor::{FloatDType, Tensor};
 
 use super::backend::{BoftBackend, is_listed, multiplies};
-use super::precision::{is_quantized, reshaped};
+use super::precision::{dequantized, is_quantized, reshaped};
 
 /// `x·W + bias` with a weight that is not rotated, and may be quantized.
 ///
@@ -51,12 +51,12 @@ pub(crate) fn product<const D: usize>(
     reshaped(output, shape)
 }
 
-/// Adds a bias of `[o]` to each row of a `[rows, o]` tensor, to whose precision it is cast.
+/// Adds a bias of `[o]`, which may be quantized, to each row of a `[rows, o]` tensor, to whose precision it is cast.
 pub(super) fn with_bias(output: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
     match bias {
         Some(bias) => {
             let dtype = FloatDType::from(output.dtype());
-            output + bias.cast(dtype).unsqueeze::<2>()
+            output + dequantized(bias).cast(dtype).unsqueeze::<2>()
         }
         None => output,
     }

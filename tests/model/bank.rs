@@ -132,9 +132,10 @@ fn a_request_of_many_tokens_rotates_all_of_them() {
         for (request, model) in [&alone[0], &alone[1], &layer].into_iter().enumerate() {
             let request = request..request + 1;
             let expected = model.forward(input.clone().slice([request.clone()]));
+            let bound = 1e-6 * largest(&host(expected.clone()));
             let drift = distance(output.clone().slice([request.clone()]), expected);
             assert!(
-                drift < 4e-6,
+                drift <= bound,
                 "{drift:.1e} for request {request:?} on {name}"
             );
         }

@@ -1,6 +1,7 @@
 //! `BoftLinear` without an adapter, against products that the host computes in f64.
 
 use burn::module::{Module, Param, Quantizer};
+use burn::nn;
 use burn::tensor::quantization::Calibration;
 use burn::tensor::{DType, Device, Tensor};
 use burn_boft::{AdapterConfig, BoftConfig, BoftLinear, Cayley, Init, OftConfig, inject};
@@ -151,6 +152,24 @@ fn an_input_without_rows_has_an_output_without_rows() {
             let gradients = layer.forward(input.clone()).sum().backward();
             assert_eq!(input.grad(&gradients).unwrap().dims(), [2, 0, 24]);
         }
+    }
+}
+
+#[test]
+fn a_layer_of_burn_becomes_its_twin_and_one_again_with_its_adapter() {
+    for (name, device) in devices() {
+        let burn = linear([24, 10], 4, DType::F32, &device);
+        let input = tensor(&noise(7 * 24, 5, 1.0), [7, 24], DType::F32, &device);
+        let config = BoftConfig::new()
+            .with_n_butterfly_factor(2)
+            .with_init(Init::Random { seed: 7 })
+            .with_target_modules(".*");
+        let adapted = inject(BoftLinear::from(burn.clone()), config).unwrap();
+        let rotated = adapted.forward(input.clone());
+        assert!(distance(rotated.clone(), burn.forward(input.clone())) > 1e-2);
+        let back = nn::Linear::from(adapted);
+        let drift = distance(back.forward(input), rotated);
+        assert!(drift <= 2e-6, "{drift:.1e} on {name}");
     }
 }
 

@@ -118,7 +118,12 @@ run() {
             peers "$rewrite" --dtype "$torch" --case dinov2-s --method boft-m1-b4 --method boft-m2-b4 --method boft-m4-b4
         peers "$peers" --dtype "$torch" --case llm-linear-512 --method lycoris-oft-b32 --method lycoris-boft-b8
     done
-    measure "$folder/gpu/step" --device "$backend" --case decode --rounds 41 --json
+    # The size that the figures to reach on a GPU are for.
+    local methods=(frozen boft-m2-b4 oft-b32 lora-r8)
+    for dtype in f32 bf16; do
+        measure "$folder/gpu/step" --device "$backend" --dtype "$dtype" --case dinov2-l --rounds 5 --json "${methods[@]/#/--method=}"
+        measure "$folder/gpu/step" --device "$backend" --dtype "$dtype" --case decode --rounds 41 --json
+    done
     { printf '[\n'; sed '$!s/$/,/' "$out/lines"; printf ']\n'; } >"$out/gpu.json"
     rm "$out/lines"
     grep -h '"status"' "$out/gpu.json" || true

@@ -17,6 +17,9 @@ pub enum Case {
     /// DINOv2-S, 4 images of 224²: 1028 tokens, 72 adapted layers.
     #[value(name = "dinov2-s")]
     Dinov2S,
+    /// DINOv2-L, 64 images of 224²: 16448 tokens, 144 adapted layers. For GPUs, and run only if it is named.
+    #[value(name = "dinov2-l")]
+    Dinov2L,
     /// Two layers of DINOv2-L, 8 images of 224²: 2056 tokens, 12 adapted layers.
     #[value(name = "dinov2-l-block")]
     Dinov2LBlock,
@@ -48,6 +51,11 @@ impl Case {
     pub fn name(self) -> String {
         self.to_possible_value()
             .map_or_else(String::new, |value| value.get_name().to_string())
+    }
+
+    /// Whether the case takes too much time and memory for a CPU.
+    pub fn is_for_gpus(self) -> bool {
+        self == Self::Dinov2L
     }
 
     /// The methods that the case is run with.
@@ -97,7 +105,8 @@ impl Case {
         };
         match self {
             Self::Dinov2S => dinov2(network::dinov2_s(), [4, 3, 224, 224]),
-            Self::Dinov2LBlock => dinov2(network::dinov2_l_block(), [8, 3, 224, 224]),
+            Self::Dinov2L => dinov2(network::dinov2_l(24), [64, 3, 224, 224]),
+            Self::Dinov2LBlock => dinov2(network::dinov2_l(2), [8, 3, 224, 224]),
             Self::LlmLinear512 => projection(1, 512),
             Self::LlmLinear8192 => projection(1, 8192),
             Self::Decode => projection(1, 1),

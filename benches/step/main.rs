@@ -23,7 +23,7 @@ use method::{Method, Step};
 /// Measures training steps with each adapter, compared with a frozen model.
 #[derive(Parser)]
 struct Cli {
-    /// The cases to run; all if none is given.
+    /// The cases to run; if none is given, all but those for GPUs.
     #[arg(long = "case")]
     cases: Vec<Case>,
     /// The methods to run, by the names in the table; all if none is given.
@@ -70,10 +70,13 @@ fn run(cli: &Cli) -> Result<(), String> {
         return Err(format!("no method is called {name}"));
     }
     let cases = match cli.cases.is_empty() {
-        true => Case::value_variants(),
-        false => &cli.cases,
+        true => {
+            let all = Case::value_variants().iter().copied();
+            all.filter(|case| !case.is_for_gpus()).collect()
+        }
+        false => cli.cases.clone(),
     };
-    for &case in cases {
+    for case in cases {
         let rows = measure(case, cli, &device)?;
         match cli.json {
             true => rows.iter().for_each(|row| {

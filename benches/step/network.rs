@@ -140,9 +140,9 @@ fn track<const D: usize>(tensor: Tensor<D>, tracked: bool) -> Tensor<D> {
     }
 }
 
-/// Two layers of the width of DINOv2-L.
-pub fn dinov2_l_block() -> Dinov2Config {
-    Dinov2Config::new(1024, 16, 2).with_image_size(224)
+/// So many layers of DINOv2-L, which has 24.
+pub fn dinov2_l(layers: usize) -> Dinov2Config {
+    Dinov2Config::new(1024, 16, layers).with_image_size(224)
 }
 
 /// DINOv2-S for images of 224².

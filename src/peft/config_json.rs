@@ -322,7 +322,7 @@ impl Fields<'_> {
             Some(Value::String(name)) if name == Format::Boft.peft_type() => Ok(Format::Boft),
             Some(Value::String(name)) if name == Format::Oft.peft_type() => Ok(Format::Oft),
             Some(other) => {
-                let peft_type = other.as_str().map_or(other.to_string(), str::to_string);
+                let peft_type = shortened(other).trim_matches('"').to_string();
                 Err(ConfigError::OtherPeftType { peft_type })
             }
         }
@@ -993,6 +993,10 @@ mod tests {
         assert_eq!(
             refused(json!({"peft_type": "LORA"})),
             "`peft_type` is LORA, and only BOFT and OFT are supported"
+        );
+        assert_eq!(
+            refused(json!({"peft_type": "BOFT\nor OFT"})),
+            "`peft_type` is BOFT\\nor OFT, and only BOFT and OFT are supported"
         );
         assert_eq!(
             refused(json!({"peft_type": "OFT", "r": 8})),

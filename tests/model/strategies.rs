@@ -16,7 +16,7 @@ use burn_boft::{BoftConfig, BoftLinear, Init, inject, summary};
 
 use crate::common::models::{INPUT, Net, OUTPUT, numbers, rows};
 use crate::common::training::{Item, Rows};
-use crate::common::{devices, noise};
+use crate::common::noise;
 
 const BATCH: usize = 5;
 const BATCHES: usize = 4;

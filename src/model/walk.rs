@@ -7,7 +7,7 @@
 //! Burn knows modules by the names of their fields and types only. `Struct:Linear` is all that is said of a linear
 //! layer, so whether it is Burn's is decided in `candidates`.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use burn::backend::DispatchTensor;
 use burn::module::{Flag, Module, ModuleMapper, ModuleVisitor, Param, ParamId, Reparameterization};
@@ -548,7 +548,8 @@ pub(crate) enum Numbers {
 /// Changes every parameter as `edit` says for its path, and sets every flag for which `switch` has a value.
 ///
 /// Both are asked once for each path, in the model's order, the parameters of adapters included. Nothing here can fail:
-/// whoever calls it has checked that shapes fit.
+/// whoever calls it has checked that shapes fit. A parameter that is to be trained and stands in another place before gets a
+/// parameter of its own.
 ///
 /// # Panics
 ///
@@ -560,6 +561,7 @@ pub(crate) fn rewrite<M: Module>(
 ) -> M {
     model.map(&mut Rewriter {
         path: Path::default(),
+        seen: HashSet::new(),
         edit,
         switch,
     })
@@ -568,6 +570,8 @@ pub(crate) fn rewrite<M: Module>(
 /// Applies the edits of [`rewrite`].
 struct Rewriter<E, S> {
     path: Path,
+    /// The parameters so far.
+    seen: HashSet<ParamId>,
     edit: E,
     switch: S,
 }
@@ -588,6 +592,7 @@ impl<E: FnMut(&Path) -> Edit, S: FnMut(&Path) -> Option<bool>> ModuleMapper for 
             adapter,
             batch,
         } = (self.edit)(&self.path);
+        let is_first = self.seen.insert(param.id);
         let param = match numbers {
             // Burn's `map` would make a leaf of it.
             Some(Numbers::Computed(tensor)) => {
@@ -600,6 +605,7 @@ impl<E: FnMut(&Path) -> Edit, S: FnMut(&Path) -> Option<bool>> ModuleMapper for 
             None => param,
         };
         let param = match trainable {
+            Some(true) if !is_first => with_own_id(param).set_require_grad(true),
             Some(trainable) => param.set_require_grad(trainable),
             None => param,
         };
@@ -620,6 +626,13 @@ impl<E: FnMut(&Path) -> Edit, S: FnMut(&Path) -> Option<bool>> ModuleMapper for 
             None => flag,
         }
     }
+}
+
+/// The parameter as one of its own, as PEFT copies the modules that it trains. An optimizer steps a parameter that stands in several
+/// places at the first of them, and may not even train that one.
+fn with_own_id<const D: usize>(param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+    let (_, tensor, mapper) = param.consume();
+    Param::from_mapped_value(ParamId::new(), tensor.detach(), mapper)
 }
 
 /// Numbers from the host in the precision and on the device of a tensor.

@@ -76,15 +76,23 @@ const BASE_LAYER: &str = "base_layer";
 /// Modules that transformers calls embeddings, as the last component of their path: what a model embeds tokens with, and the
 /// head that gives them back. PEFT keeps a copy of their weights beside the adapter where one of them is a target, or where
 /// the vocabulary was resized.
-const EMBEDDINGS: [&str; 11] = [
+const EMBEDDINGS: [&str; 19] = [
     "decoder",
     "embed_in",
     "embed_out",
     "embed_tokens",
     "embeddings",
+    "generator_lm_head",
+    "input_embeds_layer",
     "lm_head",
+    "lm_loss",
+    "output_projection",
+    "proj_out",
     "shared",
     "tok_embeddings",
+    "token_embedding",
+    "tokens_embed",
+    "vocab_projector",
     "word_embedding",
     "word_embeddings",
     "wte",
@@ -246,14 +254,21 @@ pub fn saved_key(module: &str, tensor: &str, is_adapted: bool) -> String {
     }
 }
 
-/// Whether PEFT's wrapper of a saved module put this path into the file.
+/// The module that PEFT saves, if this path is of PEFT's wrapper around it.
 ///
 /// The wrapper holds the frozen module and a trained copy. With `bias = "all"`, PEFT collects every key that ends with
-/// `.bias`, and so the biases of both, beside the entries that `modules_to_save` means. Where the saved module is made of
-/// others, their names come after those of the wrapper: `pooler.modules_to_save.default.dense`.
-pub(super) fn is_stray(module: &str) -> bool {
-    let mut components = module.split('.');
-    components.any(|name| matches!(name, "modules_to_save" | "original_module"))
+/// `.bias`, and so the biases of both, beside the entries that `modules_to_save` means; where it copies embeddings, it
+/// collects every key that their names are in, and so the weights of both. Where the saved module is made of others, their names
+/// come after those of the wrapper: `pooler.modules_to_save.default.dense`.
+pub(super) fn wrapped(module: &str) -> Option<&str> {
+    let mut start = 0;
+    for name in module.split('.') {
+        if matches!(name, "modules_to_save" | "original_module") {
+            return Some(module[..start].trim_end_matches('.'));
+        }
+        start += name.len() + 1;
+    }
+    None
 }
 
 /// Whether PEFT may keep a copy of this tensor of the base model beside an adapter.
@@ -285,6 +300,23 @@ mod tests {
             assert_eq!(leaf(&full(key)), Some((module, expected)));
         }
         assert_eq!(leaf("model.a.boft_R"), None);
+    }
+
+    #[test]
+    fn paths_of_a_wrapper_name_the_module_that_is_saved() {
+        for (path, expected) in [
+            ("lm_head.modules_to_save", Some("lm_head")),
+            (
+                "model.embed_tokens.original_module",
+                Some("model.embed_tokens"),
+            ),
+            ("a.pooler.modules_to_save.default.dense", Some("a.pooler")),
+            ("original_module", Some("")),
+            ("model.original_modules", None),
+            ("lm_head", None),
+        ] {
+            assert_eq!(wrapped(path), expected, "{path}");
+        }
     }
 
     #[test]

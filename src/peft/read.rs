@@ -22,7 +22,7 @@ use super::config_json::{self, ConfigError, Settings};
 use super::folder::Folder;
 use super::fused::to_model_names;
 use super::keys::{
-    EMBEDDING_ROTATION, Format, Layout, Leaf, PREFIX, is_copied, is_stray, key, leaf,
+    EMBEDDING_ROTATION, Format, Layout, Leaf, PREFIX, is_copied, key, leaf, wrapped,
 };
 use super::legacy::{self, Squares};
 use super::{notes, scale};
@@ -345,7 +345,12 @@ impl Sorted {
             }
             Leaf::Base("bias") => return mismatch.unexpected.push(Unexpected::Bias { key }),
             Leaf::Base(_) => return mismatch.unexpected.push(Unexpected::BaseWeight { key }),
-            Leaf::Other("bias") if is_stray(module) && bias == Bias::All => {
+            Leaf::Other(name)
+                if wrapped(module).is_some_and(|saved| {
+                    let is_collected = name == "bias" && bias == Bias::All;
+                    is_collected || is_copied(saved, name) || !entries.of(saved).is_empty()
+                }) =>
+            {
                 return report.converted.push(format!(
                     "`{key}` is left out: a copy that PEFT keeps beside the module it saves"
                 ));

@@ -144,6 +144,42 @@ fn biases_inside_of_a_wrapped_module_are_left_out_where_all_are_saved() {
     );
 }
 
+/// What PEFT 0.21.2 writes for a Llama whose vocabulary was resized: it collects every key that an embedding's name is in.
+#[test]
+fn weights_inside_of_a_wrapped_embedding_are_left_out_where_the_vocabulary_was_resized() {
+    let copies = [
+        "lm_head.modules_to_save.weight",
+        "lm_head.original_module.weight",
+        "model.embed_tokens.modules_to_save.weight",
+        "model.embed_tokens.original_module.weight",
+    ];
+    let trained = [
+        ("lm_head.weight", vec![9, 24]),
+        ("model.embed_tokens.weight", vec![9, 24]),
+    ];
+    let tensors = [
+        &hidden()[..],
+        &trained,
+        &copies.map(|key| (key, vec![9, 24])),
+    ]
+    .concat();
+    for saved in [&["embed_tokens", "lm_head"][..], &["embed_tokens"]] {
+        let settings = boft_json(json!({"modules_to_save": saved}));
+        let (adapter, report) = Adapter::load(write(&settings, &tensors).path()).unwrap();
+        let kept = adapter.tensors().iter().chain(adapter.base_copies());
+        let mut kept: Vec<_> = kept.map(|tensor| tensor.module()).collect();
+        kept.sort_unstable();
+        assert_eq!(kept, ["lm_head", "model.embed_tokens"]);
+        assert_eq!(adapter.tensors().len(), saved.len());
+        assert_eq!(
+            report.converted,
+            copies.map(|key| format!(
+                "`base_model.model.{key}` is left out: a copy that PEFT keeps beside the module it saves"
+            ))
+        );
+    }
+}
+
 #[test]
 fn the_bias_of_an_adapted_layer_without_its_rotation_is_no_adapter() {
     for bias in ["all", "boft_only"] {

@@ -22,6 +22,7 @@ mod pytorch_files;
 mod quantized;
 mod recognition;
 mod scaled_skew;
+mod shared;
 mod strategies;
 mod targets;
 mod tree;

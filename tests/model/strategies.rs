@@ -15,8 +15,8 @@ use burn::train::{
 use burn_boft::{BoftConfig, BoftLinear, Init, inject, summary};
 
 use crate::common::models::{INPUT, Net, OUTPUT, numbers, rows};
-use crate::common::training::{Item, Rows};
 use crate::common::noise;
+use crate::common::training::{Item, Rows};
 
 const BATCH: usize = 5;
 const BATCHES: usize = 4;

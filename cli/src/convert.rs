@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use burn::tensor::{Device, TensorData};
-use burn_boft::dialects::AdapterFile;
+use burn_boft::dialects::{AdapterFile, DialectError, Misplaced};
 use burn_boft::peft::{LoadOptions, read_settings};
 use burn_boft::tensors::{from_values, values};
 use burn_boft::value::{AdapterLayer, Axis, join};
@@ -17,7 +17,7 @@ use crate::conv1d::Orientation;
 use crate::error::Error;
 use crate::load::{Given, Loaded, Share, load, place};
 use crate::names::Names;
-use crate::output::{Form, OutputFolder, check_free, check_outside};
+use crate::output::{Form, OutputFile, OutputFolder, check_free, check_outside};
 use crate::terminal::{plural, report};
 use crate::tie::Head;
 use crate::{lora, record, sd_scripts};
@@ -162,11 +162,37 @@ fn to_sd_scripts(
         })?,
     };
     let start = options.part.as_deref().unwrap_or("lora_unet_");
-    sd_scripts::write(&known, start, &options.output)?;
-    let file = AdapterFile::read(&options.output)?;
-    let after = file.adapter(&base.weighted_modules(), &KeyMap::new())?;
+    let bytes = sd_scripts::to_bytes(&known, start, &options.output)?;
+    // Read back before anything is written.
+    let file = AdapterFile::from_bytes(&options.output, &bytes)?;
+    let after = file.adapter(&base.weighted_modules(), &KeyMap::new());
+    let after = after.map_err(|error| misnamed(error, start))?;
     let error = difference(adapter, &after, base)?;
+    let mut output = OutputFile::create(&options.output)?;
+    output.write(&bytes)?;
+    output.finish()?;
     tell(options, &known, Some(error), json)
+}
+
+/// The error of names that start so, of which one would find no module.
+fn misnamed(error: DialectError, start: &str) -> Error {
+    let DialectError::Misplaced { path, misplaced } = &error else {
+        return error.into();
+    };
+    let lost = misplaced.iter().find_map(|misplaced| match misplaced {
+        Misplaced::Nowhere { module, .. } => Some(module),
+        _ => None,
+    });
+    match lost {
+        None => error.into(),
+        Some(module) => Error::malformed(
+            path,
+            format!(
+                "with --part {start:?} a layer would be called `{module}`, which is not how a file names any module of the model; \
+                 start names as sd-scripts does, with lora_unet_ or lora_te_"
+            ),
+        ),
+    }
 }
 
 /// The largest difference between two numbers of the rotations or the scales of two adapters for one model. Where there is no

@@ -38,15 +38,25 @@ const DEFAULT: usize = 2;
 /// Writes the number of labels of a head that the adapter saved into the configuration of the merged model, and the
 /// architecture where the head decides it. Returns a line that says so, if anything changed.
 ///
-/// `config` is the text of the `config.json` of the model. Nothing happens if it is no JSON object, if the model is a
-/// file, which has no configuration of its own, or if it is not known that the rows of the head are labels.
+/// `config` is the text of the `config.json` of the model. A line also says so if there is one that is no JSON object. Nothing
+/// happens if the model is a file, which has no configuration of its own, or if it is not known that the rows of the head are
+/// labels.
 pub fn correct(base: &Base, config: &str, changes: &mut Changes) -> Option<String> {
     if !base.is_folder() {
         return None;
     }
     let text = changes.config.as_deref().unwrap_or(config);
-    let mut config: Map<String, Value> = serde_json::from_str(text).ok()?;
     let (labels, is_added) = HEADS.iter().find_map(|key| labels(key, changes))?;
+    let mut config: Map<String, Value> = match serde_json::from_str(text) {
+        Ok(config) => config,
+        Err(_) if text.is_empty() => return None,
+        Err(error) => {
+            return Some(format!(
+                "note: the adapter brings a head for {labels} classes; the config.json of the merged model is copied as it is, \
+                 since it is no JSON: {error}"
+            ));
+        }
+    };
     let architecture = architecture(&config)?;
     if !ENDINGS.iter().any(|end| architecture.ends_with(end)) {
         return None;

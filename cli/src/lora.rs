@@ -7,7 +7,6 @@ use std::slice;
 use burn::tensor::{DType, TensorData};
 use burn_boft::peft::{Folder, key, saved_key};
 use burn_boft::tensors::{from_values, values};
-use burn_boft::value::AdapterLayer;
 use burn_boft::{Adapter, Bias, LayerKind};
 use faer::Mat;
 use faer::linalg::solvers::SvdError;
@@ -76,8 +75,8 @@ pub fn write(
         }
     }
     progress.finish_and_clear();
-    let layers = adapter.layers().iter();
-    let adapted: HashSet<_> = layers.map(AdapterLayer::path).collect();
+    // A layer that does not rotate gets no LoRA, and keeps its bias where it is.
+    let adapted: HashSet<_> = targets.iter().map(String::as_str).collect();
     for tensor in adapter.tensors().iter().chain(adapter.base_copies()) {
         let is_adapted = adapted.contains(tensor.module());
         let key = saved_key(tensor.module(), tensor.name(), is_adapted);

@@ -55,6 +55,7 @@ pub fn write(adapter: &Adapter, base: Option<&Base>, output: &Path) -> Result<()
             kinds.insert(path.to_string(), json!(kind));
         }
     }
+    check_idle(adapter)?;
     tensors.extend(saved(adapter, base)?);
     let config = Value::Object(adapter.settings()).to_string();
     let bytes = Writer::new(tensors)
@@ -66,6 +67,27 @@ pub fn write(adapter: &Adapter, base: Option<&Base>, output: &Path) -> Result<()
     let mut file = OutputFile::create(output)?;
     file.write(&bytes)?;
     file.finish()
+}
+
+/// Refuses the bias of a layer that does not rotate, where biases are those of adapted layers: a record has nothing of such a
+/// layer, so that its bias would not be read back.
+fn check_idle(adapter: &Adapter) -> Result<(), Error> {
+    if adapter.config().selection().bias != Bias::AdapterOnly {
+        return Ok(());
+    }
+    let idle = adapter.layers().iter().filter(|layer| layer.is_identity());
+    let idle: BTreeSet<_> = idle.map(AdapterLayer::path).collect();
+    let tensors = adapter.tensors().iter();
+    match tensors
+        .map(SavedTensor::module)
+        .find(|module| idle.contains(module))
+    {
+        Some(path) => Err(Error::Settings(format!(
+            "`{path}` has blocks of one channel, which do not rotate, and a bias of its own, which a record cannot say; keep \
+             the adapter in PEFT's folder, or merge it"
+        ))),
+        None => Ok(()),
+    }
 }
 
 /// The counts of batches, by module.

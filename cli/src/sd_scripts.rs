@@ -7,10 +7,9 @@ use burn_boft::tensors::{encode, to_file};
 
 use crate::error::Error;
 use crate::header;
-use crate::output::OutputFile;
 
-/// Writes the adapter, with names of modules that start so.
-pub fn write(adapter: &Adapter, start: &str, output: &Path) -> Result<(), Error> {
+/// The bytes of the file, with names of modules that start so.
+pub fn to_bytes(adapter: &Adapter, start: &str, output: &Path) -> Result<Vec<u8>, Error> {
     let tensors = adapter.to_sd_scripts(start)?;
     let mut parts = Vec::new();
     for (key, data) in &tensors {
@@ -22,12 +21,10 @@ pub fn write(adapter: &Adapter, start: &str, output: &Path) -> Result<(), Error>
     let entries = parts
         .iter()
         .map(|(key, dtype, shape, _)| (*key, *dtype, shape.as_slice()));
-    let header = header::to_bytes(None, entries)
+    let mut file = header::to_bytes(None, entries)
         .ok_or_else(|| Error::malformed(output, "would have a tensor larger than any file"))?;
-    let mut file = OutputFile::create(output)?;
-    file.write(&header)?;
     for (.., bytes) in &parts {
-        file.write(bytes)?;
+        file.extend_from_slice(bytes);
     }
-    file.finish()
+    Ok(file)
 }

@@ -268,9 +268,23 @@ impl Head {
             Err(error) if error.kind() == ErrorKind::NotFound => String::new(),
             Err(error) => return Err(Error::read(&path)(error)),
         };
-        let config: Option<Map<_, _>> = serde_json::from_str(&text).ok();
+        let config: Result<Map<_, _>, _> = serde_json::from_str(&text);
+        let shown = path.display();
+        let unknown = match &config {
+            Err(error) if !text.is_empty() => format!(
+                "{shown}, which says whether embedding and head are one tensor, is no JSON: {error}; mend it"
+            ),
+            _ => format!(
+                "nothing says whether embedding and head are one tensor; if they are two, write {shown} with `\"{FLAG}\": \
+                 false`"
+            ),
+        };
+        let config = config.ok();
         let family = config.as_ref().and_then(family);
-        let tied = tied(&path.display().to_string(), config.as_ref(), family);
+        let tied = match &config {
+            Some(config) => tied(&shown.to_string(), config, family),
+            None => Tied::Unknown(unknown),
+        };
         Ok(Self {
             path,
             text,
@@ -320,7 +334,12 @@ impl Head {
             _ => true,
         };
         let is_touched = |(key, change): &(&String, &Change)| {
-            is_head(key) || (changes_embedding(change) && is_embedding(key, base))
+            let holds_tokens = || match change {
+                Change::Rotate(_) => self.may_hold_tokens(key, base),
+                _ => false,
+            };
+            let is_of_embedding = || is_embedding(key, base) || holds_tokens();
+            is_head(key) || (changes_embedding(change) && is_of_embedding())
         };
         let added = changes.added.keys();
         let added = added.filter(|key| is_head(key) || is_embedding(key, base));
@@ -415,6 +434,18 @@ impl Head {
             .ok_or_else(|| Separate::Impossible(format!("`{FLAG}` cannot be set in it")))
     }
 
+    /// Whether this matrix, which is an embedding, may be that of the tokens, whatever its name: it has a row for each of
+    /// them, or nothing says how many there are. Embeddings of positions have other counts of rows.
+    fn may_hold_tokens(&self, key: &str, base: &Base) -> bool {
+        let mut sizes = Vec::new();
+        if let Some(config) = &self.config {
+            collect_vocabularies(config, &mut sizes);
+        }
+        let rows = base.entry(key).and_then(|(_, entry)| entry.shape.first());
+        self.tied == Tied::Yes
+            && rows.is_some_and(|&rows| sizes.is_empty() || sizes.contains(&(rows as u64)))
+    }
+
     /// Whether no architecture of the model has the head of a language model.
     fn is_headless(&self) -> bool {
         let architectures = self
@@ -449,6 +480,13 @@ fn collect_types<'a>(config: &'a Map<String, Value>, types: &mut Vec<&'a str>) {
     }
 }
 
+fn collect_vocabularies(config: &Map<String, Value>, sizes: &mut Vec<u64>) {
+    sizes.extend(config.get("vocab_size").and_then(Value::as_u64));
+    for part in config.values().filter_map(Value::as_object) {
+        collect_vocabularies(part, sizes);
+    }
+}
+
 fn family(config: &Map<String, Value>) -> Option<&'static Family> {
     let model_type = config.get("model_type")?.as_str()?;
     FAMILIES
@@ -456,13 +494,7 @@ fn family(config: &Map<String, Value>) -> Option<&'static Family> {
         .find(|family| family.types.contains(&model_type))
 }
 
-fn tied(path: &str, config: Option<&Map<String, Value>>, family: Option<&Family>) -> Tied {
-    let Some(config) = config else {
-        return Tied::Unknown(format!(
-            "nothing says whether embedding and head are one tensor; if they are two, write {path} with `\"{FLAG}\": \
-             false`"
-        ));
-    };
+fn tied(path: &str, config: &Map<String, Value>, family: Option<&Family>) -> Tied {
     // A model of several models keeps the configuration of its language model inside its own.
     let parts = config.values().filter_map(|value| value.get(FLAG));
     let stated: Vec<_> = parts

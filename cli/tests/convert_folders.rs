@@ -74,6 +74,66 @@ fn blocks_of_one_channel_are_kept() {
     assert_eq!(merged(folder.path(), "boft"), base);
 }
 
+/// A LoRA has no part for such a layer, so PEFT looks for the bias at the layer itself. A record has nothing that says that the
+/// bias belongs to the adapter.
+#[test]
+fn a_trained_bias_of_a_layer_that_does_not_rotate_is_kept_or_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = json!({
+        "peft_type": "OFT", "oft_block_size": 3, "use_cayley_neumann": false, "target_modules": ["up", "down"],
+        "bias": "oft_only"
+    });
+    let key = |name: &str| format!("base_model.model.{name}");
+    let tensors = [
+        (key("up.oft_R.weight"), Tensor::random(&[2, 3], 1)),
+        (key("up.base_layer.bias"), Tensor::random(&[8], 2)),
+        (key("down.oft_R.weight"), Tensor::new(&[7, 0], Vec::new())),
+        (key("down.base_layer.bias"), Tensor::random(&[5], 3)),
+    ];
+    let tensors: Tensors = tensors.into();
+    write_adapter(&folder.path().join("adapter"), &config, &tensors);
+    let base = [("up.weight", [8, 6], 4), ("down.weight", [5, 7], 5)]
+        .map(|(name, shape, seed)| (name.to_string(), Tensor::random(&shape, seed)));
+    let biases = [("up.bias", 8, 6), ("down.bias", 5, 7)];
+    let biases = biases.map(|(name, size, seed)| (name.to_string(), Tensor::random(&[size], seed)));
+    let base = base.into_iter().chain(biases).collect();
+    write(&folder.path().join("base.safetensors"), &base);
+    let convert = [
+        "convert",
+        "adapter",
+        "--base",
+        "base.safetensors",
+        "--output",
+    ];
+    succeed(
+        folder.path(),
+        &[&convert[..], &["lora", "--to-lora", "2"]].concat(),
+    );
+    let lora = read(&folder.path().join("lora/adapter_model.safetensors"));
+    assert_eq!(
+        lora[&key("down.bias")],
+        tensors[&key("down.base_layer.bias")]
+    );
+    assert_eq!(
+        lora[&key("up.base_layer.bias")],
+        tensors[&key("up.base_layer.bias")]
+    );
+    let record = run(
+        folder.path(),
+        &[&convert[..], &["adapter.bpk", "--to", "record"]].concat(),
+    );
+    assert_eq!(record.code, 2);
+    assert_eq!(
+        record.stderr.lines().last().unwrap(),
+        "error: `down` has blocks of one channel, which do not rotate, and a bias of its own, which a record cannot say; keep the \
+         adapter in PEFT's folder, or merge it"
+    );
+    assert_eq!(
+        names(folder.path()),
+        ["adapter", "base.safetensors", "lora"]
+    );
+}
+
 #[test]
 fn oft_with_the_exact_map_is_boft_with_one_factor_and_a_scale_of_ones() {
     for name in [

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn_boft::dialects::Dialect;
+use serde_json::json;
 
 use crate::files::*;
 
@@ -264,6 +265,58 @@ fn an_adapter_of_peft_becomes_a_file_that_merges_to_the_same() {
     );
     let line = refused(folder.path(), &arguments);
     assert!(line.contains("COFT radius"), "{line}");
+}
+
+#[test]
+fn names_that_no_module_has_are_refused_before_a_file_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = json!({
+        "peft_type": "OFT", "oft_block_size": 4, "use_cayley_neumann": false, "target_modules": ["q"]
+    });
+    let key = "base_model.model.a.q.oft_R.weight".to_string();
+    let rotation = [(key, Tensor::random(&[2, 6], 1))].into();
+    write_adapter(&folder.path().join("adapter"), &config, &rotation);
+    let base = [("a.q.weight".to_string(), Tensor::random(&[6, 8], 2))].into();
+    write(&folder.path().join("base.safetensors"), &base);
+    let convert = convert_for("base.safetensors", "adapter", "sd-scripts", "a.safetensors");
+    for (start, module) in [
+        ("foo_", "foo_a_q"),
+        ("lora_unet", "lora_uneta_q"),
+        ("", "a_q"),
+    ] {
+        assert_eq!(
+            refused(folder.path(), &[&convert[..], &["--part", start]].concat()),
+            format!(
+                "a.safetensors: with --part {start:?} a layer would be called `{module}`, which is not how a file names any \
+                 module of the model; start names as sd-scripts does, with lora_unet_ or lora_te_"
+            )
+        );
+        assert_eq!(names(folder.path()), ["adapter", "base.safetensors"]);
+    }
+    succeed(
+        folder.path(),
+        &[&convert[..], &["--part", "lora_te_"]].concat(),
+    );
+    let keys = read(&folder.path().join("a.safetensors"));
+    assert!(keys.keys().all(|key| key.starts_with("lora_te_a_q.")));
+}
+
+/// A device cannot be read again, and need not be.
+#[cfg(unix)]
+#[test]
+fn a_file_for_sd_scripts_can_be_written_to_a_device() {
+    let case = Case::open("cases/boft-linear-m3-b4");
+    let convert = convert_for(
+        "base.safetensors",
+        case.adapter(),
+        "sd-scripts",
+        "/dev/null",
+    );
+    let text = succeed(case.folder().path(), &convert);
+    assert!(
+        text.ends_with("differ from those of the input by 0.0e0\n"),
+        "{text}"
+    );
 }
 
 #[test]

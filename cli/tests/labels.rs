@@ -133,10 +133,17 @@ fn a_configuration_of_which_it_is_not_certain_what_it_should_say_stays_as_it_is(
         ),
         (r#"{"architectures": ["A", "B"]}"#, "classifier"),
         (r#"{"hidden_size":8}"#, "classifier"),
-        ("not JSON", "classifier"),
     ] {
         assert_eq!(merge(config, head, None), (String::new(), config.into()));
     }
+    // Python writes `NaN`, which is no JSON.
+    let (stderr, written) = merge(r#"{"beta": NaN}"#, "classifier", None);
+    assert_eq!(
+        stderr,
+        "note: the adapter brings a head for 5 classes; the config.json of the merged model is copied as it is, since it is no \
+         JSON: expected value at line 1 column 10\n"
+    );
+    assert_eq!(written, r#"{"beta": NaN}"#);
     // A bare BERT may become one of several classifiers, all with as many labels.
     let (_, written) = merge(r#"{"architectures": ["BertModel"]}"#, "classifier", None);
     assert_eq!(object(&written)["architectures"], json!(["BertModel"]));

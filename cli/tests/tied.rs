@@ -374,3 +374,49 @@ fn a_model_that_does_not_say_whether_it_shares_its_head_is_refused_unless_its_fi
     fs::write(model.path().join("model/config.json"), text(UNTIED)).unwrap();
     succeed(model.path(), &merge);
 }
+
+/// Python writes `Infinity` into JSON, which has no such number.
+#[test]
+fn a_configuration_that_is_no_json_is_not_taken_for_a_missing_one() {
+    let config = r#"{"model_type": "llama", "tie_word_embeddings": true, "beta": Infinity}"#;
+    let model = Model::llama(config);
+    model.save(&[("model.embed_tokens.weight", embedding(4))]);
+    assert_eq!(
+        model.refused(),
+        "model: the adapter changes `model.embed_tokens.weight`, and model/config.json, which says whether embedding and \
+         head are one tensor, is no JSON: expected value at line 1 column 62; mend it"
+    );
+}
+
+/// CTRL calls its embedding `w`. What has a row for each token is taken for the embedding, whatever its name.
+#[test]
+fn a_rotated_embedding_of_any_name_may_be_the_one_that_the_head_shares() {
+    let config = r#"{"model_type": "ctrl", "architectures": ["CTRLLMHeadModel"], "vocab_size": 7, "tie_word_embeddings": true}"#;
+    let tensors = [
+        ("transformer.w.weight", embedding(2)),
+        ("transformer.pos.weight", Tensor::random(&[11, WIDTH], 5)),
+    ];
+    let model = Model::new(Some(config), "transformer.h.0.q", &tensors);
+    let rotate = |name: &str| {
+        let config = json!({
+            "peft_type": "OFT", "oft_block_size": 4, "use_cayley_neumann": false, "target_modules": [name]
+        });
+        let key = format!("base_model.model.transformer.{name}.oft_embedding_R.weight");
+        let tensors = [(key, Tensor::random(&[2, 6], 3))].into();
+        write_adapter(&model.path().join("adapter"), &config, &tensors);
+    };
+    rotate("w");
+    let line = model.refused();
+    let start = "model: the adapter changes `transformer.w.weight`, and model/config.json ties the head to the embedding";
+    assert!(line.starts_with(start), "{line}");
+    rotate("pos");
+    let (merged, _) = model.merge();
+    assert_eq!(
+        merged["transformer.w.weight"],
+        model.tensors["transformer.w.weight"]
+    );
+    assert_ne!(
+        merged["transformer.pos.weight"],
+        model.tensors["transformer.pos.weight"]
+    );
+}

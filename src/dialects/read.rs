@@ -38,7 +38,17 @@ impl AdapterFile {
     /// - [`DialectError::Mismatch`]: every tensor that is missing, unexpected or wrong.
     pub fn read(path: impl AsRef<Path>) -> Result<Self, DialectError> {
         let path = path.as_ref();
-        let (tensors, metadata, unreadable) = tensors(path)?;
+        Self::from_bytes(path, &contents(path)?)
+    }
+
+    /// Reads the bytes of a safetensors file, of which messages say that they are at this path.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`AdapterFile::read`] for a file that could be opened.
+    pub fn from_bytes(path: impl AsRef<Path>, bytes: &[u8]) -> Result<Self, DialectError> {
+        let path = path.as_ref();
+        let (tensors, metadata, unreadable) = tensors(path, bytes)?;
         refuse_other_methods(path, tensors.keys())?;
         let (mut modules, mut notes) = (BTreeMap::<_, Parts>::new(), Vec::new());
         let mut mismatch = Mismatch::default();
@@ -101,12 +111,12 @@ type Contents = (
     Vec<Wrong>,
 );
 
-/// The tensors of a file, its metadata, and the tensors of a precision that is not read.
+/// The bytes of a file.
 ///
 /// # Errors
 ///
-/// [`DialectError`] where the file as a whole cannot be read.
-fn tensors(path: &Path) -> Result<Contents, DialectError> {
+/// [`DialectError::Io`], [`DialectError::NotAFile`], [`DialectError::TooLarge`]
+fn contents(path: &Path) -> Result<Vec<u8>, DialectError> {
     let io = |source| DialectError::Io {
         path: path.to_path_buf(),
         source,
@@ -125,13 +135,22 @@ fn tensors(path: &Path) -> Result<Contents, DialectError> {
     }
     let mut bytes = Vec::new();
     file.take(LARGEST).read_to_end(&mut bytes).map_err(io)?;
+    Ok(bytes)
+}
+
+/// The tensors of a file, its metadata, and the tensors of a precision that is not read.
+///
+/// # Errors
+///
+/// [`DialectError::Safetensors`]
+fn tensors(path: &Path, bytes: &[u8]) -> Result<Contents, DialectError> {
     let malformed = |source| DialectError::Safetensors {
         path: path.to_path_buf(),
         source,
     };
-    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(malformed)?;
+    let (_, header) = SafeTensors::read_metadata(bytes).map_err(malformed)?;
     let metadata = header.metadata().clone().unwrap_or_default();
-    let file = SafeTensors::deserialize(&bytes).map_err(malformed)?;
+    let file = SafeTensors::deserialize(bytes).map_err(malformed)?;
     let (mut tensors, mut unreadable) = (BTreeMap::new(), BTreeMap::new());
     for (key, view) in file.iter() {
         let data = match view.dtype() {

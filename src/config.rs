@@ -171,6 +171,14 @@ pub enum TargetModules {
     AllLinear,
 }
 
+impl TargetModules {
+    /// A regular expression that matches these paths and no other, where a list would also select paths that end with one.
+    pub(crate) fn whole_paths<'a>(paths: impl IntoIterator<Item = &'a str>) -> Self {
+        let escaped = paths.into_iter().map(|path| path.replace('.', r"\."));
+        Self::Regex(escaped.collect::<Vec<_>>().join("|"))
+    }
+}
+
 impl Display for TargetModules {
     /// The names, the regular expression, or `all-linear`, each in backticks.
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {

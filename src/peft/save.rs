@@ -142,7 +142,8 @@ impl Adapter {
     ///
     /// Names that are mapped, and `all-linear`, become the full paths of the adapted layers. A suffix or a regular
     /// expression of the model's names would not select the layers of the Python model, whose names are others. The
-    /// settings that restrict a selection go with it.
+    /// settings that restrict a selection go with it. Where there were any, a list could select what they left out, since one
+    /// path may end another, and the paths become a regular expression.
     fn name_in_file(&self, selection: &mut Selection, names: &KeyMap) -> Result<(), SaveError> {
         let all_linear = matches!(selection.target_modules, Some(TargetModules::AllLinear));
         // PEFT writes the names that "all-linear" stood for, and so do names that are mapped.
@@ -151,7 +152,13 @@ impl Adapter {
             for layer in &self.layers {
                 targets.extend(names.file_paths(&layer.path)?);
             }
-            selection.target_modules = Some(TargetModules::Names(targets));
+            let is_restricted = selection.exclude_modules.is_some()
+                || !selection.layers_to_transform.is_empty()
+                || matches!(selection.target_modules, Some(TargetModules::Regex(_)));
+            selection.target_modules = Some(match is_restricted {
+                true => TargetModules::whole_paths(targets.iter().map(String::as_str)),
+                false => TargetModules::Names(targets),
+            });
             selection.exclude_modules = None;
             selection.layers_to_transform = Vec::new();
             selection.layers_pattern = Vec::new();

@@ -448,10 +448,7 @@ impl Found {
         // A name selects every path that ends with it, a regular expression the paths that it spells.
         match self.selects_others(saved) {
             false => TargetModules::Names(names),
-            true => {
-                let escaped = names.iter().map(|name| name.replace('.', r"\."));
-                TargetModules::Regex(escaped.collect::<Vec<_>>().join("|"))
-            }
+            true => TargetModules::whole_paths(names.iter().map(String::as_str)),
         }
     }
 

@@ -60,6 +60,37 @@ fn all_linear_is_saved_as_the_names_of_the_adapted_layers() {
     );
 }
 
+/// The path of one layer ends that of another, which a list of names would select as well.
+#[test]
+fn what_is_excluded_from_all_linear_is_not_selected_by_the_saved_names() {
+    #[derive(Module, Debug)]
+    struct Block {
+        fc: BoftLinear,
+    }
+    #[derive(Module, Debug)]
+    struct Nested {
+        fc: BoftLinear,
+        block: Block,
+    }
+    let nested = || {
+        let layer = |seed| linear([24, 16], seed, DType::F32, &device()).into();
+        Nested {
+            fc: layer(3),
+            block: Block { fc: layer(4) },
+        }
+    };
+    let config = BoftConfig::new()
+        .with_init(INIT)
+        .with_target_modules("all-linear")
+        .with_exclude_modules(["block.fc"]);
+    let model = inject(nested(), &config).unwrap();
+    let folder = saved(&Adapter::extract_as(&model, &config).unwrap());
+    assert_eq!(settings(folder.path())["target_modules"], "fc");
+    let (adapter, _) = Adapter::load(folder.path()).unwrap();
+    let attached = adapter.attach(nested()).unwrap();
+    assert_eq!(numbers(&attached), numbers(&model));
+}
+
 #[test]
 fn an_adapter_without_scale_is_saved_with_a_scale_of_ones() {
     let config = boft().with_scale(false);

@@ -146,8 +146,9 @@ pub(super) fn rotate<T: Stored>(
             let spans = matrix
                 .par_chunks(s * columns)
                 .zip(rotation.par_chunks(s * s));
-            let rotate =
-                |(output, (matrix, rotation)): (&mut [MaybeUninit<T>], (&[T], &[T::Real]))| {
+            let write = |output: &mut [MaybeUninit<T>]| {
+                let spans = output.par_chunks_mut(s * columns).zip(spans);
+                spans.for_each(|(output, (matrix, rotation))| {
                     let task = Task {
                         output,
                         matrix,
@@ -159,12 +160,7 @@ pub(super) fn rotate<T: Stored>(
                         side,
                     };
                     dispatch::<T::Real, _>(columns, task);
-                };
-            let write = |output: &mut [MaybeUninit<T>]| {
-                output
-                    .par_chunks_mut(s * columns)
-                    .zip(spans)
-                    .for_each(rotate);
+                });
             };
             // SAFETY: the assertions say that there is a rotation and a part of the matrix for every span.
             unsafe { written(rows * columns, write) }

@@ -265,7 +265,8 @@ pub struct Selection {
     /// has no such setting. Default: `false`, so that such a name is an error.
     pub allow_absent_targets: bool,
     /// Layers that are not what the name of their type says, by type or full path; see
-    /// [`with_layer_kind`](BoftConfig::with_layer_kind). PEFT's file has no such setting. Default: empty.
+    /// [`with_layer_kind`](BoftConfig::with_layer_kind). PEFT's file has no such setting, so it is written as a line of text
+    /// beside the tensors. Default: empty.
     pub layer_kinds: Vec<(String, Option<LayerKind>)>,
 }
 
@@ -533,7 +534,8 @@ macro_rules! common_setters {
             ///
             /// Layers are recognised by the name of their type, `Linear` or `Conv2d`, and by their fields. If a struct
             /// of your own has a field `weight` that is laid out as in one of these, name its type or its path here,
-            /// and it can be adapted. With `None`, layers that only look like one of these are not.
+            /// and it can be adapted. With `None`, layers that only look like one of these are not. In a module to save,
+            /// the weight of a layer that is declared linear is written as PyTorch has it.
             ///
             /// # Examples
             ///

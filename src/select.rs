@@ -16,7 +16,7 @@
 //! Reference: `check_target_module_exists` in PEFT 0.21's `src/peft/tuners/tuners_utils.py`. Up to PEFT 0.20 a
 //! `layers_pattern` did not find a list that a path starts with, such as `layers` in `layers.0.query`.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 use fancy_regex::{CompileError, Error, Regex};
 
@@ -296,6 +296,35 @@ impl Saved {
             ends.map(move |end| &rest[..end])
         });
         runs.filter(|run| all.contains(*run))
+    }
+}
+
+/// The entries of `modules_to_save`, indexed for many lookups by PEFT's rule for what it saves: endings of paths, without regard
+/// to dots. Its `head` also saves `lm_head`.
+///
+/// # References
+///
+/// `_set_trainable` in `src/peft/utils/other.py`.
+#[derive(Debug)]
+pub(crate) struct SavedByPeft {
+    names: HashSet<String>,
+    /// The lengths of the names.
+    lengths: BTreeSet<usize>,
+}
+
+impl SavedByPeft {
+    pub(crate) fn new(names: &[String]) -> Self {
+        Self {
+            names: names.iter().cloned().collect(),
+            lengths: names.iter().map(String::len).collect(),
+        }
+    }
+
+    /// The shortest entry that the path ends with.
+    pub(crate) fn of<'a>(&self, path: &'a str) -> Option<&'a str> {
+        let lengths = self.lengths.range(..=path.len());
+        let mut endings = lengths.filter_map(|length| path.get(path.len() - length..));
+        endings.find(|ending| self.names.contains(*ending))
     }
 }
 

@@ -11,7 +11,7 @@ use burn_boft::{
     merge, plan, summary,
 };
 
-use crate::numbers::{Number, fill, host, read};
+use crate::numbers::{Number, fill, host, parameters, read};
 
 /// A model of somebody else's, and how it is adapted.
 pub struct Subject<M> {
@@ -113,7 +113,7 @@ pub fn check<M: Module>(subject: &Subject<M>, method: Method) -> Result<Row, Fai
     ensure!(injected <= 1e-6, "inject moved the output by {injected:e}");
 
     let start = read(&model);
-    let total = start.iter().map(Number::count).sum::<usize>();
+    let total = parameters(&start);
     let counted = summary(&model);
     ensure!(
         (counted.trainable, counted.total) == (expected.trainable, expected.total)
@@ -336,7 +336,7 @@ impl Expected {
             .collect();
         Ok(Self {
             trainable: adapters + trained.iter().map(|number| number.count()).sum::<usize>(),
-            total: adapters + base.iter().map(Number::count).sum::<usize>(),
+            total: adapters + parameters(base),
             trained: trained.iter().map(|number| number.path.clone()).collect(),
             in_words: kinds.join(", "),
             layers,

@@ -35,6 +35,12 @@ impl Number {
         types.contains(&self.owner_type.as_str()) && self.path.ends_with("weight")
     }
 
+    /// Whether it is a running statistic of a batch norm, which is no parameter.
+    pub fn is_statistic(&self) -> bool {
+        let endings = [".running_mean", ".running_var"];
+        self.owner_type == "Struct:BatchNorm" && endings.iter().any(|end| self.path.ends_with(end))
+    }
+
     /// How many inputs one output of the layer has, if this is a weight: the axis that is rotated.
     pub fn d_input(&self) -> usize {
         match self.owner_type == "Struct:Linear" {
@@ -85,6 +91,12 @@ impl ModuleVisitor for Reader {
             values: host(value),
         });
     }
+}
+
+/// How many numbers the parameters have together, without running statistics.
+pub fn parameters(numbers: &[Number]) -> usize {
+    let parameters = numbers.iter().filter(|number| !number.is_statistic());
+    parameters.map(Number::count).sum()
 }
 
 /// Gives every parameter other values, which depend on the seed and on nothing else.

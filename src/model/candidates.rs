@@ -293,9 +293,8 @@ pub(crate) fn verdicts<'a>(
 
 /// The verdict on one parameter, of a module with this bias.
 ///
-/// Names in `layer_kinds` are full paths or types; where several are meant, the last one counts. A kind that is
-/// declared there overrules the type and its fields, and not the axes: a weight of another rank or a bias of another
-/// length cannot be laid out as Burn's.
+/// A kind that is declared in `layer_kinds` overrules the type and its fields, and not the axes: a weight of another rank or
+/// a bias of another length cannot be laid out as Burn's.
 fn verdict(
     parameter: &Parameter,
     module: Option<&ModuleInfo>,
@@ -303,11 +302,10 @@ fn verdict(
     layer_kinds: &[(String, Option<LayerKind>)],
 ) -> Result<LayerKind, Unsupported> {
     let type_name = || parameter.owner_type().to_string();
-    let is_meant = |name: &str| name == parameter.owner() || name == parameter.owner_type();
-    let declared = layer_kinds.iter().rev().find(|(name, _)| is_meant(name));
+    let declared = parameter.declared(layer_kinds);
     let kind = match (declared, parameter.owner_type()) {
-        (Some((_, Some(kind))), _) => *kind,
-        (Some((_, None)), _) => return Err(Unsupported::TakenOut),
+        (Some(Some(kind)), _) => kind,
+        (Some(None), _) => return Err(Unsupported::TakenOut),
         (None, "Linear") => LayerKind::Linear,
         (None, "Conv2d") => LayerKind::Conv2d,
         (None, "Embedding") => LayerKind::Embedding,

@@ -71,7 +71,8 @@ fn thousands(number: usize) -> String {
     groups.join(",")
 }
 
-/// Counts the parameters of a model, as PEFT's `print_trainable_parameters` does.
+/// Counts the parameters of a model, as PEFT's `print_trainable_parameters` does. The running statistics of batch norms are
+/// buffers and not counted.
 ///
 /// A parameter counts as trainable if it is after [`Module::train`], so a model and its `valid()` have the same counts.
 ///
@@ -97,7 +98,7 @@ pub fn summary<M: Module>(model: &M) -> Summary {
         total: 0,
         layers: Vec::new(),
     };
-    for parameter in &walk.parameters {
+    for parameter in walk.parameters.iter().filter(|p| !p.is_statistic()) {
         let attached = parameter.attached.iter();
         let parts = attached.flat_map(|attached| attached.parts.iter().map(|(_, part)| part));
         for stored in [&parameter.stored].into_iter().chain(parts) {

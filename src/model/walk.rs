@@ -15,6 +15,7 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use crate::adapter::{Attach, BoftAdapter, rotation_of_level};
 use crate::batch::BatchAdapter;
+use crate::config::LayerKind;
 use crate::rotation::{Rotation, Values};
 
 /// Burn's container type for the parameters that a reparameterization adds.
@@ -153,14 +154,34 @@ impl Parameter {
         }
     }
 
-    /// Whether PyTorch stores the transpose of it, as it does for the weight of a linear layer.
+    /// What these entries of `layer_kinds` declare the layer that owns it to be, the inner `None` for a layer that is not to be
+    /// adapted.
+    ///
+    /// Names are full paths or types; where several are meant, the last one counts.
+    pub(crate) fn declared(
+        &self,
+        layer_kinds: &[(String, Option<LayerKind>)],
+    ) -> Option<Option<LayerKind>> {
+        let is_meant = |name: &str| name == self.owner() || name == self.owner_type();
+        let mut entries = layer_kinds.iter().rev();
+        let (_, kind) = entries.find(|(name, _)| is_meant(name))?;
+        Some(*kind)
+    }
+
+    /// Whether PyTorch stores the transpose of it, as it does for the weight of a linear layer. The type says whether it is
+    /// one, unless `layer_kinds` declares a kind.
     ///
     /// # Shapes
     ///
     /// - in Burn: `[d_input, d_output]`
     /// - in PyTorch: `[d_output, d_input]`
-    pub(crate) fn is_transposed(&self) -> bool {
-        self.owner_type() == "Linear" && self.name() == "weight"
+    pub(crate) fn is_transposed(&self, layer_kinds: &[(String, Option<LayerKind>)]) -> bool {
+        let is_linear = match self.declared(layer_kinds) {
+            Some(Some(kind)) => kind == LayerKind::Linear,
+            // A layer that is taken out is still of its type.
+            Some(None) | None => self.owner_type() == "Linear",
+        };
+        is_linear && self.name() == "weight"
     }
 
     /// Whether it is a running statistic of a batch norm, which is a buffer and not a parameter.

@@ -396,13 +396,18 @@ impl Fields<'_> {
     /// Which layers, biases and modules are meant. A name alone is a list of one, except in `target_modules` and
     /// `exclude_modules`, where PEFT takes a string for a regular expression.
     ///
-    /// What PEFT has no setting for, such as `layer_kinds`, has its default.
+    /// What PEFT has no setting for, such as `layer_kinds`, has its default; `notes` knows the kinds.
     fn selection(&self) -> Result<Selection, ConfigError> {
         const MODULES: &str = "null, a string or a list of strings";
         let mut modules_to_save = self.read("modules_to_save", Vec::new(), MODULES, names)?;
         // PEFT extends the list on each load, so files repeat themselves.
         let mut seen = HashSet::new();
         modules_to_save.retain(|name| seen.insert(name.clone()));
+        let mut layers_pattern = self.read("layers_pattern", Vec::new(), MODULES, names)?;
+        // Beside an empty list, PEFT passes over the pattern. Beside `null`, it refuses it.
+        if self.0.get("layers_to_transform") == Some(&json!([])) {
+            layers_pattern.clear();
+        }
         Ok(Selection {
             target_modules: self.read("target_modules", None, MODULES, |value| {
                 modules(value, TargetModules::from)
@@ -417,7 +422,7 @@ impl Fields<'_> {
                 "null, a layer index or a list of them",
                 indices,
             )?,
-            layers_pattern: self.read("layers_pattern", Vec::new(), MODULES, names)?,
+            layers_pattern,
             modules_to_save,
             bias: self.read(
                 "bias",
@@ -505,8 +510,8 @@ fn shortened(value: &Value) -> String {
 
 /// Refuses settings that [`read`] would not read back as they are.
 ///
-/// It writes and reads them, so that the rules are in one place. Numbers that are not finite are found first: JSON
-/// would hold `null` in their place.
+/// It writes and reads them, so that the rules are in one place. Numbers that are not finite are found first, since JSON
+/// would hold `null` in their place, and so is `all-linear` where it would be read as a regular expression.
 ///
 /// # Errors
 ///
@@ -523,6 +528,13 @@ pub(super) fn check(config: &AdapterConfig) -> Result<(), ConfigError> {
             field,
             value: value.to_string(),
             expected: "a finite number",
+        });
+    }
+    if config.selection().exclude_modules == Some(TargetModules::AllLinear) {
+        return Err(ConfigError::Field {
+            field: "exclude_modules",
+            value: "\"all-linear\"".to_string(),
+            expected: "names or a regular expression, which PEFT would take it for",
         });
     }
     read(&write(config, &Map::new())).map(drop)

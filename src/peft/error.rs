@@ -105,7 +105,7 @@ pub enum SaveError {
     /// PEFT's file has no place for it.
     #[error("PEFT's format cannot hold `{path}`: {reason}")]
     Unrepresentable {
-        /// The layer, or the tensor.
+        /// The layer, the tensor, or the name in `modules_to_save`.
         path: String,
         /// Why.
         reason: Unrepresentable,
@@ -191,6 +191,15 @@ pub enum Unrepresentable {
         layer: usize,
         /// The one that PEFT would make.
         settings: usize,
+    },
+    /// A name in `modules_to_save` that also ends the path of a module that is not saved.
+    #[error(
+        "PEFT saves every module whose path ends with a name in modules_to_save, with or without a dot before it, and would \
+         look for `{other}` in the file; write more of the path, or save `{other}` too"
+    )]
+    SavedToo {
+        /// The module that PEFT would look for.
+        other: String,
     },
     /// A precision that the file does not have.
     #[error("it is {dtype}; f64, f32, f16, bf16 and i64 are written")]

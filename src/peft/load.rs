@@ -156,6 +156,7 @@ impl Adapter {
             copies,
             about: Map::new(),
             promised: Some(promise),
+            saved_too: Vec::new(),
         };
         adapter.sort();
         Ok((adapter.with_about(&settings), report))

@@ -27,7 +27,7 @@ use super::keys::{
 use super::legacy::{self, Squares};
 use super::{notes, scale};
 use crate::config::{AdapterConfig, Bias, LayerKind, Selection, TargetModules};
-use crate::select::{Saved, endings, longest};
+use crate::select::{Saved, SavedByPeft, endings, longest};
 use crate::tensors::{from_values, is_finite, values, widened};
 use crate::value::LoadReport;
 use crate::value::keymap::{KeyMap, KeyMapError};
@@ -170,7 +170,7 @@ impl Reader {
             warn_of_lost((&selection, &entries), &adapted, &tensors, &saved, report);
         }
         check_biases(&layers, &tensors, mismatch);
-        notes::restore(&metadata, &mut self.config, &mut layers);
+        notes::restore(&metadata, &mut self.config, &mut layers, report);
         reconcile(&mut self.config, &layers, report);
         to_model_names(names, (&mut layers, &mut tensors, &mut copies), mismatch)?;
         let lost = lost_modules(&selection, &saved);
@@ -478,17 +478,14 @@ struct Entries {
     /// By the rule for what is not adapted, which compares between dots.
     between_dots: Saved,
     /// By the rule for what is saved, which compares endings without regard to dots.
-    names: HashSet<String>,
-    /// The lengths of the names.
-    lengths: BTreeSet<usize>,
+    by_endings: SavedByPeft,
 }
 
 impl Entries {
     fn new(names: &[String]) -> Self {
         Self {
             between_dots: Saved::new(names),
-            names: names.iter().cloned().collect(),
-            lengths: names.iter().map(String::len).collect(),
+            by_endings: SavedByPeft::new(names),
         }
     }
 
@@ -497,14 +494,10 @@ impl Entries {
     /// PEFT's `head` saves `lm_head` too, and the entry is then `lm_head`.
     fn of(&self, module: &str) -> Vec<String> {
         let named: Vec<_> = self.between_dots.of(module).map(str::to_string).collect();
-        if !named.is_empty() || self.names.is_empty() {
+        if !named.is_empty() {
             return named;
         }
-        let is_saved = |path: &&str| {
-            let lengths = self.lengths.range(..=path.len());
-            let mut endings = lengths.filter_map(|length| path.get(path.len() - length..));
-            endings.any(|ending| self.names.contains(ending))
-        };
+        let is_saved = |path: &&str| self.by_endings.of(path).is_some();
         let ends = module.match_indices('.').map(|(dot, _)| dot);
         let mut paths = ends.chain([module.len()]).map(|end| &module[..end]);
         paths

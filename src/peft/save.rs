@@ -4,12 +4,12 @@ use std::path::Path;
 
 use burn::tensor::FloatDType;
 
-use super::error::SaveError;
+use super::error::{SaveError, Unrepresentable};
 use super::folder::{self, Folder};
 use super::{config_json, notes, write};
 use crate::config::{Selection, TargetModules};
-use crate::value::Adapter;
 use crate::value::keymap::KeyMap;
+use crate::value::{Adapter, SavedToo};
 
 /// How [`Adapter::save_with`] writes.
 ///
@@ -79,7 +79,7 @@ impl Adapter {
     ///
     /// - [`SaveError::Config`]: the settings could not be read back.
     /// - [`SaveError::Unrepresentable`]: a layer has sizes that PEFT would not make of the settings, or that its format
-    ///   has no place for.
+    ///   has no place for; or PEFT would save more modules by a name in `modules_to_save`, such as `lm_head` by `head`.
     /// - [`SaveError::KeyMap`]: a name could not be read back.
     /// - [`SaveError::Io`]: a file cannot be written.
     /// - [`SaveError::Json`], [`SaveError::Safetensors`]: the settings or the tensors cannot be encoded.
@@ -125,13 +125,14 @@ impl Adapter {
         options: &SaveOptions,
     ) -> Result<(), SaveError> {
         let folder = folder::folder(folder.as_ref(), options.name.as_deref())?;
-        config_json::check(&self.config)?;
-        let format = config_json::format(&self.config);
-        write::check_sizes(&self.config, &self.layers)?;
         let names = &options.names;
-        let tensors = write::tensors(format, self, names, options.dtype)?;
         let mut config = self.config.clone();
         self.name_in_file(config.selection_mut(), names)?;
+        config_json::check(&config)?;
+        let format = config_json::format(&config);
+        write::check_sizes(&self.config, &self.layers)?;
+        self.check_saved(names)?;
+        let tensors = write::tensors(format, self, names, options.dtype)?;
         let mut files = Folder::new(config_json::write(&config, &self.about), tensors);
         let notes = notes::write(format, &self.config, &self.layers);
         files.metadata.extend(notes);
@@ -141,11 +142,13 @@ impl Adapter {
     /// Says in the file's names which layers are adapted and which modules are saved.
     ///
     /// Names that are mapped, and `all-linear`, become the full paths of the adapted layers. A suffix or a regular
-    /// expression of the model's names would not select the layers of the Python model, whose names are others. The
+    /// expression of the model's names would not select the layers of the Python model, whose names are others, and PEFT would
+    /// take an `all-linear` that is excluded for a regular expression. The
     /// settings that restrict a selection go with it. Where there were any, a list could select what they left out, since one
     /// path may end another, and the paths become a regular expression.
     fn name_in_file(&self, selection: &mut Selection, names: &KeyMap) -> Result<(), SaveError> {
-        let all_linear = matches!(selection.target_modules, Some(TargetModules::AllLinear));
+        let is_all = |modules: &Option<TargetModules>| *modules == Some(TargetModules::AllLinear);
+        let all_linear = is_all(&selection.target_modules) || is_all(&selection.exclude_modules);
         // PEFT writes the names that "all-linear" stood for, and so do names that are mapped.
         if all_linear || !names.is_identity() {
             let mut targets = Vec::new();
@@ -169,6 +172,30 @@ impl Adapter {
                 modules.extend(names.file_paths(name)?);
             }
             selection.modules_to_save = modules;
+        }
+        Ok(())
+    }
+
+    /// Refuses a name in `modules_to_save` by which PEFT would save a module that this adapter does not save: it compares
+    /// endings without regard to dots, and then fails to find the tensors of that module in the file.
+    ///
+    /// # Errors
+    ///
+    /// - [`SaveError::Unrepresentable`] for the first such name.
+    /// - [`SaveError::KeyMap`]: the name of one of the two modules could not be read back.
+    fn check_saved(&self, names: &KeyMap) -> Result<(), SaveError> {
+        for SavedToo { entry, module } in &self.saved_too {
+            let (entries, modules) = (names.file_paths(entry)?, names.file_paths(module)?);
+            let ends =
+                |other: &&String| entries.iter().any(|entry| other.ends_with(entry.as_str()));
+            if let Some(other) = modules.iter().find(ends) {
+                return Err(SaveError::Unrepresentable {
+                    path: entry.clone(),
+                    reason: Unrepresentable::SavedToo {
+                        other: other.clone(),
+                    },
+                });
+            }
         }
         Ok(())
     }

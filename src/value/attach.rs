@@ -14,7 +14,7 @@ use super::layer::{AdapterLayer, SavedTensor};
 use super::mismatch::{Mismatch, Missing, Unexpected, Wrong};
 use super::report::LoadReport;
 use crate::adapter::BoftAdapter;
-use crate::config::{Bias, LayerKind, Selection};
+use crate::config::{Bias, LayerKind};
 use crate::model::{
     InjectError, Misfit, Parameter, Placement, Unsupported, Walk, nearest, quantized, trained,
     unload, verdicts, walk,
@@ -219,6 +219,7 @@ impl Adapter {
     /// - a weight of a linear layer: `[d_output, d_input]` in the adapter, `[d_input, d_output]` in the model
     /// - any other tensor: the same in both
     fn fit_tensors(&self, walk: &Walk, fit: &mut Fit) {
+        let layer_kinds = &self.config.selection().layer_kinds;
         let places: HashMap<_, _> = walk
             .parameters
             .iter()
@@ -237,7 +238,7 @@ impl Adapter {
             };
             let path = parameter.path();
             let (shape, dtype) = (parameter.stored.shape(), parameter.stored.dtype());
-            let data = match parameter.is_transposed() {
+            let data = match parameter.is_transposed(layer_kinds) {
                 true => transposed(&tensor.data),
                 false => Some(tensor.data.clone()),
             };
@@ -270,7 +271,7 @@ impl Adapter {
             let path = join(&tensor.module, &tensor.name);
             match places.get(&(tensor.module.as_str(), tensor.name.as_str())) {
                 None => fit.mismatch.unexpected.push(Unexpected::Parameter { path }),
-                Some(parameter) if !is_copy(parameter, tensor) => {
+                Some(parameter) if !is_copy(parameter, tensor, layer_kinds) => {
                     fit.mismatch.wrong.push(Wrong::Copy { path });
                 }
                 Some(_) => {}
@@ -282,7 +283,7 @@ impl Adapter {
     /// Finds what the configuration promises and the file has not.
     ///
     /// An adapter from a file promises what the file said, in the names of the file. One that was extracted or built
-    /// promises what its configuration says, in the model's names.
+    /// promises what its configuration says, in the model's names. The kinds of layers have the model's names in either.
     fn find_missing(&self, walk: &Walk, method: &Method, fit: &mut Fit) -> Result<(), AttachError> {
         let own = KeyMap::new();
         let (selection, names) = match &self.promised {
@@ -292,7 +293,8 @@ impl Adapter {
         let selector = Selector::new(selection).map_err(refused)?;
         let layers = self.layers.iter().map(|layer| layer.path.as_str());
         let present: HashSet<_> = layers.collect();
-        let rules = (&selector, method, selection);
+        let layer_kinds = self.config.selection().layer_kinds.as_slice();
+        let rules = (&selector, method, layer_kinds);
         for path in missing_layers(rules, names, walk, &present)? {
             fit.mismatch.missing.push(Missing::Layer { path });
         }
@@ -320,11 +322,15 @@ impl Adapter {
 }
 
 /// Whether a parameter of the model has the numbers of this copy, as far as the coarser of their precisions tells.
-fn is_copy(parameter: &Parameter, copy: &SavedTensor) -> bool {
+fn is_copy(
+    parameter: &Parameter,
+    copy: &SavedTensor,
+    layer_kinds: &[(String, Option<LayerKind>)],
+) -> bool {
     if !is_float(parameter.stored.dtype()) || !is_float(copy.data.dtype()) {
         return false;
     }
-    let data = match parameter.is_transposed() {
+    let data = match parameter.is_transposed(layer_kinds) {
         true => transposed(&copy.data),
         false => Some(copy.data.clone()),
     };
@@ -343,13 +349,13 @@ fn refused<E: Into<Misfit>>(errors: Vec<E>) -> InjectError {
 /// A layer has every name that it may have in a file of either generation, and one name that is a target is enough. A
 /// fused layer is missing where a target names one of its parts.
 fn missing_layers(
-    (selector, method, selection): (&Selector, &Method, &Selection),
+    (selector, method, layer_kinds): (&Selector, &Method, &[(String, Option<LayerKind>)]),
     names: &KeyMap,
     walk: &Walk,
     present: &HashSet<&str>,
 ) -> Result<Vec<String>, AttachError> {
     let mut missing = Vec::new();
-    for (parameter, verdict) in verdicts(walk, &selection.layer_kinds, Some(method)) {
+    for (parameter, verdict) in verdicts(walk, layer_kinds, Some(method)) {
         let path = parameter.owner();
         let Ok(kind) = verdict else { continue };
         if present.contains(path) {

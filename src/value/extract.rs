@@ -10,13 +10,13 @@ use burn::module::Module;
 use burn::tensor::TensorData;
 use serde_json::Map;
 
-use super::Adapter;
 use super::keymap::split;
 use super::layer::{AdapterLayer, Axis, SavedTensor};
+use super::{Adapter, SavedToo};
 use crate::config::{AdapterConfig, Bias, LayerKind, Selection, TargetModules};
 use crate::model::{InjectError, Misfit, Parameter, Stored, Walk, trained, verdicts, walk};
 use crate::rotation::{Method, Rotation, named};
-use crate::select::{Decision, PatternError, Selector};
+use crate::select::{Decision, PatternError, Saved, SavedByPeft, Selector};
 use crate::tensors::{from_values, is_float, transposed, values, widened};
 
 /// Why [`Adapter::extract`] refuses.
@@ -122,6 +122,9 @@ impl Adapter {
     /// The model knows its configuration: the settings are those of its adapters, the targets are the adapted layers by
     /// their full paths, and the biases and modules to save are what is trainable beside them. The numbers are copied
     /// to the host; the base weights are neither needed nor read.
+    ///
+    /// The model does not know what [`with_layer_kind`](crate::BoftConfig::with_layer_kind) says of modules to save. If one of
+    /// them was declared to be a linear layer, use [`Adapter::extract_as`], which turns its weight as PyTorch has it.
     ///
     /// # Numerics
     ///
@@ -286,6 +289,7 @@ impl Found {
     /// - [`ExtractError::Quantized`]: the numbers of an adapter are quantized.
     fn adapter(self, config: AdapterConfig) -> Result<Adapter, ExtractError> {
         let tensors = self.tensors(config.selection())?;
+        let saved_too = self.saved_too(&config.selection().modules_to_save);
         let layers = self
             .walk
             .adapted()
@@ -306,9 +310,28 @@ impl Found {
             copies: Vec::new(),
             about: Map::new(),
             promised: None,
+            saved_too,
         };
         adapter.sort();
         Ok(adapter)
+    }
+
+    /// The modules that PEFT would save by these entries of `modules_to_save`, and that are not saved.
+    fn saved_too(&self, modules_to_save: &[String]) -> Vec<SavedToo> {
+        let (saved, by_peft) = (
+            Saved::new(modules_to_save),
+            SavedByPeft::new(modules_to_save),
+        );
+        // A module without parameters has no tensors that PEFT could miss.
+        let modules = self.walk.modules.iter().filter(|m| m.holds_parameters);
+        let others = modules.filter(|module| !saved.contains(&module.path));
+        let saved_too = others.filter_map(|module| {
+            Some(SavedToo {
+                entry: by_peft.of(&module.path)?.to_string(),
+                module: module.path.clone(),
+            })
+        });
+        saved_too.collect()
     }
 
     /// The biases and saved modules, which are all that is trained.
@@ -343,7 +366,7 @@ impl Found {
         }
         let mut tensors = Vec::with_capacity(kept.len());
         for parameter in kept {
-            tensors.push(saved(parameter)?);
+            tensors.push(saved(parameter, &selection.layer_kinds)?);
             if parameter.counts_batches() {
                 // PyTorch's buffer beside the mean; its norms do not load without it.
                 tensors.push(SavedTensor {
@@ -568,10 +591,13 @@ fn numbers(path: &str, stored: &Stored) -> Result<TensorData, ExtractError> {
 /// # Errors
 ///
 /// [`ExtractError::Quantized`]: they are not floats.
-fn saved(parameter: &Parameter) -> Result<SavedTensor, ExtractError> {
+fn saved(
+    parameter: &Parameter,
+    layer_kinds: &[(String, Option<LayerKind>)],
+) -> Result<SavedTensor, ExtractError> {
     let data = numbers(parameter.path(), &parameter.stored)?;
     let turned = parameter
-        .is_transposed()
+        .is_transposed(layer_kinds)
         .then(|| transposed(&data))
         .flatten();
     Ok(SavedTensor {

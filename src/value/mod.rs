@@ -51,6 +51,18 @@ pub struct Adapter {
     pub(crate) about: Map<String, Value>,
     /// What the file promised, in its own names.
     pub(crate) promised: Option<Promise>,
+    /// What PEFT would save beside the modules to save, as far as the model is known that the adapter was extracted from.
+    pub(crate) saved_too: Vec<SavedToo>,
+}
+
+/// A module of a model that is not saved, although its path ends with an entry of `modules_to_save`: not at a dot, to which PEFT
+/// has no regard.
+#[derive(Debug, Clone)]
+pub(crate) struct SavedToo {
+    /// The entry, such as `head`.
+    pub(crate) entry: String,
+    /// The path of the module, such as `lm_head`.
+    pub(crate) module: String,
 }
 
 /// What a file says it adapts and saves, in its own names.
@@ -134,6 +146,7 @@ impl Adapter {
             copies: Vec::new(),
             about: Map::new(),
             promised: None,
+            saved_too: Vec::new(),
         };
         adapter.sort();
         Ok(adapter)

@@ -2,16 +2,17 @@
 
 use std::fs;
 
-use burn::module::Module;
-use burn::tensor::{DType, Device, FloatDType};
+use burn::module::{Module, Param};
+use burn::nn::conv::{Conv2d, Conv2dConfig};
+use burn::tensor::{DType, Device, FloatDType, Tensor};
 use burn_boft::peft::{LoadOptions, SaveOptions};
-use burn_boft::{Adapter, BoftConfig, BoftLinear, inject};
+use burn_boft::{Adapter, BoftConfig, BoftLinear, LayerKind, OftConfig, inject};
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
 use serde_json::json;
 
 use super::support::*;
-use crate::common::models::{distance, linear, numbers};
+use crate::common::models::{distance, linear, numbers, rows, set};
 
 #[test]
 fn a_saved_file_has_the_keys_and_shapes_of_peft() {
@@ -88,6 +89,140 @@ fn what_is_excluded_from_all_linear_is_not_selected_by_the_saved_names() {
     assert_eq!(settings(folder.path())["target_modules"], "fc");
     let (adapter, _) = Adapter::load(folder.path()).unwrap();
     let attached = adapter.attach(nested()).unwrap();
+    assert_eq!(numbers(&attached), numbers(&model));
+}
+
+/// In `exclude_modules`, PEFT would take "all-linear" for a regular expression, which matches no path.
+#[test]
+fn linear_layers_that_are_all_excluded_stay_so_in_the_saved_names() {
+    #[derive(Module, Debug)]
+    struct Mixed {
+        conv: Conv2d,
+        fc: BoftLinear,
+    }
+    let mixed = || {
+        let conv = Conv2dConfig::new([4, 6], [2, 2]).init(&device());
+        let weight = Param::from_tensor(rows([6, 4, 2, 2], 2, &device()));
+        Mixed {
+            conv: Conv2d {
+                weight,
+                bias: None,
+                ..conv
+            },
+            fc: linear([24, 16], 3, DType::F32, &device()).into(),
+        }
+    };
+    let config = OftConfig::new()
+        .with_block_size(4)
+        .with_init(INIT)
+        .with_target_modules(".*")
+        .with_exclude_modules("all-linear");
+    let model = inject(mixed(), &config).unwrap();
+    let folder = saved(&Adapter::extract_as(&model, &config).unwrap());
+    let json = settings(folder.path());
+    assert_eq!(json["target_modules"], "conv");
+    assert_eq!(json["exclude_modules"], json!(null));
+    let (adapter, _) = Adapter::load(folder.path()).unwrap();
+    let attached = adapter.attach(mixed()).unwrap();
+    assert_eq!(numbers(&attached), numbers(&model));
+
+    // A configuration alone has no layers to name.
+    let error = serde_json::to_string(&config).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "`exclude_modules` is \"all-linear\", not names or a regular expression, which PEFT would take it for"
+    );
+}
+
+/// PEFT saves by the endings of paths, and raises a `KeyError` where the file lacks a module that it saves.
+#[test]
+fn a_name_by_which_peft_would_save_another_module_is_not_written() {
+    #[derive(Module, Debug)]
+    struct Tower {
+        hidden: BoftLinear,
+        head: BoftLinear,
+    }
+    #[derive(Module, Debug)]
+    struct Heads {
+        tower: Tower,
+        lm_head: BoftLinear,
+    }
+    let heads = || {
+        let layer = |sizes, seed| linear(sizes, seed, DType::F32, &device()).into();
+        Heads {
+            tower: Tower {
+                hidden: layer([24, 16], 3),
+                head: layer([16, 5], 4),
+            },
+            lm_head: layer([16, 7], 5),
+        }
+    };
+    let config = |saved: &[&str]| {
+        BoftConfig::new()
+            .with_init(INIT)
+            .with_target_modules(["hidden"])
+            .with_modules_to_save(saved.iter().copied())
+    };
+    let model = inject(heads(), config(&["head"])).unwrap();
+    let adapter = Adapter::extract_as(&model, config(&["head"])).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    assert_eq!(
+        adapter.save(folder.path()).unwrap_err().to_string(),
+        "PEFT's format cannot hold `head`: PEFT saves every module whose path ends with a name in modules_to_save, with or \
+         without a dot before it, and would look for `lm_head` in the file; write more of the path, or save `lm_head` too"
+    );
+    // What has nothing to do with files works.
+    let attached = adapter.attach(heads()).unwrap();
+    assert_eq!(numbers(&attached), numbers(&model));
+
+    let (by_path, both) = (config(&["tower.head"]), config(&["head", "lm_head"]));
+    let model = inject(heads(), &by_path).unwrap();
+    saved(&Adapter::extract(&model).unwrap());
+    saved(&Adapter::extract_as(&model, &by_path).unwrap());
+    let model = inject(heads(), &both).unwrap();
+    saved(&Adapter::extract_as(&model, &both).unwrap());
+}
+
+/// PyTorch has the weight of a linear layer as `[d_output, d_input]`, whatever the struct is called here.
+#[test]
+fn the_weight_of_a_saved_module_that_is_declared_linear_is_transposed() {
+    #[derive(Module, Debug)]
+    struct Gated {
+        weight: Param<Tensor<2>>,
+        gate: Param<Tensor<1>>,
+    }
+    #[derive(Module, Debug)]
+    struct Declared {
+        hidden: BoftLinear,
+        gated: Gated,
+    }
+    let declared = || Declared {
+        hidden: linear([24, 16], 3, DType::F32, &device()).into(),
+        gated: Gated {
+            weight: Param::from_tensor(rows([16, 12], 4, &device())),
+            gate: Param::from_tensor(rows([12], 5, &device())),
+        },
+    };
+    let config = BoftConfig::new()
+        .with_init(INIT)
+        .with_target_modules(["hidden"])
+        .with_modules_to_save(["gated"])
+        .with_layer_kind("Gated", LayerKind::Linear);
+    let model = inject(declared(), &config).unwrap();
+    let model = set(model, "gated.weight", |values| {
+        values.iter().map(|value| 2.0 * value + 1.0).collect()
+    });
+    let folder = saved(&Adapter::extract_as(&model, &config).unwrap());
+    let shapes = shapes(folder.path());
+    assert!(
+        shapes.contains(&("gated.weight".to_string(), vec![12, 16])),
+        "{shapes:?}"
+    );
+    let weight = single(&stored(folder.path())["base_model.model.gated.weight"]);
+    let ours = &numbers(&model)["gated.weight"];
+    assert_eq!((weight[1], weight[16]), (ours[12] as f32, ours[1] as f32));
+    let (adapter, _) = Adapter::load(folder.path()).unwrap();
+    let attached = adapter.attach(declared()).unwrap();
     assert_eq!(numbers(&attached), numbers(&model));
 }
 

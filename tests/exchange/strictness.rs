@@ -126,6 +126,17 @@ fn attaching_reports_a_saved_module_without_tensors_if_the_model_has_it() {
     );
 }
 
+/// PEFT passes over a pattern beside an empty list.
+#[test]
+fn a_layers_pattern_beside_an_empty_list_of_layers_restricts_nothing() {
+    let json = boft_json(json!({"layers_to_transform": [], "layers_pattern": "layers"}));
+    let (adapter, report) = Adapter::load(write(&json, &hidden()).path()).unwrap();
+    assert!(report.warnings.is_empty(), "{report}");
+    adapter.attach(base::<BoftLinear>()).unwrap();
+    let again = saved(&adapter);
+    assert_eq!(settings(again.path())["layers_pattern"], json!(null));
+}
+
 #[test]
 fn loading_warns_once_of_each_name_without_tensors() {
     let json = boft_json(json!({

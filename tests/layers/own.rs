@@ -3,10 +3,11 @@
 use burn::module::{Module, ModuleDisplay, Param};
 use burn::nn;
 use burn::tensor::{DType, Tensor};
-use burn_boft::{AdapterConfig, BoftConfig, LayerKind, OftConfig};
+use burn_boft::peft::Folder;
+use burn_boft::{Adapter, AdapterConfig, BoftConfig, LayerKind, OftConfig, inject};
 
-use crate::check::{Verdict, adapted, boft, device, error, flat, oft, refused};
-use crate::common::models::{linear, rows};
+use crate::check::{Verdict, adapted, boft, device, error, flat, oft, perturbed, refused};
+use crate::common::models::{linear, numbers, rows};
 use crate::table::Check;
 
 pub const CHECKS: &[Check] = &[
@@ -161,6 +162,55 @@ fn a_declared_layer() -> Verdict {
     adapted(Projection::new(), &declared, |model| {
         vec![flat(model.forward(rows([7, 16], 4, &device())))]
     })
+}
+
+/// No type says what was declared, and PEFT's settings have no place for it.
+#[test]
+fn declared_kinds_survive_saving_loading_and_attaching() {
+    let config = OftConfig::new()
+        .with_block_size(4)
+        .with_target_modules(".*")
+        .with_layer_kind("Scaled", LayerKind::Linear)
+        .with_layer_kind("linear", None);
+    let model = perturbed(inject(Projection::new(), &config).unwrap());
+    for adapter in [
+        Adapter::extract(&model).unwrap(),
+        Adapter::extract_as(&model, &config).unwrap(),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        adapter.save(folder.path()).unwrap();
+        let (loaded, report) = Adapter::load(folder.path()).unwrap();
+        assert!(report.warnings.is_empty(), "{report}");
+        assert_eq!(loaded.config(), adapter.config());
+        let attached = loaded.attach(Projection::new()).unwrap();
+        assert_eq!(numbers(&attached), numbers(&model));
+    }
+}
+
+#[test]
+fn loading_warns_of_declared_kinds_that_it_cannot_read() {
+    let config = OftConfig::new()
+        .with_block_size(4)
+        .with_target_modules(["scaled"])
+        .with_layer_kind("Scaled", LayerKind::Linear);
+    let model = inject(Projection::new(), &config).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let adapter = Adapter::extract_as(&model, &config).unwrap();
+    adapter.save(folder.path()).unwrap();
+    let mut files = Folder::read(folder.path()).unwrap();
+    let kinds = files.metadata.get_mut("burn_boft.layer_kinds").unwrap();
+    assert_eq!(kinds, r#"[["Scaled","Linear"]]"#);
+    *kinds = r#"[["Scaled","Conv9d"]]"#.to_string();
+    files.write(folder.path()).unwrap();
+    let (loaded, report) = Adapter::load(folder.path()).unwrap();
+    assert_eq!(
+        report.warnings,
+        [
+            "`burn_boft.layer_kinds` in the metadata of the tensors cannot be read, so layers are taken for what \
+             their types say"
+        ]
+    );
+    assert!(loaded.config().selection().layer_kinds.is_empty());
 }
 
 #[derive(Module, Debug)]

@@ -3,7 +3,7 @@
 use burn::module::{Module, Param};
 use burn::nn::{BatchNorm, BatchNormConfig};
 use burn::tensor::{DType, Device, Tensor};
-use burn_boft::{Adapter, BoftConfig, BoftLinear, Init, inject};
+use burn_boft::{Adapter, BoftConfig, BoftLinear, Init, inject, summary};
 
 use crate::common::host;
 use crate::common::models::{linear, numbers, rows};
@@ -74,6 +74,21 @@ fn inject_freezes_the_running_statistics_of_batch_norms() {
         validated(&model),
         "an attached adapter keeps them frozen too"
     );
+}
+
+/// They are buffers, which PEFT does not count.
+#[test]
+fn the_summary_does_not_count_running_statistics() {
+    let adapter = 2 * 6 * 6 + 16;
+    let (hidden, norm, output) = (24 * 16 + 16, 2 * 16, 16 * 5 + 5);
+    for (config, trainable) in [
+        (config(), adapter),
+        (config().with_modules_to_save(["norm"]), adapter + norm),
+    ] {
+        let counts = summary(&inject(Tower::new(), config).unwrap());
+        assert_eq!(counts.trainable, trainable);
+        assert_eq!(counts.total, hidden + norm + output + adapter);
+    }
 }
 
 #[test]

@@ -1,14 +1,17 @@
 //! Measures the time and the memory of steps.
 
+use std::alloc::System;
 use std::time::Instant;
 
-use peak_alloc::PeakAlloc;
+use peakmem_alloc::{INSTRUMENTED_SYSTEM, PeakMemAlloc, PeakMemAllocTrait};
 use serde::Serialize;
 
 use crate::method::Step;
 
+/// Counts the memory, and leaves everything else to the allocator of the system: one that clears memory itself would cost every
+/// step time that it does not take in a program.
 #[global_allocator]
-static MEMORY: PeakAlloc = PeakAlloc;
+static MEMORY: &PeakMemAlloc<System> = &INSTRUMENTED_SYSTEM;
 
 /// The measurements of one method.
 #[derive(Debug, Serialize)]
@@ -45,10 +48,9 @@ impl Times {
     /// Runs the first call, and a second one that measures memory.
     pub fn start(step: &mut Step) -> Self {
         let cold = time(step);
-        let before = MEMORY.current_usage();
-        MEMORY.reset_peak_usage();
+        MEMORY.reset_peak_memory();
         (step.run)();
-        let peak = MEMORY.peak_usage().saturating_sub(before);
+        let peak = MEMORY.get_peak_memory();
         Self {
             cold: Some(cold),
             warm: Vec::new(),

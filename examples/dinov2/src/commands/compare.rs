@@ -10,7 +10,7 @@ use burn::module::Module;
 use burn::tensor::Device;
 use burn::train::Interrupter;
 use burn_boft::{Transformers, summary};
-use peak_alloc::PeakAlloc;
+use peakmem_alloc::{INSTRUMENTED_SYSTEM, PeakMemAllocTrait};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::INTERRUPTED;
@@ -201,12 +201,13 @@ impl Comparison {
         interrupter: &Interrupter,
     ) -> Result<Option<Outcome>, Error> {
         let task = self.tasks[&run.task].clone();
+        // Before the model is loaded, since what is held already does not count.
+        INSTRUMENTED_SYSTEM.reset_peak_memory();
         let model = self.prepared(&run, &task)?;
         let trainable = summary(&model).trainable;
         let recipe = recipe(protocol, &run);
         let loaders = self.loaders(protocol, &task, &recipe)?;
 
-        PeakAlloc.reset_peak_usage();
         let label = run.to_string();
         let trained = train(
             model,
@@ -220,7 +221,7 @@ impl Comparison {
         if trained.stopped {
             return Ok(None);
         }
-        let peak = Some(PeakAlloc.peak_usage() as u64).filter(|peak| *peak > 0);
+        let peak = Some(INSTRUMENTED_SYSTEM.get_peak_memory() as u64).filter(|peak| *peak > 0);
         let measured = match run.stage {
             Stage::Search => None,
             Stage::Final => Some(Measured {

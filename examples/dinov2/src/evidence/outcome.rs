@@ -74,7 +74,7 @@ pub struct Cost {
     pub adapter_bytes: u64,
     /// Median time of an optimizer step.
     pub step_ms: f64,
-    /// Peak memory during training; none where it cannot be measured.
+    /// Peak memory of the model and its training; none where it cannot be measured.
     pub peak_bytes: Option<u64>,
 }
 

@@ -12,7 +12,7 @@ use burn::train::metric::{
 };
 use burn::train::{ClassificationOutput, ItemLazy};
 use burn_boft::Adapter;
-use peak_alloc::PeakAlloc;
+use peakmem_alloc::{INSTRUMENTED_SYSTEM, PeakMemAllocTrait};
 
 /// What a step tells the metrics.
 pub struct StepOutput {
@@ -127,7 +127,8 @@ impl Reading for PeakMemory {
     const HIGHER_IS_BETTER: bool = false;
 
     fn value(&self) -> Option<f64> {
-        Some(f64::from(PeakAlloc.peak_usage_as_mb())).filter(|peak| *peak > 0.0)
+        let bytes = Some(INSTRUMENTED_SYSTEM.get_peak_memory()).filter(|bytes| *bytes > 0);
+        bytes.map(|bytes| bytes as f64 / f64::from(1 << 20))
     }
 }
 

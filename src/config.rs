@@ -535,7 +535,8 @@ macro_rules! common_setters {
             /// Layers are recognised by the name of their type, `Linear` or `Conv2d`, and by their fields. If a struct
             /// of your own has a field `weight` that is laid out as in one of these, name its type or its path here,
             /// and it can be adapted. With `None`, layers that only look like one of these are not. In a module to save,
-            /// the weight of a layer that is declared linear is written as PyTorch has it.
+            /// the weight of a layer that is declared linear is written as PyTorch has it. An adapter whose file does not
+            /// say this is loaded with [`LoadOptions::with_layer_kind`](crate::peft::LoadOptions::with_layer_kind).
             ///
             /// # Examples
             ///

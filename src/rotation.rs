@@ -602,6 +602,14 @@ impl Method {
         }
     }
 
+    /// The number of blocks that the configuration asks for, if it asks for one; none for 0, which is no number of blocks.
+    pub(crate) fn block_num(&self) -> Option<usize> {
+        match self.block {
+            Block::Count(n) => Some(n).filter(|n| *n > 0),
+            Block::Size(_) => None,
+        }
+    }
+
     /// The block size, if it is the same in every layer; none if it depends on the layer.
     pub(crate) fn fixed_block_size(&self) -> Option<usize> {
         match (self.family, self.block) {

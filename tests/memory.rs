@@ -5,14 +5,15 @@ mod common;
 use std::sync::Mutex;
 
 use burn::module::{Module, ParamGroup, Quantizer};
+use burn::nn;
 use burn::tensor::quantization::{Calibration, QuantValue};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 use burn_boft::{
     Adapter, AdapterBank, BoftAdapter, BoftConfig, BoftLinear, BoftLinearConfig, Init, inject,
     summary,
 };
 use common::host;
-use common::models::rows;
+use common::models::{Layer, gradients, linear, rows};
 use peak_alloc::PeakAlloc;
 
 #[global_allocator]
@@ -71,6 +72,19 @@ fn held<T>(make: impl Fn() -> T) -> usize {
     });
     attempts.sort_unstable();
     attempts[attempts.len() / 2]
+}
+
+/// The most bytes that there are at a time in the backward pass of a loss, beside those from before the forward pass: the
+/// least of a few attempts, since each thread of a pool allocates its own buffer for matrix products in its first one.
+fn backward_peak(loss: impl Fn() -> Tensor<1>) -> usize {
+    let attempts = (0..5).map(|_| {
+        let before = MEMORY.current_usage();
+        let loss = loss();
+        MEMORY.reset_peak_usage();
+        drop(loss.backward());
+        MEMORY.peak_usage().saturating_sub(before)
+    });
+    attempts.min().unwrap()
 }
 
 #[test]
@@ -186,4 +200,31 @@ fn a_step_keeps_packed_weights_packed() {
     let gradients = loss().backward();
     let skew = model.layers[0].weight.reparameterization::<BoftAdapter>();
     assert!(skew.unwrap().skew().grad(&gradients).is_some());
+}
+
+/// The backward pass makes floats of a packed weight once, for the gradient of the rotated input. A gradient of the weight would be
+/// as many numbers again beside them, and is in Burn's layer with the same adapter.
+#[test]
+fn the_backward_pass_of_a_quantized_layer_forms_no_gradient_of_its_weight() {
+    const SIZES: [usize; 2] = [512, 4096];
+    fn peak<L: Layer>() -> usize {
+        let device = Device::flex().autodiff();
+        let scheme = device.settings().quantization.scheme;
+        let mut quantizer = Quantizer::new(Calibration::MinMax, scheme.with_value(QuantValue::Q8S));
+        let layer = L::from_linear(linear(SIZES, 1, DType::F32, &device));
+        let layer = layer.quantize_weights_group(&mut quantizer, ParamGroup::from_path("weight"));
+        let layer = inject(layer, config(7)).unwrap();
+        let input = rows([5, SIZES[0]], 4, &device);
+        let loss = || layer.apply(input.clone()).square().mean();
+        let gradients = gradients(&layer, &loss().backward());
+        let paths: Vec<_> = gradients.keys().map(String::as_str).collect();
+        assert_eq!(paths, ["weight.boft.scale", "weight.boft.skew"]);
+        backward_peak(loss)
+    }
+    let _measuring = MEASURING.lock();
+    let weight = 4 * SIZES[0] * SIZES[1];
+    let (own, burns) = (peak::<BoftLinear>(), peak::<nn::Linear>());
+    println!("{own} bytes in the backward pass, {burns} in Burn's, with a weight of {weight}");
+    assert!(own < weight * 3 / 2, "{own} of {weight}");
+    assert!(burns > weight * 3 / 2, "{burns} of {weight}");
 }

@@ -125,6 +125,9 @@ pub struct Convert {
     /// --to sd-scripts, start the names in the output so
     #[arg(long, value_name = "START")]
     pub part: Option<String>,
+
+    #[command(flatten)]
+    pub reading: ReadArgs,
 }
 
 /// The forms that an adapter can be converted to.
@@ -151,6 +154,9 @@ pub struct Inspect {
     /// Draw the rotation angle of each layer into an SVG file, which must not exist yet
     #[arg(long, value_name = "FILE")]
     pub plot: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub reading: ReadArgs,
 }
 
 /// The options of `diff`.
@@ -173,6 +179,9 @@ pub struct Diff {
     /// Of files of other programs, take only the modules whose names start with this, such as lora_unet_
     #[arg(long, value_name = "START")]
     pub part: Option<String>,
+
+    #[command(flatten)]
+    pub reading: ReadArgs,
 }
 
 /// The options of `unmerge`.
@@ -280,6 +289,22 @@ pub struct AdapterArgs {
     /// Where it is given once for each adapter, "" takes all modules, also of an adapter of PEFT's.
     #[arg(long = "part", value_name = "START")]
     pub parts: Vec<String>,
+
+    #[command(flatten)]
+    pub reading: ReadArgs,
+}
+
+/// How an adapter in PEFT's folder is read.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct ReadArgs {
+    /// Leave out tensors in PEFT's folder that belong to no adapter and to nothing that it saves, with a warning for each
+    ///
+    /// PEFT 0.20 and older also trained weights of the model, and wrote them into the file, where the name of a module
+    /// contains the letters `oft_`, or `boft_` for an adapter of BOFT. Without this option such a file is refused. To keep
+    /// the weights of a module, name it in modules_to_save of adapter_config.json instead. A tensor that is missing is an
+    /// error in any case.
+    #[arg(long)]
+    pub allow_unexpected: bool,
 }
 
 /// Reads a number that is neither NaN nor infinite.

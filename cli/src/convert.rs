@@ -4,7 +4,7 @@ use std::path::Path;
 
 use burn::tensor::{Device, TensorData};
 use burn_boft::dialects::{AdapterFile, DialectError, Misplaced};
-use burn_boft::peft::{LoadOptions, read_settings};
+use burn_boft::peft::read_settings;
 use burn_boft::tensors::{from_values, values};
 use burn_boft::value::{AdapterLayer, Axis, join};
 use burn_boft::{Adapter, AdapterConfig, BoftConfig, Cayley, KeyMap, LayerKind, OftConfig};
@@ -295,8 +295,8 @@ fn read(
         let refused = "--config is for a record; a folder has its own settings".to_string();
         return Err(Error::Settings(refused));
     }
-    let load_options = LoadOptions::new().with_key_map(names.into_key_map());
-    share(options).of(load(input, &load_options)?, input)
+    let adapter = load(input, names.into_key_map(), options.reading)?;
+    share(options).of(adapter, input)
 }
 
 /// The adapter with the kind of every layer that has a scale. Files of old versions do not say it.

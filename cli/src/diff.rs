@@ -5,11 +5,11 @@ use std::fs;
 use std::iter;
 use std::path::{Path, PathBuf};
 
-use burn_boft::Adapter;
 use burn_boft::dialects::{AdapterFile, has_rotation};
-use burn_boft::peft::{CONFIG_FILE, LoadOptions};
+use burn_boft::peft::CONFIG_FILE;
 use burn_boft::tensors::{file_name, from_file};
 use burn_boft::value::{AdapterLayer, SavedTensor, join};
+use burn_boft::{Adapter, KeyMap};
 use serde_json::{Value, json};
 
 use crate::base::{Base, is_same};
@@ -52,6 +52,7 @@ fn refuse_options(options: &Diff) -> Result<(), Error> {
         ("--base", options.base.is_some()),
         ("--map", !options.maps.is_empty()),
         ("--part", options.part.is_some()),
+        ("--allow-unexpected", options.reading.allow_unexpected),
     ];
     match given.iter().find(|(_, is_given)| *is_given) {
         Some((option, _)) => Err(Error::Settings(format!(
@@ -132,12 +133,11 @@ impl<'a> Named<'a> {
                 (record::read(&record, None, base)?, base)
             }
             (Stored::Given(Given::Folder(folder)), Some(base)) => {
-                (load(&folder, &LoadOptions::new())?, Some(base))
+                (load(&folder, KeyMap::new(), options.reading)?, Some(base))
             }
             (Stored::Given(Given::Folder(folder)), None) => {
                 let names = Names::parse(&options.maps)?.into_key_map();
-                let options = LoadOptions::new().with_key_map(names);
-                (load(&folder, &options)?, None)
+                (load(&folder, names, options.reading)?, None)
             }
         };
         let places = match base {

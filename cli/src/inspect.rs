@@ -4,12 +4,12 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use burn_boft::dialects::{AdapterFile, FileLayer};
-use burn_boft::peft::{LoadOptions, read_settings};
+use burn_boft::peft::read_settings;
 use burn_boft::value::{AdapterLayer, LayerMeasure};
-use burn_boft::{Adapter, LayerKind, TargetModules};
+use burn_boft::{Adapter, KeyMap, LayerKind, TargetModules};
 use serde_json::{Value, json};
 
-use crate::cli::Inspect;
+use crate::cli::{Inspect, ReadArgs};
 use crate::error::Error;
 use crate::layers;
 use crate::load::{Given, load};
@@ -22,7 +22,7 @@ pub fn run(options: &Inspect, json: bool) -> Result<(), Error> {
         check_free(path, Form::File)?;
     }
     let (about, mut rows) = match Given::open(&options.adapter)? {
-        Given::Folder(folder) => of_folder(&folder)?,
+        Given::Folder(folder) => of_folder(&folder, options.reading)?,
         Given::File(file) => of_file(&file),
     };
     rows.sort_by(|a, b| layers::compare(&a.measure.path, &b.measure.path));
@@ -37,8 +37,8 @@ pub fn run(options: &Inspect, json: bool) -> Result<(), Error> {
 }
 
 /// What an adapter in PEFT's folder is.
-fn of_folder(folder: &Path) -> Result<(About, Vec<Row>), Error> {
-    let adapter = load(folder, &LoadOptions::new())?;
+fn of_folder(folder: &Path, reading: ReadArgs) -> Result<(About, Vec<Row>), Error> {
+    let adapter = load(folder, KeyMap::new(), reading)?;
     let about = Folder::new(&adapter, &read_settings(folder)?);
     let measures = adapter.measure(&Device::flex());
     let layers = adapter.layers().iter().zip(measures);

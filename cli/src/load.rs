@@ -4,13 +4,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use burn_boft::Adapter;
 use burn_boft::dialects::{AdapterFile, DialectError, Misplaced};
-use burn_boft::peft::{CONFIG_FILE, LoadOptions, TENSORS_FILE};
-use burn_boft::value::StrengthError;
+use burn_boft::peft::{CONFIG_FILE, LoadError, LoadOptions, TENSORS_FILE};
+use burn_boft::value::{Mismatch, StrengthError};
+use burn_boft::{Adapter, KeyMap};
 
 use crate::base::Base;
-use crate::cli::AdapterArgs;
+use crate::cli::{AdapterArgs, ReadArgs};
 use crate::error::Error;
 use crate::names::Names;
 use crate::terminal::{note, plural};
@@ -95,6 +95,7 @@ pub struct Wanted<'a> {
     path: &'a Path,
     share: Share,
     part: Option<&'a str>,
+    reading: ReadArgs,
     names: Names,
 }
 
@@ -116,6 +117,7 @@ impl<'a> Wanted<'a> {
                 part: parts[index]
                     .map(String::as_str)
                     .filter(|start| !start.is_empty()),
+                reading: options.reading,
                 names: Names::parse(&options.maps)?,
             })
         });
@@ -128,11 +130,12 @@ impl<'a> Wanted<'a> {
             path,
             share,
             part,
+            reading,
             names,
         } = self;
         // A file of another program gets the model's names.
         let (adapter, names) = match (Given::open(path)?, part) {
-            (Given::Folder(folder), None) => (load(&folder, &LoadOptions::new())?, names),
+            (Given::Folder(folder), None) => (load(&folder, KeyMap::new(), reading)?, names),
             (Given::Folder(_), Some(_)) => {
                 return Err(Error::Settings(
                     "--part is for files of other programs; an adapter of PEFT's is for one model"
@@ -249,13 +252,46 @@ fn with_remedies(error: DialectError) -> Error {
     Error::Fit(misplaced.iter().map(line).collect())
 }
 
-/// Loads an adapter from PEFT's folder, and prints the notes and warnings of the load.
-pub fn load(folder: &Path, options: &LoadOptions) -> Result<Adapter, Error> {
+/// Loads an adapter from PEFT's folder with these rules for its names, and prints the notes and warnings of the load.
+pub fn load(folder: &Path, names: KeyMap, reading: ReadArgs) -> Result<Adapter, Error> {
     check_folder(folder)?;
-    let (adapter, report) = Adapter::load_with(folder, options)?;
+    let options = LoadOptions::new()
+        .with_key_map(names)
+        .allow_partial(reading.allow_unexpected);
+    let (adapter, report) = Adapter::load_with(folder, &options).map_err(with_option)?;
+    if !report.missing.is_empty() {
+        let mut mismatch = Mismatch::default();
+        mismatch.missing = report.missing;
+        let path = folder.join(TENSORS_FILE);
+        return Err(LoadError::Mismatch { path, mismatch }.into());
+    }
     say("note", &report.converted);
     say("warning", &report.warnings);
+    let left_out = report.unexpected.iter();
+    let left_out: Vec<_> = left_out.map(|entry| format!("left out: {entry}")).collect();
+    say("warning", &left_out);
+    if !left_out.is_empty() {
+        note(&format!(
+            "warning: PEFT 0.20 and older may have trained what is left out; to keep the weights of a module, name it in \
+             modules_to_save of {CONFIG_FILE}"
+        ));
+    }
     Ok(adapter)
+}
+
+/// The error with the option that takes the file all the same, if all that is amiss are tensors that belong nowhere.
+fn with_option(error: LoadError) -> Error {
+    match error {
+        LoadError::Mismatch { path, mismatch }
+            if mismatch.missing.is_empty() && mismatch.wrong.is_empty() =>
+        {
+            let reason = format!(
+                "tensors that belong nowhere, which --allow-unexpected leaves out: {mismatch}"
+            );
+            Error::malformed(&path, reason)
+        }
+        error => error.into(),
+    }
 }
 
 /// Prints lines of a report, and of very many only the first.

@@ -97,8 +97,8 @@ fn an_adapter_that_lacks_tensors_or_holds_others_is_refused() {
     assert_eq!(
         place.refused(),
         format!(
-            "{file}: unexpected: `base_model.model.fc1.lora_A.weight`: neither an adapter, nor a trained bias, nor part \
-             of a module to save"
+            "{file}: tensors that belong nowhere, which --allow-unexpected leaves out: unexpected: \
+             `base_model.model.fc1.lora_A.weight`: neither an adapter, nor a trained bias, nor part of a module to save"
         )
     );
     let mut tensors = place.tensors.clone();
@@ -115,6 +115,93 @@ fn an_adapter_that_lacks_tensors_or_holds_others_is_refused() {
             .starts_with(&format!("{file} is not a safetensors file: ")),
         "{}",
         place.refused()
+    );
+}
+
+/// PEFT 0.20 and older trained and saved every parameter whose name contains `boft_`.
+#[test]
+fn weights_that_leaked_into_an_adapter_are_left_out_where_that_is_allowed() {
+    let place = MergeFolder::new();
+    let folder = place.path();
+    let mut base = place.base.clone();
+    base.insert("my_boft_gate.weight".into(), Tensor::random(&[3, 2], 1));
+    place.write_base(&base);
+    let expected = merged(folder, "adapter");
+    let gate = "base_model.model.my_boft_gate.weight";
+    let mut tensors = place.tensors.clone();
+    tensors.insert(gate.into(), Tensor::random(&[3, 2], 2));
+    write_adapter(&folder.join("kept"), &place.config, &tensors);
+    tensors.insert(
+        "base_model.model.fc1.base_layer.weight".into(),
+        Tensor::random(&[20, 24], 3),
+    );
+    write_adapter(&folder.join("leaky"), &place.config, &tensors);
+    let lines = [
+        "`base_model.model.fc1.base_layer.weight`: a base weight; only adapters and biases are read",
+        "`base_model.model.my_boft_gate.weight`: neither an adapter, nor a trained bias, nor part of a module to save",
+    ];
+    let refusal = format!(
+        "leaky/adapter_model.safetensors: tensors that belong nowhere, which --allow-unexpected leaves out: unexpected: {}; \
+         unexpected: {}",
+        lines[0], lines[1]
+    );
+    let warnings = format!(
+        "warning: left out: {}\nwarning: left out: {}\nwarning: PEFT 0.20 and older may have trained what is left out; to keep \
+         the weights of a module, name it in modules_to_save of adapter_config.json\n",
+        lines[0], lines[1]
+    );
+    for arguments in [
+        &merge_command("base.safetensors", "leaky", "out.safetensors")[..],
+        &[
+            "unmerge",
+            "--merged",
+            "out.safetensors",
+            "--adapter",
+            "leaky",
+            "--output",
+            "restored.safetensors",
+        ],
+        &["inspect", "leaky"],
+        &convert_command("leaky", "peft", "clean"),
+    ] {
+        assert_eq!(refused(folder, arguments), refusal);
+        let run = run(folder, &[arguments, &["--allow-unexpected"]].concat());
+        assert_eq!(
+            (run.code, run.stderr.as_str()),
+            (0, warnings.as_str()),
+            "{arguments:?}"
+        );
+    }
+    assert_eq!(read(&folder.join("out.safetensors")), expected);
+    let clean = read(&folder.join("clean/adapter_model.safetensors"));
+    assert!(clean.keys().eq(place.tensors.keys()));
+    let diff = ["diff", "adapter", "leaky"];
+    assert_eq!(refused(folder, &diff), refusal);
+    succeed(folder, &[&diff[..], &["--allow-unexpected"]].concat());
+    let models = [
+        "diff",
+        "base.safetensors",
+        "out.safetensors",
+        "--allow-unexpected",
+    ];
+    assert_eq!(
+        refused(folder, &models),
+        "--allow-unexpected is for adapters; the tensors of two models are compared under their names"
+    );
+
+    // As the warning says, a module that the settings save is kept.
+    let mut config = place.config.clone();
+    config["modules_to_save"] = json!(["my_boft_gate"]);
+    write_json(&folder.join("kept/adapter_config.json"), &config);
+    let kept = merged(folder, "kept");
+    assert_eq!(kept["my_boft_gate.weight"], tensors[gate]);
+
+    // What is missing is an error all the same.
+    tensors.remove("base_model.model.fc1.boft_s");
+    write_adapter(&folder.join("leaky"), &place.config, &tensors);
+    assert_eq!(
+        refused(folder, &["inspect", "leaky", "--allow-unexpected"]),
+        "leaky/adapter_model.safetensors: missing: `base_model.model.fc1.boft_s`"
     );
 }
 

@@ -207,6 +207,8 @@ fn unexpected(key: &str) -> Unexpected {
 
 /// Refuses tensors of methods that are not read, and folders of PEFT's without their settings.
 ///
+/// A tensor of a layer that is read is none of another method, whatever its module is called: `blocks.diff.oft_blocks`.
+///
 /// # Errors
 ///
 /// [`DialectError::Method`], [`DialectError::Ambiguous`]
@@ -215,18 +217,8 @@ fn refuse_other_methods<'a>(
     keys: impl Iterator<Item = &'a String>,
 ) -> Result<(), DialectError> {
     for key in keys {
-        let method = key.split('.').find_map(|part| {
-            let named = OTHER_METHODS
-                .iter()
-                .find(|(name, _)| match name.ends_with('_') {
-                    true => part.starts_with(name),
-                    false => part == *name,
-                });
-            named.map(|(_, method)| *method)
-        });
-        let is_flux = key.contains(".oft_blocks.");
-        let flux = "sd-scripts' networks.oft_flux, whose own merge fails";
-        if let Some(method) = method.or(is_flux.then_some(flux)) {
+        let method = other_method(key).filter(|_| split(key).is_none());
+        if let Some(method) = method {
             return Err(DialectError::Method {
                 path: path.to_path_buf(),
                 key: key.clone(),
@@ -243,6 +235,22 @@ fn refuse_other_methods<'a>(
         }
     }
     Ok(())
+}
+
+/// The method that is not read, where a key is of one. The name of the tensor ends the key, so parts are compared from there.
+fn other_method(key: &str) -> Option<&'static str> {
+    let method = |part: &str| {
+        let mut methods = OTHER_METHODS.iter();
+        let named = methods.find(|(name, _)| match name.ends_with('_') {
+            true => part.starts_with(name),
+            false => part == *name,
+        });
+        named.map(|(_, method)| *method)
+    };
+    let flux = "sd-scripts' networks.oft_flux, whose own merge fails";
+    let is_flux = key.contains(".oft_blocks.");
+    let named = key.rsplit('.').find_map(method);
+    named.or(is_flux.then_some(flux))
 }
 
 /// Reads every layer, and collects what is wrong.

@@ -285,7 +285,7 @@ pub(super) const SCALED: &str = "oft_R.scaled_oft";
 
 /// Tensors of a layer that other methods have, and what they are called. They are parts of names between dots, or starts
 /// of them.
-pub(super) const OTHER_METHODS: [(&str, &str); 17] = [
+pub(super) const OTHER_METHODS: [(&str, &str); 18] = [
     ("lora_up", "LoRA"),
     ("lora_down", "LoRA"),
     ("lora_mid", "LoCon"),
@@ -301,6 +301,7 @@ pub(super) const OTHER_METHODS: [(&str, &str); 17] = [
     ("b_norm", "trained norms"),
     ("on_input", "IA3"),
     ("a1", "GLoRA"),
+    ("lambda_layer", "T-LoRA"),
     ("oft_diag", "an OFT that no released LyCORIS writes"),
     ("oft_r", "OFT of PEFT 0.15 or older, which needs its folder"),
 ];

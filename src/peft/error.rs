@@ -192,6 +192,16 @@ pub enum Unrepresentable {
         /// The one that PEFT would make.
         settings: usize,
     },
+    /// A layer whose channels the count of blocks in the configuration does not divide.
+    #[error(
+        "it has {layer} blocks, and PEFT refuses the {settings} blocks of the configuration, which do not divide its channels"
+    )]
+    BlockCount {
+        /// The blocks of the layer.
+        layer: usize,
+        /// Those of the configuration.
+        settings: usize,
+    },
     /// A name in `modules_to_save` that also ends the path of a module that is not saved.
     #[error(
         "PEFT saves every module whose path ends with a name in modules_to_save, with or without a dot before it, and would \

@@ -77,7 +77,7 @@ impl Squares {
     ///
     /// # Errors
     ///
-    /// [`Wrong::Tensor`]: shapes that this layout does not have, or a shared block whose radius cannot be computed.
+    /// [`Wrong::Tensor`]: shapes that this layout does not have, or a shared block whose radius is not certain.
     pub(super) fn read(
         &self,
         path: &str,
@@ -93,7 +93,7 @@ impl Squares {
         let [rows, b] = self.sizes(&shape).map_err(wrong)?;
         let (scale, _) = scale::read(key(path, "oft_s"), s)?;
         let mut squares = values(r);
-        if let Some(radius) = self.radius(rows, scale.len()).map_err(wrong)? {
+        if let Some(radius) = self.radius([rows, b], scale.len()).map_err(wrong)? {
             project(&mut squares, rows, b, radius);
         }
         let dtype = widened(r.dtype());
@@ -138,20 +138,24 @@ impl Squares {
         Ok([rows, b])
     }
 
-    /// COFT's radius of that time, `eps·⌈o/n⌉²`, which grew with the outputs per block. None without COFT.
+    /// COFT's radius of that time, `eps·⌈o/n⌉²`, which grew with the outputs per block. None without COFT, and for blocks of
+    /// one channel, whose numbers have no effect.
+    ///
+    /// Of a shared block the file does not hold `n`. PEFT replaced a count `r` that does not divide the width `n·b` by its
+    /// nearest divisor. A count that divides `b` divides every such width, so it is `n`. Of any other one, `r` blocks of `b`
+    /// channels and `r − 1` of them have the same settings and the same tensor, and different radii.
     ///
     /// # Errors
     ///
-    /// [`SizeError::SharedRadius`]: one block is shared and the settings give its size, so that `n` depends on a width
-    /// that the file does not hold.
-    fn radius(&self, rows: usize, d_output: usize) -> Result<Option<f64>, SizeError> {
-        let Some(eps) = self.coft_radius else {
+    /// [`SizeError::SharedRadius`]: one block is shared, and the settings give its size, or a count that does not divide it.
+    fn radius(&self, [rows, b]: [usize; 2], d_output: usize) -> Result<Option<f64>, SizeError> {
+        let Some(eps) = self.coft_radius.filter(|_| b > 1) else {
             return Ok(None);
         };
         let blocks = match (self.block_share, self.block) {
             (false, _) => rows,
-            (true, Block::Count(count)) => count.max(1),
-            (true, Block::Size(_)) => return Err(SizeError::SharedRadius),
+            (true, Block::Count(count)) if b.is_multiple_of(count) => count,
+            (true, _) => return Err(SizeError::SharedRadius),
         };
         Ok(Some(eps * (d_output.div_ceil(blocks) as f64).powi(2)))
     }

@@ -8,6 +8,7 @@ use super::error::LoadError;
 use super::folder;
 use super::keys::{CONFIG_FILE, TENSORS_FILE};
 use super::read::{Findings, Parsed, Reader};
+use crate::config::LayerKind;
 use crate::value::keymap::KeyMap;
 use crate::value::{Adapter, LoadReport, Promise};
 
@@ -35,6 +36,8 @@ pub struct LoadOptions {
     names: KeyMap,
     /// Whether missing and unexpected tensors are reported and not refused.
     allow_partial: bool,
+    /// What layers are of the model that the adapter is for, after what the file says.
+    layer_kinds: Vec<(String, Option<LayerKind>)>,
 }
 
 impl LoadOptions {
@@ -59,6 +62,33 @@ impl LoadOptions {
     /// report lists them. Tensors that cannot be used are errors in any case.
     pub fn allow_partial(mut self, allow: bool) -> Self {
         self.allow_partial = allow;
+        self
+    }
+
+    /// Says of which kind the layers of a type are, or the layer at a full path of the model, as
+    /// [`BoftConfig::with_layer_kind`](crate::BoftConfig::with_layer_kind) does where an adapter is injected.
+    ///
+    /// [`Adapter::save`] writes what a configuration declares as a line of text beside the tensors. A file that PEFT wrote, or
+    /// wrote again, has no such line. What is given here counts after the line of the file, so that it overrules it.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use burn_boft::LayerKind;
+    /// use burn_boft::peft::LoadOptions;
+    ///
+    /// let options = LoadOptions::new()
+    ///     .with_layer_kind("MyLinear", LayerKind::Linear)
+    ///     .with_layer_kind("decoder.output", None);
+    /// # drop(options);
+    /// ```
+    pub fn with_layer_kind(
+        mut self,
+        type_or_path: impl Into<String>,
+        kind: impl Into<Option<LayerKind>>,
+    ) -> Self {
+        let entry = (type_or_path.into(), kind.into());
+        self.layer_kinds.push(entry);
         self
     }
 }
@@ -133,7 +163,7 @@ impl Adapter {
             names: options.names.clone(),
         };
         let Parsed {
-            config,
+            mut config,
             layers,
             tensors,
             copies,
@@ -149,6 +179,8 @@ impl Adapter {
             unexpected: mismatch.unexpected,
             ..report
         };
+        let layer_kinds = &mut config.selection_mut().layer_kinds;
+        layer_kinds.extend(options.layer_kinds.iter().cloned());
         let mut adapter = Self {
             config,
             layers,

@@ -17,13 +17,13 @@ use burn::tensor::{FloatDType, TensorData};
 
 use super::error::{SaveError, Unrepresentable};
 use super::keys::{EMBEDDING_ROTATION, Format, Layout, key, saved_key};
-use crate::config::{AdapterConfig, LayerKind};
+use crate::config::{AdapterConfig, Block, LayerKind};
 use crate::rotation::Method;
 use crate::tensors::{from_values, split, values};
 use crate::value::Adapter;
 use crate::value::keymap::{KeyMap, KeyMapError, join};
 use crate::value::layer::{AdapterLayer, Axis, unpack};
-use crate::value::reconcile::expected_block_size;
+use crate::value::reconcile::other_blocks;
 
 /// The tensors of an adapter as PEFT writes them, by their keys.
 ///
@@ -252,6 +252,7 @@ pub(super) fn check_sizes(
 /// - [`Unrepresentable::OutputAxis`]: the layer rotates its outputs, and PEFT builds rotations of inputs.
 /// - [`Unrepresentable::Factors`]: the layer has another number of factors.
 /// - [`Unrepresentable::BlockSize`]: the layer has another block size, after the adjustment that PEFT's OFT makes.
+/// - [`Unrepresentable::BlockCount`]: the configuration has a count of blocks that PEFT's BOFT refuses for the layer.
 fn check_layer(config: &AdapterConfig, layer: &AdapterLayer) -> Result<(), Unrepresentable> {
     if layer.axis == Axis::Output {
         return Err(Unrepresentable::OutputAxis);
@@ -262,10 +263,13 @@ fn check_layer(config: &AdapterConfig, layer: &AdapterLayer) -> Result<(), Unrep
     if method.allows(m, true) && m != settings {
         return Err(Unrepresentable::Factors { layer: m, settings });
     }
-    let expected = expected_block_size(&method, layer.d_input());
-    match expected.filter(|expected| *expected != layer.block_size) {
-        Some(settings) => Err(Unrepresentable::BlockSize {
+    match other_blocks(&method, layer) {
+        Some(Block::Size(settings)) => Err(Unrepresentable::BlockSize {
             layer: layer.block_size,
+            settings,
+        }),
+        Some(Block::Count(settings)) => Err(Unrepresentable::BlockCount {
+            layer: layer.skew.shape()[1],
             settings,
         }),
         None => Ok(()),

@@ -55,6 +55,9 @@ pub(crate) fn check_biases(
 /// | do not, and all have one block size | has that size |
 /// | do not, and have several block sizes | keeps its own |
 ///
+/// A count of blocks that does not divide the width of a layer is not what the layer has: PEFT's BOFT refuses it. Such a count
+/// comes from OFT, which replaces it by a divisor: the squares of PEFT 0.14 to 0.15.2 are read as BOFT.
+///
 /// OFT's block size is compared after the adjustment to the width of the layer, so a file of PEFT's with adjusted
 /// blocks needs no line in the report. Without layers, nothing changes.
 pub(crate) fn reconcile(
@@ -82,25 +85,37 @@ pub(crate) fn reconcile(
     let method = Method::unchecked(config);
     let mut differ = false;
     for layer in layers {
-        let (b, d) = (layer.block_size, layer.d_input());
-        if let Some(expected) = expected_block_size(&method, d).filter(|expected| *expected != b) {
-            differ = true;
-            let path = &layer.path;
-            report.converted.push(format!(
-                "`{path}` has blocks of {b}, not those of {expected} that the configuration means"
-            ));
-        }
+        let Some(meant) = other_blocks(&method, layer) else {
+            continue;
+        };
+        differ = true;
+        let (path, b) = (&layer.path, layer.block_size);
+        report.converted.push(match meant {
+            Block::Size(size) => format!(
+                "`{path}` has blocks of {b}, not those of {size} that the configuration means"
+            ),
+            Block::Count(count) => format!(
+                "`{path}` has {} blocks of {b}, not the {count} blocks of the configuration, which do not divide its channels",
+                layer.skew.shape()[1]
+            ),
+        });
     }
     if differ && let Some(b) = same(layers.iter().map(|layer| layer.block_size)) {
         config.set_block(Block::Size(b));
     }
 }
 
-/// The block size that PEFT makes of the configuration for an axis, as far as it is known.
-pub(crate) fn expected_block_size(method: &Method, d_input: Option<usize>) -> Option<usize> {
-    match d_input {
-        Some(d) => method.block_size(d),
-        None => method.fixed_block_size(),
+/// The blocks that the configuration means for a layer that has others: their size after PEFT's adjustment, or their count where
+/// that does not divide the width of the layer, so that PEFT refuses it. None where the layer has the blocks that are meant, or
+/// its width is not known.
+pub(crate) fn other_blocks(method: &Method, layer: &AdapterLayer) -> Option<Block> {
+    let other = |size: usize| (size != layer.block_size).then_some(Block::Size(size));
+    match layer.d_input() {
+        None => method.fixed_block_size().and_then(other),
+        Some(d) => match method.block_size(d) {
+            Some(size) => other(size),
+            None => method.block_num().map(Block::Count),
+        },
     }
 }
 

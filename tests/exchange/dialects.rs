@@ -10,6 +10,7 @@ use burn_boft::dialects::{AdapterFile, Dialect, DialectError, Misplaced, has_rot
 use burn_boft::value::{AdapterLayer, Axis};
 use burn_boft::{Adapter, AdapterConfig, BoftConfig, Cayley, KeyMap, LayerKind};
 use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -84,6 +85,74 @@ fn an_adapter_is_told_from_a_model_by_the_names_of_its_tensors() {
         "fc.oft_R",
     ];
     assert!(!has_rotation(model.into_iter()));
+}
+
+/// A file of zeros with these names and shapes, read.
+fn of_tensors(tensors: &[(&str, &[usize])]) -> Result<AdapterFile, DialectError> {
+    let tensors: Vec<_> = tensors
+        .iter()
+        .map(|(key, shape)| (*key, *shape, vec![0u8; 4 * shape.iter().product::<usize>()]))
+        .collect();
+    let views = tensors.iter().map(|(key, shape, bytes)| {
+        let view = TensorView::new(Dtype::F32, shape.to_vec(), bytes);
+        (key.to_string(), view.unwrap())
+    });
+    let bytes = safetensors::serialize(views, None).unwrap();
+    AdapterFile::from_bytes("a.safetensors", &bytes)
+}
+
+/// What LyCORIS 4.1.3 stores for its other methods, and names that it does not store beside a rotation.
+#[test]
+fn a_tensor_that_is_none_of_a_rotation_is_never_passed_over() {
+    for module in ["x", "y"] {
+        let refusal = |tensor: &str| {
+            let key = format!("{module}.{tensor}");
+            let tensors: [(&str, &[usize]); 3] = [
+                ("x.oft_blocks", &[2, 3, 3]),
+                ("x.alpha", &[]),
+                (&key, &[2, 2]),
+            ];
+            of_tensors(&tensors).unwrap_err().to_string()
+        };
+        for (tensor, method) in [
+            ("lora_up.weight", "LoRA"),
+            ("hada_w1_a", "LoHa"),
+            ("lokr_w1", "LoKr"),
+            ("a1.weight", "GLoRA"),
+            ("lambda_layer", "T-LoRA"),
+            ("on_input", "IA3"),
+            ("diff", "a full difference of weights"),
+            ("diff_b", "a full difference of biases"),
+            ("w_norm", "trained norms"),
+        ] {
+            assert_eq!(
+                refusal(tensor),
+                format!(
+                    "a.safetensors: `{module}.{tensor}` is of {method}, and only OFT and BOFT are read; merge it with the \
+                     program that wrote it"
+                )
+            );
+        }
+        for tensor in ["constraint", "scalar", "weight", "oft_blocks_2"] {
+            assert_eq!(
+                refusal(tensor),
+                format!(
+                    "a.safetensors: unexpected: `{module}.{tensor}`: it is no part of a layer of OFT or BOFT"
+                )
+            );
+        }
+    }
+}
+
+#[test]
+fn a_module_may_have_the_name_of_a_tensor_of_another_method() {
+    for name in ["diff", "a1", "on_input", "lora_up", "hada_gate"] {
+        let module = format!("blocks.{name}.fc");
+        let key = format!("{module}.oft_R.weight");
+        let tensors: [(&str, &[usize]); 1] = [(&key, &[2, 6])];
+        let file = of_tensors(&tensors).unwrap();
+        assert_eq!(file.layers()[0].module(), module);
+    }
 }
 
 #[test]

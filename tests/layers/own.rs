@@ -3,7 +3,7 @@
 use burn::module::{Module, ModuleDisplay, Param};
 use burn::nn;
 use burn::tensor::{DType, Tensor};
-use burn_boft::peft::Folder;
+use burn_boft::peft::{Folder, LoadOptions};
 use burn_boft::{Adapter, AdapterConfig, BoftConfig, LayerKind, OftConfig, inject};
 
 use crate::check::{Verdict, adapted, boft, device, error, flat, oft, perturbed, refused};
@@ -185,6 +185,45 @@ fn declared_kinds_survive_saving_loading_and_attaching() {
         let attached = loaded.attach(Projection::new()).unwrap();
         assert_eq!(numbers(&attached), numbers(&model));
     }
+}
+
+/// PEFT leaves the metadata out when it saves an adapter again.
+#[test]
+fn kinds_that_a_file_has_lost_are_declared_where_it_is_loaded() {
+    let config = OftConfig::new()
+        .with_block_size(4)
+        .with_target_modules(["scaled"])
+        .with_layer_kind("Scaled", LayerKind::Linear);
+    let model = perturbed(inject(Projection::new(), &config).unwrap());
+    let folder = tempfile::tempdir().unwrap();
+    let adapter = Adapter::extract_as(&model, &config).unwrap();
+    adapter.save(folder.path()).unwrap();
+    let path = folder.path();
+    let options = LoadOptions::new().with_layer_kind("Scaled", LayerKind::Linear);
+    // What is declared here counts after what the file says.
+    let taken_out = LoadOptions::new().with_layer_kind("scaled", None);
+    let (loaded, _) = Adapter::load_with(path, &taken_out).unwrap();
+    let error = loaded.attach(Projection::new()).unwrap_err().to_string();
+    assert!(
+        error.contains("which layer_kinds says is not to be adapted"),
+        "{error}"
+    );
+
+    let mut files = Folder::read(path).unwrap();
+    files.metadata.remove("burn_boft.layer_kinds").unwrap();
+    files.write(path).unwrap();
+    let (loaded, _) = Adapter::load(path).unwrap();
+    let error = loaded.attach(Projection::new()).unwrap_err().to_string();
+    assert!(error.contains("an adapter of `scaled`"), "{error}");
+    let (loaded, report) = Adapter::load_with(path, &options).unwrap();
+    assert!(report.warnings.is_empty(), "{report}");
+    assert_eq!(loaded.config(), adapter.config());
+    let attached = loaded.attach(Projection::new()).unwrap();
+    assert_eq!(numbers(&attached), numbers(&model));
+    // Saved here, it has the line again.
+    loaded.save(path).unwrap();
+    let (again, _) = Adapter::load(path).unwrap();
+    assert_eq!(again.config(), adapter.config());
 }
 
 #[test]

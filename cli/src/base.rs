@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 
 use burn_boft::input::{self, LONGEST_HEADER, LONGEST_SETTINGS};
 use burn_boft::peft::{CONFIG_FILE, TENSORS_FILE};
+use same_file::is_same_file;
 use serde_json::{Map, Value};
 
 use crate::attention::projections;
@@ -155,14 +156,16 @@ impl Base {
 
     /// The files of the folder beside the weights.
     ///
-    /// Weights in other formats, adapters, and what Git and downloads keep for themselves are left behind, except in the
-    /// folders of modules that `modules.json` names: those are parts of the model.
+    /// Weights in other formats, copies of the weights in folders below, adapters, and what Git and downloads keep for
+    /// themselves are left behind, except in the folders of modules that `modules.json` names: those are parts of the model.
+    /// So are links that lead nowhere, or to a folder that they are in.
     pub fn other_files(&self) -> Result<OtherFiles, Error> {
         let mut files = OtherFiles::default();
         if self.is_folder {
             self.walk(Path::new(""), &self.modules()?, &mut files)?;
         }
         files.copied.sort();
+        files.unchanged.sort();
         files.left.sort();
         Ok(files)
     }
@@ -205,14 +208,53 @@ impl Base {
             }
             let path = self.path.join(&relative);
             // Links are followed: a download keeps its files behind links.
-            let kind = fs::metadata(&path).map_err(Error::read(&path))?;
-            match kind.is_dir() {
-                true => self.walk(&relative, modules, files)?,
-                false if kind.is_file() => files.copied.push(relative),
-                false => files.left.push(relative),
+            let kind = match fs::metadata(&path) {
+                Ok(kind) => kind,
+                Err(error) if error.kind() == ErrorKind::NotFound && path.is_symlink() => {
+                    files.left.push(relative);
+                    continue;
+                }
+                Err(error) => return Err(Error::read(&path)(error)),
+            };
+            if kind.is_dir() {
+                match self.is_around(&path, folder) {
+                    true => files.left.push(relative),
+                    false => self.walk(&relative, modules, files)?,
+                }
+            } else if !kind.is_file() || (!is_module && self.has_tensors_of(&path)) {
+                files.left.push(relative);
+            } else {
+                if !is_module && name.ends_with(EXTENSION) {
+                    files.unchanged.push(relative.clone());
+                }
+                files.copied.push(relative);
             }
         }
         Ok(())
+    }
+
+    /// Whether a folder, as which a link may serve, is the same as this folder of the model or one that it is in.
+    fn is_around(&self, path: &Path, folder: &Path) -> bool {
+        let mut around = folder.ancestors().map(|above| self.path.join(above));
+        around.any(|above| is_same_file(path, above).unwrap_or(false))
+    }
+
+    /// Whether a file has tensors with names of this model, as a copy of its weights has, or is the index of such a copy. One
+    /// that is neither a safetensors file nor an index has none.
+    fn has_tensors_of(&self, path: &Path) -> bool {
+        let name = path.to_string_lossy();
+        if name.ends_with(EXTENSION) {
+            let file = input::open(path).map_err(Error::read(path));
+            let header = file.and_then(|mut file| header::read(path, &mut file));
+            return header.is_ok_and(|header| {
+                let mut entries = header.entries.iter();
+                entries.any(|entry| self.places.contains_key(&entry.key))
+            });
+        }
+        let map = || weight_map(path, &read_index(path)?);
+        let is_ours =
+            |map: BTreeMap<String, String>| map.keys().any(|key| self.places.contains_key(key));
+        name.ends_with(INDEX) && map().is_ok_and(is_ours)
     }
 }
 
@@ -221,6 +263,8 @@ impl Base {
 pub struct OtherFiles {
     /// What a copy of the model needs.
     pub copied: Vec<PathBuf>,
+    /// What of it are weights of other modules, which no adapter changes here.
+    unchanged: Vec<PathBuf>,
     /// What a merged model must not carry along, or cannot.
     pub left: Vec<PathBuf>,
 }
@@ -232,23 +276,30 @@ impl OtherFiles {
         paths.map(|path| path.display().to_string()).collect()
     }
 
-    /// The line that says what is left behind.
-    pub fn note(&self) -> Option<String> {
-        const SHOWN: usize = 8;
-        let mut names = self.left_names();
-        let more = match names.len().saturating_sub(SHOWN) {
-            0 => String::new(),
-            more => format!(" and {more} more"),
-        };
-        names.truncate(SHOWN);
-        (!names.is_empty()).then(|| {
+    /// The lines that say what is left behind, and which weights are copied as they are.
+    pub fn notes(&self) -> Vec<String> {
+        let left = some_of(&self.left).map(|names| {
             format!(
-                "note: left behind, as weights from before the merge, adapters or no files of a model: {}{more}; copy by \
-                 hand what you need",
-                names.join(", ")
+                "note: left behind, as weights from before the merge, adapters or no files of a model: {names}; copy by \
+                 hand what you need"
             )
-        })
+        });
+        let unchanged = some_of(&self.unchanged)
+            .map(|names| format!("note: copied as they are, since only weights of the folder itself are changed: {names}"));
+        left.into_iter().chain(unchanged).collect()
     }
+}
+
+/// The first of these paths, and how many more there are; none without any.
+fn some_of(paths: &[PathBuf]) -> Option<String> {
+    const SHOWN: usize = 8;
+    let shown = paths.iter().take(SHOWN);
+    let names: Vec<_> = shown.map(|path| path.display().to_string()).collect();
+    let more = match paths.len().saturating_sub(SHOWN) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    (!names.is_empty()).then(|| names.join(", ") + &more)
 }
 
 /// What Git and downloads keep for themselves.
@@ -326,7 +377,11 @@ fn weights(folder: &Path) -> Result<Weights, Error> {
     let (names, index) = match (&index[..], &files[..]) {
         ([], [file]) => (vec![file.to_string()], None),
         ([], []) => {
-            let reason = "the folder has no safetensors file; pickles run code, so save the model as safetensors first";
+            let reason = match names.iter().find(|name| ADAPTER.contains(&name.as_str())) {
+                Some(name) => format!("the folder has `{name}` of an adapter and no model"),
+                None => "the folder has no safetensors file; pickles run code, so save the model as safetensors first"
+                    .to_string(),
+            };
             return Err(Error::malformed(folder, reason));
         }
         ([index], _) => {

@@ -5,6 +5,7 @@ use burn_boft::tensors::{decode, file_name, from_file, is_float};
 
 use crate::base::Base;
 use crate::error::Error;
+use crate::interrupt;
 use crate::pieces::COMPUTED;
 use crate::sums::{Sums, compare};
 
@@ -121,6 +122,10 @@ pub fn check<'a>(
 }
 
 /// Compares tensors of a model with those of another, which has them in the same shapes.
+///
+/// # Errors
+///
+/// [`Error::Interrupted`], and what reading fails with.
 pub fn between<'a>(
     found: &Base,
     expected: &Base,
@@ -134,6 +139,7 @@ pub fn between<'a>(
         };
         let count: usize = entry.shape.iter().product();
         for start in (0..count).step_by(COMPUTED) {
+            interrupt::check()?;
             let numbers = start..count.min(start + COMPUTED);
             let part = |model: &Base| -> Result<TensorData, Error> {
                 let refuse = || Error::tensor(&model.path, key, "cannot be compared");

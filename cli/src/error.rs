@@ -63,6 +63,14 @@ pub enum Error {
     #[error("interrupted before the output was complete; nothing was written")]
     Interrupted,
 
+    /// Somebody asked the program to stop while it compared its result.
+    #[error(
+        "interrupted: {output} is complete, and was not compared with {base}",
+        output = output.display(),
+        base = base.display()
+    )]
+    NotCompared { output: PathBuf, base: PathBuf },
+
     /// Tensors that do not make an adapter.
     #[error(transparent)]
     Mismatch(#[from] Mismatch),
@@ -120,7 +128,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Write { .. } => 1,
-            Self::Interrupted => INTERRUPTED,
+            Self::Interrupted | Self::NotCompared { .. } => INTERRUPTED,
             _ => 2,
         }
     }

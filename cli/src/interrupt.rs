@@ -16,7 +16,7 @@ enum State {
     Idle,
     /// Something temporary is on the disk.
     Writing,
-    /// As before, and the thread that writes it was asked to stop.
+    /// The thread that writes, or that looks at the result, was asked to stop.
     Stopping,
     /// The result has its name.
     Complete,
@@ -32,9 +32,9 @@ pub fn handle() {
         match *state {
             // The lock is kept, so nothing temporary appears while the program ends.
             State::Idle => process::exit(i32::from(INTERRUPTED)),
-            State::Writing => *state = State::Stopping,
-            // The program is about to end in any case.
-            State::Stopping | State::Complete => {}
+            // After a result, the program is about to end in any case, unless it looks at the result.
+            State::Writing | State::Complete => *state = State::Stopping,
+            State::Stopping => {}
         }
     });
 }
@@ -59,7 +59,7 @@ pub fn check() -> Result<(), Error> {
     }
 }
 
-/// Gives what was temporary its name, unless an interrupt came first; one that comes later changes nothing.
+/// Gives what was temporary its name, unless an interrupt came first; one that comes later does not change the result.
 ///
 /// # Errors
 ///

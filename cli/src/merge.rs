@@ -49,7 +49,7 @@ pub fn run(options: &Merge, json: bool) -> Result<(), Error> {
     }
     // Looked for before the weights are written, since that takes long.
     let others = base.other_files()?;
-    others.note().iter().for_each(|line| note(line));
+    others.notes().iter().for_each(|line| note(line));
     let plan = Plan {
         base: &base,
         adapters: &adapters,

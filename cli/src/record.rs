@@ -147,6 +147,12 @@ fn saved(adapter: &Adapter, base: Option<&Base>) -> Result<Vec<Tensor>, Error> {
             false => rank,
         };
         let owner = match (name, rank) {
+            ("weight", Some(1)) if !biases.contains(module) && is_activation(module) => {
+                return Err(Error::Settings(format!(
+                    "`{path}` may belong to a PReLU, whose weight Burn calls `alpha`, and a record cannot say so; attach the \
+                     adapter to its model in Rust and save that"
+                )));
+            }
             (_, Some(1)) => TensorOwner::Norm,
             ("weight", Some(2)) if !biases.contains(module) => {
                 return Err(Error::Settings(format!(
@@ -173,6 +179,13 @@ fn saved(adapter: &Adapter, base: Option<&Base>) -> Result<Vec<Tensor>, Error> {
         tensors.push(tensor(join(module, name), data));
     }
     Ok(tensors)
+}
+
+/// Whether a module has a name of activation functions. With a weight for each channel it is a PReLU, and a norm without a bias
+/// has the same tensors; only the name tells them apart.
+fn is_activation(module: &str) -> bool {
+    let name = module.rsplit('.').next().unwrap_or(module).to_lowercase();
+    name.contains("relu") || name.starts_with("act")
 }
 
 /// PyTorch's name of a tensor that Burn calls this. Only the tensors of norms have other names in Burn.
@@ -351,6 +364,19 @@ impl RecordReader<'_> {
         layer.map_err(|mismatch| Error::malformed(self.path, mismatch.to_string()))
     }
 
+    /// Whether a module has no tensors but those of a norm in Burn, nor modules with tensors. A `gamma` among others is a
+    /// number of the model's own, as for the scale of a layer, and has the same name in PyTorch.
+    fn is_norm(&self, module: &str) -> bool {
+        const NORM: [&str; 4] = ["gamma", "beta", "running_mean", "running_var"];
+        let start = match module {
+            "" => String::new(),
+            module => format!("{module}."),
+        };
+        let names = self.tensors.range(start.clone()..).map(|(name, _)| name);
+        let mut own = names.map_while(|name| name.strip_prefix(&start));
+        own.all(|name| NORM.contains(&name))
+    }
+
     /// A bias or a part of a saved module, with PyTorch's name and orientation.
     fn saved(
         &self,
@@ -360,7 +386,8 @@ impl RecordReader<'_> {
     ) -> Result<Option<SavedTensor>, Error> {
         let (module, own) = name.rsplit_once('.').unwrap_or(("", name));
         let selection = self.config.selection();
-        let is_bias = torch_name(own) == "bias"
+        let is_norm = self.is_norm(module);
+        let is_bias = (own == "bias" || own == "beta" && is_norm)
             && match selection.bias {
                 Bias::None => false,
                 Bias::All => true,
@@ -390,7 +417,8 @@ impl RecordReader<'_> {
                 ));
             }
             ("weight", 2) => TensorOwner::Linear,
-            _ => TensorOwner::Norm,
+            _ if is_norm => TensorOwner::Norm,
+            _ => TensorOwner::Other,
         };
         let tensor = SavedTensor::from_burn(module, own, data.clone(), owner);
         Ok(Some(tensor))

@@ -41,13 +41,20 @@ pub fn run(options: &Unmerge, json: bool) -> Result<(), Error> {
     }
     let turn = Backward::new();
     let others = merged.other_files()?;
-    others.note().iter().for_each(|line| note(line));
+    others.notes().iter().for_each(|line| note(line));
     rewrite(&merged, &others.copied, &changes, &options.output, &turn)?;
     let again = turn.difference();
     let base = match &base {
         Some(base) => {
             let restored = Base::open(&options.output)?;
-            Some(between(&restored, base, changes.of.keys())?)
+            let difference = between(&restored, base, changes.of.keys());
+            Some(difference.map_err(|error| match error {
+                Error::Interrupted => Error::NotCompared {
+                    output: options.output.clone(),
+                    base: base.path.clone(),
+                },
+                error => error,
+            })?)
         }
         None => None,
     };

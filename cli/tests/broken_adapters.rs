@@ -24,6 +24,10 @@ fn a_file_that_is_not_there_is_named() {
         merge("empty", "adapter"),
         "empty: the folder has no safetensors file; pickles run code, so save the model as safetensors first"
     );
+    assert_eq!(
+        merge("adapter", "adapter"),
+        "adapter: the folder has `adapter_config.json` of an adapter and no model"
+    );
     fs::remove_file(place.path().join("adapter/adapter_model.safetensors")).unwrap();
     assert_eq!(
         merge("base.safetensors", "adapter"),

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use burn::module::Module;
+use burn::module::{Module, Param};
 use burn::nn::{LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use burn::store::ModuleRecord;
-use burn::tensor::{Device, TensorData};
+use burn::tensor::{Device, Tensor as Numbers, TensorData};
 use burn_boft::value::AdapterLayer;
 use burn_boft::{Adapter, AdapterConfig, BoftConfig, OftConfig, TargetModules, inject, merge};
 use serde_json::{Value, json};
@@ -240,6 +240,89 @@ fn a_parameter_that_pytorch_itself_calls_gamma_is_not_put_into_a_record() {
         "`norm.gamma` has a name that means `weight` in Burn's norms, and would be read back as that; keep the adapter in \
          PEFT's folder"
     );
+}
+
+/// A PReLU and a norm without a bias have the same tensors in PyTorch, and Burn calls those of a PReLU otherwise.
+#[test]
+fn the_weight_of_an_activation_is_not_put_into_a_record_as_that_of_a_norm() {
+    let case = Case::open("cases/boft-mlp-saved-batch-norm");
+    let folder = case.folder();
+    let mut tensors = read(&case.adapter.join("adapter_model.safetensors"));
+    tensors.retain(|key, _| !key.contains(".norm.") || key.ends_with("norm.weight"));
+    let renamed = |name: &str| {
+        let key = |key: &str| key.replace(".norm.", &format!(".{name}."));
+        let tensors = tensors
+            .iter()
+            .map(|(old, tensor)| (key(old), tensor.clone()));
+        let mut config = read_json(&case.adapter.join("adapter_config.json"));
+        config["modules_to_save"] = json!([name, "classifier"]);
+        write_adapter(&folder.path().join(name), &config, &tensors.collect());
+        let command = ["convert", name, "--to", "record", "--output", "a.bpk"];
+        command.map(str::to_string).to_vec()
+    };
+    assert_eq!(
+        refused(folder.path(), &texts(&renamed("act1"))),
+        "`act1.weight` may belong to a PReLU, whose weight Burn calls `alpha`, and a record cannot say so; attach the adapter \
+         to its model in Rust and save that"
+    );
+    succeed(folder.path(), &texts(&renamed("rms")));
+}
+
+#[derive(Module, Debug)]
+struct ScaledBlock {
+    fc: Linear,
+    /// A scale of the model's own, as ConvNeXt has it, which PyTorch calls by the same name.
+    gamma: Param<Numbers<1>>,
+}
+
+#[test]
+fn a_gamma_that_is_no_part_of_a_norm_keeps_its_name() {
+    let folder = tempfile::tempdir().unwrap();
+    #[derive(Module, Debug)]
+    struct Model {
+        hidden: Linear,
+        block: ScaledBlock,
+        norm: LayerNorm,
+    }
+    let device = Device::flex();
+    let model = Model {
+        hidden: LinearConfig::new(8, 6).init(&device),
+        block: ScaledBlock {
+            fc: LinearConfig::new(6, 6).init(&device),
+            gamma: Param::from_tensor(Numbers::from_data([0.5f32, 2.0, 3.0], &device)),
+        },
+        norm: LayerNormConfig::new(6).init(&device),
+    };
+    let config = OftConfig::new()
+        .with_block_size(4)
+        .with_target_modules(["hidden"])
+        .with_modules_to_save(["block", "norm"]);
+    let settings = serde_json::to_value(AdapterConfig::from(config.clone())).unwrap();
+    write_json(&folder.path().join("settings.json"), &settings);
+    let record = inject(model, config).unwrap().into_record();
+    record.save(folder.path().join("model.bpk")).unwrap();
+    let convert = convert_command("model.bpk", "peft", "back");
+    succeed(
+        folder.path(),
+        &[&convert[..], &["--config", "settings.json"]].concat(),
+    );
+    let tensors = read(&folder.path().join("back/adapter_model.safetensors"));
+    let saved = tensors.keys().filter(|key| !key.contains("oft_R"));
+    let saved: Vec<_> = saved
+        .map(|key| key.trim_start_matches("base_model.model."))
+        .collect();
+    assert_eq!(
+        saved,
+        [
+            "block.fc.bias",
+            "block.fc.weight",
+            "block.gamma",
+            "norm.bias",
+            "norm.weight"
+        ]
+    );
+    let gamma = &tensors["base_model.model.block.gamma"];
+    assert_eq!(gamma.numbers, [0.5, 2.0, 3.0]);
 }
 
 /// The path of such a layer is empty, so the names in its record start with those of the adapter.

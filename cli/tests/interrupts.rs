@@ -295,6 +295,54 @@ fn an_interrupt_after_the_output_has_its_name_changes_nothing() {
     }
 }
 
+/// The output stays, since it is complete, and the exit code says that the rest is not.
+#[test]
+fn a_comparison_with_the_base_ends_at_an_interrupt() {
+    let place = Place::new();
+    let base = [("0.fc.weight".to_string(), Tensor::random(&[100_000, 24], 5))];
+    write(&place.path().join("base.safetensors"), &base.into());
+    let rotation = [(
+        "base_model.model.0.fc.oft_R.weight".to_string(),
+        Tensor::random(&[6, 6], 3),
+    )];
+    let config = read_json(&place.path().join("oft/adapter_config.json"));
+    write_adapter(&place.path().join("one"), &config, &rotation.into());
+    let output = place.path().join("out.safetensors");
+    // A comparison may be over before the signal comes, but hardly ever.
+    let was_interrupted = (0..20).any(|_| {
+        let command = "unmerge --merged base.safetensors --adapter one --base base.safetensors --output out.safetensors";
+        let child = Command::new(env!("CARGO_BIN_EXE_burn-boft"))
+            .args(command.split(' '))
+            .current_dir(place.path())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        while !output.exists() {
+            std::thread::yield_now();
+        }
+        send(&child, Signal::SIGINT);
+        let ended = child.wait_with_output().unwrap();
+        assert_eq!(read(&output).len(), 1);
+        fs::remove_file(&output).unwrap();
+        let text = String::from_utf8(ended.stderr).unwrap();
+        match ended.status.code() {
+            Some(130) => {
+                assert_eq!(
+                    text,
+                    "error: interrupted: out.safetensors is complete, and was not compared with base.safetensors\n"
+                );
+                true
+            }
+            code => {
+                assert_eq!((code, text.as_str()), (Some(0), ""));
+                false
+            }
+        }
+    });
+    assert!(was_interrupted);
+}
+
 #[test]
 fn a_large_file_that_is_interrupted_leaves_nothing_behind() {
     let place = Place::new();

@@ -124,6 +124,71 @@ fn the_modules_of_a_sentence_transformer_are_copied_with_their_weights() {
     );
 }
 
+/// What lies in folders below a model may be its weights once more, or those of another module, which it needs.
+#[test]
+fn weights_in_folders_below_are_copied_with_a_note_unless_they_are_those_of_the_model() {
+    let place = MergeFolder::new();
+    let model = place.path().join("model");
+    for folder in ["checkpoint", "sharded", "speech_tokenizer"] {
+        fs::create_dir_all(model.join(folder)).unwrap();
+    }
+    write(&model.join("model.safetensors"), &place.base);
+    write(&model.join("checkpoint/model.safetensors"), &place.base);
+    write_shards(&model.join("sharded"), std::slice::from_ref(&place.base));
+    let speech = [("decoder.weight".to_string(), Tensor::random(&[3, 2], 1))];
+    write(
+        &model.join("speech_tokenizer/model.safetensors"),
+        &speech.into(),
+    );
+    fs::write(model.join("speech_tokenizer/config.json"), "{}").unwrap();
+    let merge = run(place.path(), &merge_command("model", "adapter", "merged"));
+    assert_eq!(
+        (merge.code, merge.stderr.as_str()),
+        (
+            0,
+            "note: left behind, as weights from before the merge, adapters or no files of a model: \
+             checkpoint/model.safetensors, sharded/model-00001-of-00001.safetensors, \
+             sharded/model.safetensors.index.json; copy by hand what you need\n\
+             note: copied as they are, since only weights of the folder itself are changed: \
+             speech_tokenizer/model.safetensors\n"
+        )
+    );
+    let merged = place.path().join("merged");
+    assert_eq!(names(&merged), ["model.safetensors", "speech_tokenizer"]);
+    let copied = names(&merged.join("speech_tokenizer"));
+    assert_eq!(copied, ["config.json", "model.safetensors"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn links_that_lead_nowhere_or_back_are_left_behind() {
+    use std::os::unix::fs::symlink;
+
+    let place = MergeFolder::new();
+    let model = place.path().join("model");
+    fs::create_dir_all(model.join("tokenizer")).unwrap();
+    write(&model.join("model.safetensors"), &place.base);
+    fs::write(place.path().join("words.txt"), "a b").unwrap();
+    symlink("../../words.txt", model.join("tokenizer/words.txt")).unwrap();
+    symlink("none", model.join(".#config.json")).unwrap();
+    symlink(".", model.join("again")).unwrap();
+    symlink("../../model", model.join("tokenizer/model")).unwrap();
+    let merge = run(place.path(), &merge_command("model", "adapter", "merged"));
+    assert_eq!(
+        (merge.code, merge.stderr.as_str()),
+        (
+            0,
+            "note: left behind, as weights from before the merge, adapters or no files of a model: .#config.json, again, \
+             tokenizer/model; copy by hand what you need\n"
+        )
+    );
+    let merged = place.path().join("merged");
+    assert_eq!(names(&merged), ["model.safetensors", "tokenizer"]);
+    assert_eq!(names(&merged.join("tokenizer")), ["words.txt"]);
+    let words = fs::symlink_metadata(merged.join("tokenizer/words.txt")).unwrap();
+    assert!(words.is_file(), "a copy, not a link");
+}
+
 #[test]
 fn a_dry_run_says_what_would_change_and_writes_nothing() {
     let case = Case::open("cases/boft-mlp-bias-only-saved");

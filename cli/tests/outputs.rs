@@ -66,7 +66,8 @@ fn an_output_that_exists_or_lies_inside_an_input_is_refused() {
     );
 }
 
-#[cfg(unix)]
+/// The number and the words of the error are those of Linux.
+#[cfg(target_os = "linux")]
 #[test]
 fn a_file_that_cannot_be_copied_is_reported_before_the_weights_are_written() {
     let place = MergeFolder::new();
@@ -76,10 +77,10 @@ fn a_file_that_cannot_be_copied_is_reported_before_the_weights_are_written() {
     let mut base = place.base.clone();
     base.get_mut("fc1.weight").unwrap().numbers[0] = f64::NAN;
     write(&model.join("model.safetensors"), &base);
-    std::os::unix::fs::symlink("none", model.join("vocabulary.txt")).unwrap();
+    std::os::unix::fs::symlink("vocabulary.txt", model.join("vocabulary.txt")).unwrap();
     assert_eq!(
         place.refused_with(&["--base", "model", "--output", "out"]),
-        "model/vocabulary.txt cannot be read: No such file or directory (os error 2)"
+        "model/vocabulary.txt cannot be read: Too many levels of symbolic links (os error 40)"
     );
 }
 

@@ -90,7 +90,8 @@ fn try_read(folder: &Path) -> Result<Option<Pair>, LoadError> {
             // A folder that is no adapter at all lacks its settings first.
             config()?;
             let folder = folder.to_path_buf();
-            return Err(match folder.join(PICKLE_FILE).exists() {
+            let is_absent = error.kind() == io::ErrorKind::NotFound;
+            return Err(match is_absent && folder.join(PICKLE_FILE).exists() {
                 true => LoadError::Pickle { folder },
                 false => failed(&tensors_path)(error),
             });

@@ -27,6 +27,15 @@ fn loading_names_the_file_that_is_missing() {
         "… has adapter_model.bin and no adapter_model.safetensors; pickles run code, so load it in PEFT and save it \
          there as safetensors"
     );
+    // It is there, and cannot be opened.
+    #[cfg(target_os = "linux")]
+    {
+        std::os::unix::fs::symlink(TENSORS, folder.path().join(TENSORS)).unwrap();
+        assert_eq!(
+            refusal(folder.path()),
+            format!("…/{TENSORS} cannot be read: Too many levels of symbolic links (os error 40)")
+        );
+    }
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::thread;
 
 use burn::module::Module;
 use burn::nn;
-use burn::optim::{AdamConfig, GradientsParams};
+use burn::optim::{AdamConfig, GradientsAccumulator, GradientsParams};
 use burn::tensor::remote::RemoteHost;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_boft::{Adapter, BoftConfig, BoftLinear, Init, inject, merge};
@@ -59,8 +59,9 @@ impl Model {
         }
     }
 
-    fn forward(&self, device: &Device) -> Tensor<2> {
-        let images = numbers([IMAGES, 6, 5, 5], 9, device);
+    /// Of images that belong to this number.
+    fn forward(&self, seed: usize, device: &Device) -> Tensor<2> {
+        let images = numbers([IMAGES, 6, 5, 5], seed, device);
         let hidden = self.convolution.forward(images).flatten(1, 3);
         self.plain.forward(self.fast.forward(hidden).tanh())
     }
@@ -90,14 +91,14 @@ fn train(width: usize, device: &Device, mut each: impl FnMut()) -> Trained {
     let device = device.clone().autodiff();
     let base = Model::new(width, &device);
     let teacher = inject(base.clone(), config().with_init(Init::Random { seed: 5 })).unwrap();
-    let goal = teacher.forward(&device).detach();
+    let goal = teacher.forward(9, &device).detach();
     let mut model = inject(base, config()).unwrap();
     let mut optimizer = AdamConfig::new().init();
     device.sync().unwrap();
     each();
     let mut losses = Vec::new();
     for _ in 0..STEPS {
-        let loss = (model.forward(&device) - goal.clone()).square().mean();
+        let loss = (model.forward(9, &device) - goal.clone()).square().mean();
         let gradients = GradientsParams::from_grads(loss.backward(), &model);
         losses.push(host(loss)[0]);
         // The wider a layer, the smaller a step has to be.
@@ -109,9 +110,51 @@ fn train(width: usize, device: &Device, mut each: impl FnMut()) -> Trained {
     let device = device.inner();
     Trained {
         losses,
-        output: host(model.forward(&device)),
+        output: host(model.forward(9, &device)),
         adapter: Adapter::extract(&model).unwrap(),
-        merged: host(merge(model).unwrap().forward(&device)),
+        merged: host(merge(model).unwrap().forward(9, &device)),
+    }
+}
+
+/// Trains as [`train`] does, with twice the images, half of them on each of two devices.
+///
+/// It does what Burn's strategy for several devices does: each device takes the model anew for each step, and the first one
+/// adds up the gradients and updates the model. `each` is called before and after gradients are sent to it.
+fn train_together(width: usize, devices: [&Device; 2], mut each: impl FnMut()) -> Trained {
+    let devices = devices.map(|device| device.clone().autodiff());
+    let [first, _] = &devices;
+    let base = Model::new(width, first);
+    let teacher = inject(base.clone(), config().with_init(Init::Random { seed: 5 })).unwrap();
+    let seeds = [9, 10];
+    let goals = seeds.map(|seed| teacher.forward(seed, first).detach());
+    let mut model = inject(base, config()).unwrap();
+    let mut optimizer = AdamConfig::new().init();
+    let mut losses = Vec::new();
+    for _ in 0..STEPS {
+        let mut accumulator = GradientsAccumulator::new();
+        let mut loss_of_step = 0.0;
+        for (index, (device, goal)) in devices.iter().zip(&goals).enumerate() {
+            let model_there = model.clone().fork(device);
+            let output = model_there.forward(seeds[index], device);
+            let loss = (output - goal.clone().to_device(device)).square().mean() / 2.0;
+            let gradients = GradientsParams::from_grads(loss.backward(), &model_there);
+            loss_of_step += host(loss)[0];
+            each();
+            let gradients = gradients.to_device(first, &model);
+            first.sync().unwrap();
+            each();
+            accumulator.accumulate(&model, gradients);
+        }
+        losses.push(loss_of_step);
+        model = optimizer.step(0.3 / width as f64, model, accumulator.grads());
+    }
+    let model = model.valid();
+    let device = first.clone().inner();
+    Trained {
+        losses,
+        output: host(model.forward(9, &device)),
+        adapter: Adapter::extract(&model).unwrap(),
+        merged: host(merge(model).unwrap().forward(9, &device)),
     }
 }
 
@@ -261,6 +304,41 @@ fn a_model_on_a_server_learns_what_it_learns_here_and_its_base_is_sent_once() {
     assert!(large[1] < large[0] / 4, "a step sends {} bytes", large[1]);
     assert!(large[1] < small[1] * 5 / 4, "{small:?} and {large:?}");
     assert!(large[2] < 20_000, "a step receives {} bytes", large[2]);
+}
+
+/// Of what each device computes, the gradients of the adapter alone go to the one that updates the model.
+#[test]
+fn two_servers_learn_what_one_device_learns() {
+    let (one, other) = (Server::start(), Server::start());
+    let wire = Wire::to(&other);
+    let width = 1600;
+    let mut marks = Vec::new();
+    let found = train_together(
+        width,
+        [&server_device(&one.address), &server_device(&wire.address)],
+        || marks.push(wire.bytes()),
+    );
+    let here = Device::flex();
+    agrees(&found, &train_together(width, [&here, &here], || {}));
+    let layers = found.adapter.layers().iter();
+    let numbers = layers.map(|layer| {
+        let scale = layer.scale().map_or(0, |scale| scale.num_elements());
+        (layer.skew().num_elements() + scale) as u64
+    });
+    let gradients = 4 * numbers.sum::<u64>();
+    // Marks are made before and after the first device's gradients, which are there already, and the other one's.
+    for step in marks.chunks(4) {
+        let came = step[3][1] - step[2][1];
+        println!("{came} bytes came for {gradients} of gradients");
+        assert!((gradients..gradients + 1000).contains(&came));
+        assert_eq!(step[1], step[0]);
+    }
+    let [sent, _] = marks.last().unwrap();
+    let base = 4 * (4 * 24 + 65 * width + 11 * width) as u64;
+    assert!(
+        *sent < base / 2,
+        "{sent} bytes were sent, and the base has {base}"
+    );
 }
 
 /// A pin: the day this fails, `src/ops/butterfly.rs` may permute axes again instead of swapping them.

@@ -32,6 +32,8 @@ d850d8b1, put before the installed one by PYTHONPATH) there is no extension, and
 `lycoris-oft-b32` and `lycoris-boft-b8` are `diag-oft` and `boft` of LyCORIS, on linear layers, if it is installed. It
 chooses its own sizes: blocks of no more than 32 numbers, or as many factors of blocks of 8 as fit. It rotates
 outputs where PEFT rotates inputs. A layer whose width it cannot factor ends the method.
+
+`frozen-q8`, `qoft-b32` and `qlora-r8` have the adapted layers in eight bits, by bitsandbytes if it is installed.
 """
 
 import argparse
@@ -56,6 +58,7 @@ from transformers.utils import logging
 DINOV2_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 ADAPTERS = ["lora-r8", "oft-b32", "boft-m1-b4", "boft-m2-b4", "boft-m4-b4", "boft-m2-b8"]
 LYCORIS = ["lycoris-oft-b32", "lycoris-boft-b8"]
+QUANTIZED = ["frozen-q8", "qoft-b32", "qlora-r8"]
 TRAINING = ["frozen", *ADAPTERS, "full", "plain", "merged"]
 INFERENCE = ["plain", *ADAPTERS, "merged"]
 
@@ -162,12 +165,26 @@ def adapt_by_lycoris(model, method):
     return model
 
 
+def quantize(model):
+    """The model with the layers that are adapted in eight bits, packed when it goes to a device."""
+    from bitsandbytes.nn import Linear8bitLt
+
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name.endswith(tuple(model.targets)):
+            sizes = (layer.in_features, layer.out_features, layer.bias is not None)
+            packed = Linear8bitLt(*sizes, has_fp16_weights=False)
+            packed.load_state_dict(layer.state_dict())
+            model.set_submodule(name, packed)
+    return model
+
+
 def adapt(model, method):
     """The model wrapped by PEFT."""
     if method in LYCORIS:
         return adapt_by_lycoris(model, method)
     if method == "merged":
         method = "boft-m2-b4"
+    method = method.removeprefix("q")
     kind, *numbers = method.split("-")
     if kind == "lora":
         config = LoraConfig(r=8, lora_alpha=8, target_modules=model.targets)
@@ -196,7 +213,9 @@ class Step:
         self.device, self.method = device, method
         self.input = torch.randn(shape).to(device, dtype)
         model = build().to(dtype).train()
-        if method in ("frozen", "plain"):
+        if method in QUANTIZED:
+            model = quantize(model).to(device)
+        if method in ("frozen", "frozen-q8", "plain"):
             model.requires_grad_(False)
         elif method != "full":
             model = adapt(model, method)
@@ -275,7 +294,7 @@ def measure(case, args):
     device, dtype = args.device, getattr(torch, args.dtype)
     floor, *others = CASES[case][2]
     methods = [floor, *(method for method in others if not args.method or method in args.method)]
-    methods += [method for method in LYCORIS if method in (args.method or [])]
+    methods += [method for method in LYCORIS + QUANTIZED if method in (args.method or [])]
     steps = {method: Step(case, method, device, dtype) for method in methods}
     cold = {method: step.run() for method, step in steps.items()}
     for step in steps.values():
@@ -324,7 +343,7 @@ def serve(args):
 def main():
     parser = argparse.ArgumentParser(description="The step benchmark, in PyTorch and PEFT.")
     parser.add_argument("--case", action="append", choices=CASES, help="cases to run; all if none is given")
-    parser.add_argument("--method", action="append", choices=TRAINING + LYCORIS, help="methods beside the floor; default PEFT's")
+    parser.add_argument("--method", action="append", choices=TRAINING + LYCORIS + QUANTIZED, help="methods beside the floor; default PEFT's")
     parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the base")
     parser.add_argument("--rounds", type=int, default=11, help="times that every method takes its turn")

@@ -1,7 +1,7 @@
 //! Attention, GELU, layer normalization and scaled sums with backward passes of their own.
 //!
 //! Burn's fused attention and layer normalization have no backward pass, so that a model that is trained takes a dozen
-//! operations for each, and Burn's CPU backend computes these, softmax and GELU on one thread. Here they are operations
+//! operations for each, and Burn's CPU backend computes these and GELU on one thread. Here they are operations
 //! of the graph, with kernels for single precision on the CPU. In all other cases, also for norms and scales that are
 //! trained themselves, they are computed by Burn's own operations.
 

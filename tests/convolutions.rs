@@ -8,7 +8,8 @@ use burn::nn::PaddingConfig2d;
 use burn::nn::conv::{Conv2d, Conv2dConfig};
 use burn::tensor::{DType, Device, Tensor};
 use burn_boft::{
-    BoftAdapter, BoftConfig, BoftConv2d, BoftConv2dConfig, Cayley, Init, OftConfig, inject,
+    AdapterConfig, Bias, BoftAdapter, BoftConfig, BoftConv2d, BoftConv2dConfig, Cayley, Init,
+    OftConfig, inject,
 };
 use common::models::distance;
 use common::{Matrix, Sizes, assert_close, devices, drift, host, noise, rotation, tensor};
@@ -296,6 +297,63 @@ fn a_convolution_and_its_gradients_are_those_of_the_dense_rotation() {
     }
 }
 
+/// Blocks of a polynomial have a kernel of their own. Burn's layer asks for the weight that they have changed, and its graph finds
+/// the gradients.
+#[test]
+fn a_convolution_with_a_polynomial_and_its_gradients_are_those_of_burns_layer() {
+    for (name, device) in devices() {
+        let device = device.autodiff();
+        // In place of the case without a kernel, one block for all of its 128 numbers.
+        let sizes = [2, 4, 8, 4, 12, 16, 128];
+        for (case, block_size) in cases().iter().zip(sizes) {
+            for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 1e-5)] {
+                let config = OftConfig::new()
+                    .with_block_size(block_size)
+                    .with_cayley(Cayley::Neumann { terms: 5 })
+                    .with_init(Init::Random { seed: 5 })
+                    .with_bias(Bias::All)
+                    .with_target_modules(".*");
+                let twin = case.layer(dtype, &device);
+                let burn = inject(Conv2d::from(twin.clone()), config.clone()).unwrap();
+                let twin = inject(twin, config).unwrap();
+                let twin = trained(&twin.weight, &twin.bias, case, |x| twin.forward(x));
+                let burn = trained(&burn.weight, &burn.bias, case, |x| burn.forward(x));
+                let names = ["output", "input", "skew", "bias"];
+                for (what, (actual, expected)) in names.iter().zip(twin.iter().zip(&burn)) {
+                    let what = format!("{what} of {case:?} in {dtype:?} on {name}");
+                    assert_close(&what, actual, expected, tolerance);
+                }
+            }
+        }
+    }
+}
+
+/// The output of a layer, and the gradients of its input, its skew and its bias.
+fn trained(
+    weight: &Param<Tensor<4>>,
+    bias: &Option<Param<Tensor<1>>>,
+    case: &Case,
+    forward: impl Fn(Tensor<4>) -> Tensor<4>,
+) -> [Vec<f64>; 4] {
+    let (device, dtype) = (weight.base().device(), weight.base().dtype());
+    let shape = [case.images, case.channels[0], case.size[0], case.size[1]];
+    let input = noise(shape.iter().product(), 6, 1.0);
+    let input = tensor(&input, shape, dtype, &device).require_grad();
+    let output = forward(input.clone());
+    let probe = noise(output.shape().num_elements(), 7, 1.0);
+    let probe = tensor(&probe, output.dims(), dtype, &device);
+    let gradients = (output.clone() * probe).sum().backward();
+    let adapter: &BoftAdapter = weight.reparameterization().unwrap();
+    let bias = bias.as_ref().unwrap().val();
+    assert!(weight.base().grad(&gradients).is_none());
+    [
+        host(output),
+        host(input.grad(&gradients).unwrap()),
+        host(adapter.skew().grad(&gradients).unwrap()),
+        host(bias.grad(&gradients).unwrap()),
+    ]
+}
+
 #[test]
 fn gradients_have_the_same_bits_on_any_count_of_threads() {
     let case = &cases()[4];
@@ -389,14 +447,19 @@ fn a_trained_base_gets_the_gradient_that_burns_convolution_gives() {
     for (_, device) in devices() {
         let device = device.autodiff();
         let case = &cases()[0];
-        let gradient = |twin: bool| {
+        let boft = BoftConfig::new()
+            .with_block_size(2)
+            .with_n_butterfly_factor(2)
+            .with_init(Init::Random { seed: 5 })
+            .with_target_modules(".*");
+        let polynomial = OftConfig::new()
+            .with_block_size(4)
+            .with_cayley(Cayley::Neumann { terms: 5 })
+            .with_init(Init::Random { seed: 5 })
+            .with_target_modules(".*");
+        let gradient = |config: &AdapterConfig, twin: bool| {
             let layer = case.layer(DType::F64, &device);
-            let config = BoftConfig::new()
-                .with_block_size(2)
-                .with_n_butterfly_factor(2)
-                .with_init(Init::Random { seed: 5 })
-                .with_target_modules(".*");
-            let layer = inject(layer, config).unwrap().unfreeze();
+            let layer = inject(layer, config.clone()).unwrap().unfreeze();
             let base = layer.weight.base();
             let input = noise(3 * 4 * 9 * 7, 6, 1.0);
             let input = tensor(&input, [3, 4, 9, 7], DType::F64, &device);
@@ -420,6 +483,9 @@ fn a_trained_base_gets_the_gradient_that_burns_convolution_gives() {
             let gradients = (output * probe).sum().backward();
             base.grad(&gradients).map(host).unwrap()
         };
-        assert_close("the base", &gradient(true), &gradient(false), 1e-12);
+        for config in [boft.into(), polynomial.into()] {
+            let [twin, burn] = [true, false].map(|twin| gradient(&config, twin));
+            assert_close("the base", &twin, &burn, 1e-12);
+        }
     }
 }

@@ -26,6 +26,65 @@ use super::precision::reshape;
 use super::precision::widened;
 use super::{butterfly, cayley, conv, linear, requests};
 
+/// The portable version of [`BoftBackend::boft_conv2d_backward`]: a gradient of the weight, and the Gram backward of that.
+pub(super) fn conv2d_backward<B: BoftBackend>(
+    [input, weight, blocks, gradient]: [FloatTensor<B>; 4],
+    options: ConvOptions<2>,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let (input_gradient, weight_gradient) =
+        conv::gradients::<B>(input, weight.clone(), gradient, options);
+    let weight = conv::matrix::<B>(weight);
+    let blocks_gradient = B::boft_block_gradient(weight_gradient, weight, blocks, Side::Right);
+    (input_gradient, blocks_gradient)
+}
+
+/// The portable version of [`BoftBackend::boft_block_diagonal_conv2d_backward`], `∂L/∂R = dW'ᵀ·W` in the blocks.
+pub(super) fn block_diagonal_conv2d_backward<B: BoftBackend>(
+    [input, weight, blocks, gradient]: [FloatTensor<B>; 4],
+    options: ConvOptions<2>,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let changed = changed_kernel::<B>(weight.clone(), blocks.clone());
+    let (input_gradient, weight_gradient) = conv::gradients::<B>(input, changed, gradient, options);
+    let weight = conv::matrix::<B>(weight);
+    let blocks_gradient = products_of_blocks::<B>(weight_gradient, weight, &blocks, Side::Right);
+    (input_gradient, blocks_gradient)
+}
+
+/// The weight of a convolution times blocks that need not be orthogonal, `W·Rᵀ` for the weight as an `[o, c·kh·kw]` matrix.
+///
+/// # Shapes
+///
+/// - weight: `[o, c, kh, kw]`; so is the result
+/// - blocks: `[1, n, b, b]`
+pub(super) fn changed_kernel<B: BoftBackend>(
+    weight: FloatTensor<B>,
+    blocks: FloatTensor<B>,
+) -> FloatTensor<B> {
+    let shape = weight.shape().dims::<4>();
+    let (side, matrix) = (Side::Right, conv::matrix::<B>(weight));
+    let changed = B::boft_block_diagonal(matrix, blocks, side, side.weight_direction());
+    reshape::<B, 4>(changed, shape)
+}
+
+/// The diagonal blocks of `lhs·rhsᵀ` on the left, or of `lhsᵀ·rhs` on the right: the Gram backward of one factor, with the
+/// identity in place of its blocks.
+///
+/// # Shapes
+///
+/// - lhs, rhs: two `[d, columns]` for [`Side::Left`], or two `[rows, d]` for [`Side::Right`]
+/// - blocks: `[1, n, b, b]`; so is the result
+pub(super) fn products_of_blocks<B: BoftBackend>(
+    lhs: FloatTensor<B>,
+    rhs: FloatTensor<B>,
+    blocks: &FloatTensor<B>,
+    side: Side,
+) -> FloatTensor<B> {
+    let [m, n, b, _] = blocks.shape().dims::<4>();
+    let identity = reshape::<B, 4>(cayley::identity::<B>(blocks, b), [1, 1, b, b]);
+    let identities = B::float_expand(identity, [m, n, b, b].into());
+    B::boft_block_gradient(lhs, rhs, identities, side)
+}
+
 /// A tensor that an operation may do without.
 ///
 /// It stands in for `Option<FloatTensor<Self>>`, which `#[backend_extension]` does not support as an argument: the
@@ -364,12 +423,48 @@ pub trait BoftBackend: Backend {
         gradient: FloatTensor<Self>,
         options: ConvOptions<2>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let (input_gradient, weight_gradient) =
-            conv::gradients::<Self>(input, weight.clone(), gradient, options);
-        let weight = conv::matrix::<Self>(weight);
-        let blocks_gradient =
-            Self::boft_block_gradient(weight_gradient, weight, blocks, Side::Right);
-        (input_gradient, blocks_gradient)
+        conv2d_backward::<Self>([input, weight, blocks, gradient], options)
+    }
+
+    /// Convolves with a weight that blocks have changed, `W·Rᵀ` for the weight as an `[o, c·kh·kw]` matrix, and adds a bias. The
+    /// blocks need not be orthogonal, and there is one factor.
+    ///
+    /// # Shapes
+    ///
+    /// - input: `[n, c·groups, h, w]`
+    /// - weight: `[o, c, kh, kw]`
+    /// - bias: `[o]`
+    /// - result: `[n, o, h', w']`
+    #[fusion(default)]
+    fn boft_block_diagonal_conv2d(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        blocks: FloatTensor<Self>,
+        #[extension_type] bias: OptionalTensor<Self>,
+        options: ConvOptions<2>,
+    ) -> FloatTensor<Self> {
+        let weight = changed_kernel::<Self>(weight, blocks);
+        conv::convolve::<Self>(input, weight, bias.into_option(), options)
+    }
+
+    /// The gradients of the input and of the blocks of
+    /// [`boft_block_diagonal_conv2d`](Self::boft_block_diagonal_conv2d).
+    ///
+    /// # Shapes
+    ///
+    /// - input: `[n, c·groups, h, w]`; so is the first result
+    /// - weight: `[o, c, kh, kw]`, as it is without the blocks
+    /// - blocks: `[1, n, b, b]`; so is the second result, in the precision of the blocks
+    /// - gradient: `[n, o, h', w']`
+    #[fusion(default)]
+    fn boft_block_diagonal_conv2d_backward(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        blocks: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+        options: ConvOptions<2>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        block_diagonal_conv2d_backward::<Self>([input, weight, blocks, gradient], options)
     }
 
     /// Multiplies two matrices and adds a bias, `x·W + bias`.

@@ -447,19 +447,32 @@ impl Blocks {
                 assert_outputs("conv2d", name, vector, o);
             }
         }
-        if self.operation(&weight) != Operation::Rotation {
-            let rotated = self.weight(weight.reshape([o, c * kh * kw]), scale, Side::Right);
-            let rotated = rotated.reshape([o, c, kh, kw]);
-            return burn::tensor::module::conv2d(input, rotated, bias, options);
+        match (self.operation(&weight), scale) {
+            (Operation::Rotation, scale) => {
+                Tensor::from_dispatch(<Dispatch as BoftBackend>::boft_conv2d(
+                    input.into_dispatch(),
+                    weight.into_dispatch(),
+                    self.values().into_dispatch(),
+                    self.or_ones(scale, o).into_dispatch(),
+                    bias.map(Tensor::into_dispatch).into(),
+                    options,
+                ))
+            }
+            (Operation::BlockDiagonal, None) => {
+                Tensor::from_dispatch(<Dispatch as BoftBackend>::boft_block_diagonal_conv2d(
+                    input.into_dispatch(),
+                    weight.into_dispatch(),
+                    self.values().into_dispatch(),
+                    bias.map(Tensor::into_dispatch).into(),
+                    options,
+                ))
+            }
+            (_, scale) => {
+                let rotated = self.weight(weight.reshape([o, c * kh * kw]), scale, Side::Right);
+                let rotated = rotated.reshape([o, c, kh, kw]);
+                burn::tensor::module::conv2d(input, rotated, bias, options)
+            }
         }
-        Tensor::from_dispatch(<Dispatch as BoftBackend>::boft_conv2d(
-            input.into_dispatch(),
-            weight.into_dispatch(),
-            self.values().into_dispatch(),
-            self.or_ones(scale, o).into_dispatch(),
-            bias.map(Tensor::into_dispatch).into(),
-            options,
-        ))
     }
 
     /// The rotation of each span, a `[d/span, span, span]` tensor with `span = b·2^(m−1)`.

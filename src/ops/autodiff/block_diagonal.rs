@@ -16,9 +16,8 @@ use burn::backend::autodiff::{
 use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
 use burn::tensor::DType;
 
-use super::butterfly::products_of_blocks;
 use super::gradients::{Outputs, bias_gradient, input_gradient, nodes};
-use crate::ops::backend::BoftBackend;
+use crate::ops::backend::{BoftBackend, products_of_blocks};
 use crate::ops::butterfly::{Direction, Side};
 
 /// [`BoftBackend::boft_block_diagonal_linear`] in the graph. Its parents are the input, the weight, the blocks and, if there is

@@ -6,12 +6,10 @@ use burn::backend::autodiff::{
     grads::Gradients,
     ops::{Backward, Ops, OpsKind},
 };
-use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
+use burn::backend::{Backend, tensor::FloatTensor};
 
-use crate::ops::backend::BoftBackend;
+use crate::ops::backend::{BoftBackend, products_of_blocks};
 use crate::ops::butterfly::{Direction, Side};
-use crate::ops::cayley;
-use crate::ops::precision::reshape;
 
 /// [`BoftBackend::boft_butterfly`] and [`BoftBackend::boft_block_diagonal`] in the graph. The parents are the matrix and the
 /// blocks.
@@ -132,23 +130,4 @@ impl<B: BoftBackend> Backward<B, 2> for Butterfly {
             }
         }
     }
-}
-
-/// The diagonal blocks of `lhs·rhsᵀ` on the left, or of `lhsᵀ·rhs` on the right: the Gram backward of one factor, with the
-/// identity in place of its blocks.
-///
-/// # Shapes
-///
-/// - lhs, rhs: two `[d, columns]` for [`Side::Left`], or two `[rows, d]` for [`Side::Right`]
-/// - blocks: `[1, n, b, b]`; so is the result
-pub(super) fn products_of_blocks<B: BoftBackend>(
-    lhs: FloatTensor<B>,
-    rhs: FloatTensor<B>,
-    blocks: &FloatTensor<B>,
-    side: Side,
-) -> FloatTensor<B> {
-    let [m, n, b, _] = blocks.shape().dims::<4>();
-    let identity = reshape::<B, 4>(cayley::identity::<B>(blocks, b), [1, 1, b, b]);
-    let identities = B::float_expand(identity, [m, n, b, b].into());
-    B::boft_block_gradient(lhs, rhs, identities, side)
 }

@@ -56,7 +56,7 @@ use burn::tensor::ops::ConvOptions;
 
 use block_diagonal::block_diagonal_linear;
 use butterfly::multiplied;
-use conv::rotated_conv2d;
+use conv::{block_diagonal_conv2d, rotated_conv2d};
 use gradients::{scale_gradient, weight_gradient};
 use linear::rotated_linear;
 use product::product;
@@ -178,6 +178,27 @@ impl<B: BoftBackend, C: CheckpointStrategy> BoftBackend for Autodiff<B, C> {
                 let nodes = [i, w, b, s, bias.node()];
                 let bias = Some(bias.into_primitive());
                 rotated_conv2d::<B, C, 5>(nodes, operands, bias, options)
+            }
+        }
+    }
+
+    fn boft_block_diagonal_conv2d(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        blocks: FloatTensor<Self>,
+        bias: OptionalTensor<Self>,
+        options: ConvOptions<2>,
+    ) -> FloatTensor<Self> {
+        let [i, w, b] = [input.node(), weight.node(), blocks.node()];
+        let operands = [input, weight, blocks];
+        match bias {
+            OptionalTensor::Absent => {
+                block_diagonal_conv2d::<B, C, 3>([i, w, b], operands, None, options)
+            }
+            OptionalTensor::Present(bias) => {
+                let nodes = [i, w, b, bias.node()];
+                let bias = Some(bias.into_primitive());
+                block_diagonal_conv2d::<B, C, 4>(nodes, operands, bias, options)
             }
         }
     }

@@ -4,6 +4,9 @@
 //! gradient of a patch, `W'ᵀ·dy`, serves twice: added where the patch came from it is the gradient of the input, and its
 //! products with the patch are `G` of the Gram backward. So there is no gradient of the weight, and since a task works
 //! on a few rows of one image, neither the patches nor their gradients are ever in memory as a whole.
+//!
+//! With blocks that need not be orthogonal, the product is that of the weight without them, `Wᵀ·dy`. Its products with the patch are
+//! the gradients of the blocks, and the blocks times it are the gradient of the patch.
 
 use std::ops::Range;
 
@@ -134,9 +137,9 @@ impl Convolution {
 /// # Shapes
 ///
 /// - input: `[n, c·groups, h, w]`, contiguous; so is the first result
-/// - weight: `[o, c, kh, kw]`, contiguous, rotated and scaled
+/// - weight: `[o, c, kh, kw]`, contiguous: rotated and scaled, or without the blocks where these are given
 /// - gradient: `[n, o, h', w']`, contiguous
-/// - second result: `[d/s, s, s]`
+/// - blocks: `[d/s, s, s]`, contiguous; so is the second result
 ///
 /// # Numerics
 ///
@@ -144,6 +147,7 @@ impl Convolution {
 /// summed over a few rows at a time, as the Gram backward of a weight sums it, and these sums are added in f64.
 pub(super) fn backward<E: Real>(
     [input, weight, gradient]: [&[E]; 3],
+    blocks: Option<&[E]>,
     convolution: &Convolution,
     span: usize,
 ) -> (Vec<E>, Vec<f64>) {
@@ -173,6 +177,7 @@ pub(super) fn backward<E: Real>(
                 input,
                 weight: &weight[task * rows_per_task..],
                 gradient,
+                blocks: blocks.map(|blocks| &blocks[task * rows_per_task * span..]),
                 convolution,
                 span,
             })
@@ -205,6 +210,8 @@ struct Task<'a, E> {
     weight: &'a [E],
     /// `[outputs, h', w']`.
     gradient: &'a [E],
+    /// Blocks that need not be orthogonal, from that of the first number of these channels on.
+    blocks: Option<&'a [E]>,
     convolution: &'a Convolution,
     span: usize,
 }
@@ -213,7 +220,7 @@ struct Task<'a, E> {
 struct Backward<'a, E> {
     task: Task<'a, E>,
     /// What a task before has left, to be written over.
-    memory: &'a mut [Vec<E>; 2],
+    memory: &'a mut [Vec<E>; 3],
 }
 
 impl<E: Real> WithSimd for Backward<'_, E> {
@@ -226,6 +233,7 @@ impl<E: Real> WithSimd for Backward<'_, E> {
             input,
             weight,
             gradient,
+            blocks,
             convolution,
             span,
         } = self.task;
@@ -234,9 +242,12 @@ impl<E: Real> WithSimd for Backward<'_, E> {
         let plane: usize = convolution.input.iter().product();
         let rows = input.len() / plane * kernel_height * kernel_width;
         let held = convolution.lines_at_a_time(rows);
-        let [patches, patch_gradients] = self.memory;
+        let [patches, patch_gradients, multiplied] = self.memory;
         for memory in [&mut *patches, &mut *patch_gradients] {
             memory.resize(rows * held * width, E::default());
+        }
+        if blocks.is_some() {
+            multiplied.resize(rows * held * width, E::default());
         }
         let mut gram = vec![0.0; rows * span];
         for first in (0..height).step_by(held) {
@@ -253,6 +264,14 @@ impl<E: Real> WithSimd for Backward<'_, E> {
                 columns,
             );
             add_gram(simd, &mut gram, patches, patch_gradients, columns, span);
+            let patch_gradients = match blocks {
+                Some(blocks) => {
+                    let multiplied = &mut multiplied[..rows * columns];
+                    multiply_by_blocks(multiplied, blocks, patch_gradients, columns, span);
+                    multiplied
+                }
+                None => patch_gradients,
+            };
             fold(input_gradient, patch_gradients, convolution, lines);
         }
         gram
@@ -381,6 +400,51 @@ fn multiply<E: Real>(
             false,
             Parallelism::None,
         );
+    }
+}
+
+/// The products of blocks with what they meet, `R·u`, on this thread alone.
+///
+/// # Shapes
+///
+/// - products, u: `[rows, columns]`
+/// - blocks: `[rows/s, s, s]`, and more that are not read
+#[inline(always)]
+fn multiply_by_blocks<E: Real>(
+    products: &mut [E],
+    blocks: &[E],
+    u: &[E],
+    columns: usize,
+    span: usize,
+) {
+    let blocks = blocks.chunks_exact(span * span);
+    let spans = products.chunks_exact_mut(span * columns);
+    for ((products, u), block) in spans.zip(u.chunks_exact(span * columns)).zip(blocks) {
+        // SAFETY: the slices are a [span, columns], a [span, span] and a [span, columns] matrix, and the first is written as a
+        // whole.
+        unsafe {
+            gemm(
+                span,
+                columns,
+                span,
+                products.as_mut_ptr(),
+                1,
+                columns as isize,
+                false,
+                block.as_ptr(),
+                1,
+                span as isize,
+                u.as_ptr(),
+                1,
+                columns as isize,
+                E::rounded(1.0),
+                E::rounded(1.0),
+                false,
+                false,
+                false,
+                Parallelism::None,
+            );
+        }
     }
 }
 

@@ -5,7 +5,7 @@
 //! | `boft_cayley` and its backward pass | every block size | blocks and gradient of two precisions |
 //! | `boft_butterfly`, `boft_weight`, `boft_block_gradient` | spans of up to 64 numbers | longer spans |
 //! | `boft_rotate_requests` | spans of up to 64 numbers | longer spans |
-//! | `boft_conv2d_backward` | the same spans, operands of one precision, at least one image | all others |
+//! | `boft_conv2d_backward`, `boft_block_diagonal_conv2d_backward` | the same spans, operands of one precision, at least one image | all others |
 //! | `boft_channel_sums` | two operands of one precision | operands of two precisions |
 //! | `boft_product` | any strides, two operands of one precision | operands of two precisions |
 //! | `boft_scale_requests` | every layer | |
@@ -58,13 +58,15 @@ use panels::Rotated;
 use real::{Real, in_precision};
 use span::Sizes;
 
-use super::backend::{BoftBackend, OptionalTensor, Tensors};
+use super::backend::{
+    BoftBackend, OptionalTensor, Tensors, block_diagonal_conv2d_backward, conv2d_backward,
+};
 use super::butterfly::{Direction, Side};
 use super::linear::Channels;
 use super::precision::{cast, widen_primitive};
 use super::{
-    butterfly as portable_butterfly, cayley as portable_cayley, conv as portable_conv,
-    linear as portable_linear, requests as portable_requests,
+    butterfly as portable_butterfly, cayley as portable_cayley, linear as portable_linear,
+    requests as portable_requests,
 };
 
 /// The longest span that the kernels compose into one matrix; the portable version rotates longer ones factor by
@@ -123,6 +125,35 @@ fn has_kernel(tensor: &FlexTensor) -> bool {
 fn spans_of(blocks: &FlexTensor) -> Option<Sizes> {
     let sizes = Sizes::new(blocks.shape().dims::<4>());
     (has_kernel(blocks) && sizes.span <= LARGEST_SPAN).then_some(sizes)
+}
+
+/// Whether the kernel of the backward pass of a convolution serves its input, weight and gradient.
+fn has_conv_kernel([input, weight, gradient]: [&FlexTensor; 3]) -> bool {
+    let mut operands = [input, weight, gradient].into_iter();
+    let alike = |operand: &FlexTensor| {
+        operand.dtype() == input.dtype() && operand.shape().num_elements() > 0
+    };
+    has_kernel(input) && operands.all(alike)
+}
+
+/// The gradient of the input of a convolution, and the sums of its blocks; see [`conv::backward`].
+fn convolution_backward(
+    [input, weight, gradient]: [FlexTensor; 3],
+    blocks: Option<FlexTensor>,
+    options: &ConvOptions<2>,
+    sizes: Sizes,
+) -> (FlexTensor, Vec<f64>) {
+    let [shape, kernel, output] = [&input, &weight, &gradient].map(|t| t.shape().dims::<4>());
+    let convolution = conv::Convolution::new(shape, kernel, output, options);
+    let dtype = input.dtype();
+    let [input, weight, gradient] = [input, weight, gradient].map(Contiguous::new);
+    let blocks = blocks.map(Contiguous::new);
+    in_precision!(dtype, E => {
+        let operands = [input.values::<E>(), weight.values(), gradient.values()];
+        let blocks = blocks.as_ref().map(Contiguous::values);
+        let (values, sums) = conv::backward(operands, blocks, &convolution, sizes.span);
+        (tensor(values, shape), sums)
+    })
 }
 
 impl BoftBackend for Flex {
@@ -315,30 +346,40 @@ impl BoftBackend for Flex {
         gradient: FloatTensor<Self>,
         options: ConvOptions<2>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let dtype = input.dtype();
-        let alike = [&input, &weight, &gradient]
-            .map(|operand| operand.dtype() == dtype && operand.shape().num_elements() > 0);
-        let Some(sizes) = spans_of(&blocks).filter(|_| has_kernel(&input) && alike == [true; 3])
-        else {
-            let (input_gradient, weight_gradient) =
-                portable_conv::gradients::<Self>(input, weight.clone(), gradient, options);
-            let weight = portable_conv::matrix::<Self>(weight);
-            let blocks_gradient =
-                Self::boft_block_gradient(weight_gradient, weight, blocks, Side::Right);
-            return (input_gradient, blocks_gradient);
+        let operands = [&input, &weight, &gradient];
+        let Some(sizes) = spans_of(&blocks).filter(|_| has_conv_kernel(operands)) else {
+            return conv2d_backward::<Self>([input, weight, blocks, gradient], options);
         };
-        let [shape, kernel, output] = [&input, &weight, &gradient].map(|t| t.shape().dims::<4>());
-        let convolution = conv::Convolution::new(shape, kernel, output, &options);
-        let [input, weight, gradient] = [input, weight, gradient].map(Contiguous::new);
-        let (input_gradient, gram) = in_precision!(dtype, E => {
-            let operands = [input.values::<E>(), weight.values(), gradient.values()];
-            let (values, gram) = conv::backward(operands, &convolution, sizes.span);
-            (tensor(values, shape), gram)
-        });
+        let (input_gradient, gram) =
+            convolution_backward([input, weight, gradient], None, &options, sizes);
         let dims = blocks.shape();
         let blocks = Contiguous::new(blocks);
         let blocks_gradient = in_precision!(blocks.0.dtype(), E => {
             tensor(gram::block_gradient::<E>(gram, blocks.values(), sizes), dims)
+        });
+        (input_gradient, blocks_gradient)
+    }
+
+    fn boft_block_diagonal_conv2d_backward(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        blocks: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+        options: ConvOptions<2>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let has_kernel =
+            has_conv_kernel([&input, &weight, &gradient]) && blocks.dtype() == input.dtype();
+        let Some(sizes) = spans_of(&blocks).filter(|sizes| has_kernel && sizes.m == 1) else {
+            let operands = [input, weight, blocks, gradient];
+            return block_diagonal_conv2d_backward::<Self>(operands, options);
+        };
+        let (dtype, dims) = (blocks.dtype(), blocks.shape());
+        let operands = [input, weight, gradient];
+        let (input_gradient, products) =
+            convolution_backward(operands, Some(blocks), &options, sizes);
+        let blocks_gradient = in_precision!(dtype, E => {
+            let rounded: Vec<E> = products.into_iter().map(E::rounded).collect();
+            tensor(rounded, dims)
         });
         (input_gradient, blocks_gradient)
     }

@@ -51,6 +51,11 @@ const OPERATIONS: &[Operation] = &[
     backward("step-activation-4x2", (4, 2, D_INPUT), step_by_activations),
     backward("step-conv-4x2", (4, 2, 9 * CHANNELS), step_of_a_convolution),
     backward("step-conv-32", (32, 1, 9 * CHANNELS), step_of_a_convolution),
+    backward(
+        "step-conv-neumann-32",
+        (32, 1, 9 * CHANNELS),
+        step_of_a_convolution_with_a_polynomial,
+    ),
     forward("weight-left-4x2-bf16", (4, 2, D_INPUT), weight_left_in_half),
     forward("requests-4x2", (4, 2, D_INPUT), requests),
 ];
@@ -218,7 +223,17 @@ fn layer(
 }
 
 fn step_of_a_convolution(inputs: &Inputs) -> f64 {
-    differentiated(inputs, Blocks::cayley, |blocks| {
+    convolved(inputs, Blocks::cayley)
+}
+
+fn step_of_a_convolution_with_a_polynomial(inputs: &Inputs) -> f64 {
+    convolved(inputs, |skew, block_size| {
+        Blocks::neumann(skew, block_size, 5)
+    })
+}
+
+fn convolved(inputs: &Inputs, blocks: fn(Tensor<3>, usize) -> Blocks) -> f64 {
+    differentiated(inputs, blocks, |blocks| {
         let device = inputs.input.device();
         let input = noise([1, CHANNELS, SIDE, SIDE], &device).require_grad();
         let weight = noise([CHANNELS, CHANNELS, 3, 3], &device);

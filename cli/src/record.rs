@@ -185,7 +185,7 @@ fn saved(adapter: &Adapter, base: Option<&Base>) -> Result<Vec<Tensor>, Error> {
 /// has the same tensors; only the name tells them apart.
 fn is_activation(module: &str) -> bool {
     let name = module.rsplit('.').next().unwrap_or(module).to_lowercase();
-    name.contains("relu") || name.starts_with("act")
+    (name.contains("relu") || name.starts_with("act")) && !name.contains("norm")
 }
 
 /// PyTorch's name of a tensor that Burn calls this. Only the tensors of norms have other names in Burn.
